@@ -1,0 +1,44 @@
+# make demo: everything from nothing.  make test: install and test.  make ui: the MLflow UI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test test-slow check format ui clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; give a newer one: make setup PYTHON=python3.12"; exit 1; }
+	@echo "installing the pinned versions of constraints.txt into $(VENV) (some minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $(INSTALLED)
+
+demo: setup
+	@$(BIN)/python jobs/demo.py --config configs/demo.yaml
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: setup
+	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C stops it)"
+	@$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+
+clean:
+	rm -rf data/demo runs/demo build *.egg-info .ruff_cache .mypy_cache .hypothesis

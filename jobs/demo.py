@@ -1,0 +1,59 @@
+"""The whole pipeline on this machine, ``make demo``: text, tokenizer, shards, training, evaluation, a sample, a summary.
+
+What is done already is skipped, so the second time takes seconds.
+"""
+
+import os
+import sys
+
+# Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from jobs._run import guarded, print_table
+from pipeline.config import EvaluateConfig, PretrainConfig, TokenizeConfig, resolve
+
+
+def main() -> None:
+    from pipeline import launch, preparation
+
+    flags = sys.argv[1:] or ["--config", "configs/demo.yaml"]
+    tokenize = resolve(TokenizeConfig, "tokenize", flags, program="jobs/demo.py")
+    pretrain = resolve(PretrainConfig, "pretrain", flags, program="jobs/demo.py")
+    evaluate = resolve(EvaluateConfig, "evaluate", flags, program="jobs/demo.py")
+
+    _say("1/3 text to shards", tokenize.output)
+    data, data_run, _ = preparation.tokenize(tokenize)
+    _say("2/3 training", pretrain.output)
+    training, training_run = launch.pretrain(pretrain)
+    _say("3/3 evaluation on the whole val set", evaluate.checkpoint)
+    result = launch.evaluate(evaluate, reuse=True)
+    print_table(
+        "demo: done",
+        [
+            ("documents", f"{data.documents:,} ({data.text_megabytes:,.1f} MB of text)"),
+            ("tokens", f"{data.train_tokens:,} train, {data.val_tokens:,} val, {data.bytes_per_token:.2f} bytes each"),
+            ("tokenization", f"{data.megabytes_per_second:,.1f} MB/s"),
+            ("parameters", f"{training.parameters:,}"),
+            (
+                "steps",
+                f"{training.steps:,} ({training.tokens_seen:,} tokens, {training.tokens_per_second:,.0f} a second)",
+            ),
+            ("train loss", f"{training.first_loss:.3f} -> {training.last_loss:.3f} nats per token"),
+            ("val loss", f"{result.loss:.3f}, perplexity {result.perplexity:.1f}, on {result.tokens:,} tokens"),
+            (
+                "learned",
+                f"{result.learned:.3f} nats below the unigram entropy of these tokens, {result.unigram_entropy:.3f}",
+            ),
+            ("sample", repr(training.sample)),
+            ("MLflow", f"{training_run.location}; data: run {data_run.run_id}"),
+            ("next", f"python jobs/generate.py --checkpoint {pretrain.output} --prompt '...'"),
+        ],
+    )
+
+
+def _say(stage: str, folder: str) -> None:
+    print(f"[{stage}: {folder}]", flush=True)
+
+
+if __name__ == "__main__":
+    guarded(main)

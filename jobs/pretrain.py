@@ -1,0 +1,38 @@
+"""Train a network on shards: ``python jobs/pretrain.py --config configs/demo.yaml``; --help lists the flags.
+
+The same command again goes on from the newest checkpoint of its --output folder, or says that the run is done.
+"""
+
+import os
+import sys
+
+# Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from jobs._run import print_table, run
+from pipeline.config import PretrainConfig
+
+
+def main(config: PretrainConfig) -> None:
+    from pipeline import launch
+
+    summary, mlflow_run = launch.pretrain(config)
+    print_table(
+        "pretrain: done",
+        [
+            ("parameters", f"{summary.parameters:,}"),
+            ("steps", f"{summary.steps:,} ({summary.tokens_seen:,} tokens)"),
+            ("train loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}"),
+            ("val loss", f"{summary.val_loss:.4f} on {summary.val_tokens:,} tokens"),
+            ("perplexity", f"{summary.perplexity:.2f}"),
+            ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
+            ("peak memory", f"{summary.peak_memory_gib:.2f} GiB on rank 0"),
+            ("sample", repr(summary.sample)),
+            ("checkpoint", summary.checkpoint),
+            ("MLflow", mlflow_run.location),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    run(PretrainConfig, main, section="pretrain")

@@ -1,0 +1,166 @@
+"""Text from the network: one token at a time, greedy or drawn, with keys and values cached.
+
+Same model, tokens, settings and seed: same ids. Every call runs the same number of forward passes whatever is drawn, so
+processes that share a sharded model and call alike stay in step with each other.
+
+Shapes: B batch, T time, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.layers import LayerCache, softmax
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one LayerCache per block, up to context_length positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.layers = [LayerCache(config.context_length) for _ in range(config.num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return self.layers[0].length
+
+    def clear(self) -> None:
+        """Forgets all positions and keeps the memory."""
+        for layer in self.layers:
+            layer.length = 0
+
+
+def sample_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws one id per row of logits (B, V) -> (B,) int64. Temperature 0 takes the likeliest.
+
+    The filters apply in this order: logits / temperature; the top_k likeliest; of these, renormalised, the fewest
+    likeliest that together reach top_p (arXiv 1904.09751), at least one. Among equals the lower id counts as likelier.
+    The draw inverts the cumulative distribution at a uniform number from the generator, a CPU one (not given: torch's
+    global one), so that the device does not change what is drawn and nothing waits for it.
+
+    Raises:
+        ValueError: temperature negative, top_k not positive, top_p outside (0, 1].
+    """
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    ordered, ids = logits.double().sort(dim=-1, descending=True, stable=True)  # (B, V)
+    # The largest logit goes first: a tiny temperature then gives exp(-huge) = 0 instead of inf - inf.
+    probabilities = softmax(((ordered - ordered[:, :1]) / temperature)[:, :top_k])
+    if top_p is not None:
+        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    uniform = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64).to(logits.device)
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+    # Rounding may push the product up to the whole mass: then the last id that was kept is meant, not one behind it.
+    last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.gather(1, torch.minimum(chosen, last_kept).clamp(min=0))[:, 0]
+
+
+def generate_tokens(
+    model: Transformer,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.9,
+    seed: int,
+) -> Iterator[Tensor]:
+    """Yields the next ids, (B,) int64, max_new_tokens times: the streaming form of generate.
+
+    A prompt longer than context_length is cut to its last context_length tokens. Whenever the window is full, its last
+    half is read anew as a fresh prompt at position 0: the model never sees a position that it was not trained on, and a
+    token costs on average two positions of computing instead of a whole window.
+
+    Processes that share a sharded model must all take the same number of tokens from this iterator.
+
+    Args:
+        model: on the device of `tokens`; its mode (train, eval) makes no difference, there is no dropout.
+        tokens: (B, T) int64, at least one token; prompts of one call have the same length.
+        max_new_tokens: ids to yield per row.
+        temperature, top_k, top_p: see sample_token.
+        seed: of the draws; rows draw from the same stream, so equal prompts give different texts.
+
+    Raises:
+        ValueError: tokens empty or of another rank, or settings that sample_token rejects; at the first ids asked for.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; needed: (batch, time), at least one token")
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    length = model.config.context_length
+    cache = KVCache(model.config)
+    window = unread = tokens[:, -length:]
+    for _ in range(max_new_tokens):
+        if cache.length + unread.shape[1] > length:
+            cache.clear()
+            window = unread = window[:, -max(1, length // 2) :]
+        chosen = sample_token(_last_logits(model, unread, cache), temperature, top_k, top_p, generator)
+        yield chosen
+        unread = chosen[:, None]
+        window = torch.cat((window, unread), dim=1)
+
+
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.9,
+    seed: int,
+    stop_id: int | None = None,
+) -> list[list[int]]:
+    """The ids that follow each prompt, without the prompt: B lists of max_new_tokens, see generate_tokens.
+
+    Args:
+        stop_id: a row ends before its first stop_id. The forward passes run on to max_new_tokens nevertheless, so that
+            no process leaves a sharded model while others wait in it; alone, break out of generate_tokens instead.
+    """
+    steps = list(
+        generate_tokens(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+    )
+    rows: list[list[int]] = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in tokens]
+    return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
+
+
+def _last_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    # no_grad, not inference_mode: a sharded model keeps what it gathers here, and training must be able to reuse it.
+    # Compiled parts run uncompiled: every length would be compiled anew.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return model(tokens, cache=cache)[:, -1]  # (B, T, V) -> (B, V)
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}; it must be finite and not negative")
+    if top_k is not None and top_k <= 0:
+        raise ValueError(f"top_k is {top_k}; it must be positive")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")

@@ -1,0 +1,248 @@
+"""The parts of the network, each written out: linear maps, embedding, norm, rotary positions, attention, loss.
+
+From torch.nn come Module and Parameter only, from torch.nn.functional only scaled_dot_product_attention (flash
+attention). Every layer uses its weight inside its own forward and keeps no buffer, so that sharding, moving, casting
+and building on the meta device need no special care. Layouts follow transformers' Llama: the export is a renaming.
+
+Shapes: B batch, T time, S time seen so far (cache included), D model, H heads, K head dim, F feed-forward, V vocab,
+P padded vocab, N = B T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.config import ModelConfig
+
+LOSS_CHUNK_ELEMENTS = 2**22
+"""Logits turned into float32 at a time by an uncompiled cross_entropy: 16 MiB a temporary, whatever the batch."""
+
+
+class Linear(nn.Module):
+    """x (..., in) -> x W^T (..., out), no bias. The weight (out, in) is zero until something fills it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Embedding(nn.Module):
+    """Ids (...) int64 -> their rows (..., D) of the weight (P, D), which is zero until something fills it."""
+
+    def __init__(self, num_rows: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_rows, d_model))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # Indexing adds gradients in a fixed order on CUDA too; index_select would add atomically, in any order.
+        return self.weight[ids]
+
+
+class RMSNorm(nn.Module):
+    """x (..., D) / sqrt(mean(x^2) + eps) * weight, in float32, returned in x's dtype (arXiv 1910.07467)."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight.float()).to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns pair (i, i + K/2) of the vector at position t by t theta^(-2i/K) (RoPE, arXiv 2104.09864, Llama's halves).
+
+    Angles are float32 whatever x is: in bfloat16 neighbouring positions beyond 256 coincide. They are computed at each
+    call: a table would be cast by model.bfloat16(), lost by to_empty, or rounded on its way into a sharded block.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """x (B, H, T, K) at positions start .. start + T - 1 -> the same shape and dtype."""
+        positions = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
+        exponents = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim
+        angles = positions[:, None] * (1.0 / self.theta**exponents)  # (T, K/2)
+        cos, sin = angles.cos(), angles.sin()
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), (..., D) -> (..., D) by way of width F (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)  # (..., F)
+        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+
+
+class LayerCache:
+    """Keys and values of one attention layer for the positions seen so far, at most `capacity` of them.
+
+    The memory, 2 B H capacity K numbers in the keys' dtype, is taken at the first append.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, H, T, K); returns all of them, (B, H, S, K). ValueError where they do not fit."""
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens exceed the cache's capacity of {self.capacity}; {self.length} are in it")
+        if self._keys is None or self._values is None:
+            batch, heads, _, width = keys.shape
+            self._keys = keys.new_empty(batch, heads, self.capacity, width)
+            self._values = values.new_empty(batch, heads, self.capacity, width)
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention, each position to itself and those before it; queries and keys carry rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj = Linear(config.d_model, config.d_model)
+        self.k_proj = Linear(config.d_model, config.d_model)
+        self.v_proj = Linear(config.d_model, config.d_model)
+        self.o_proj = Linear(config.d_model, config.d_model)
+        self.rotary = RotaryEmbedding(config.head_dim, config.theta)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x goes on behind the positions that it holds, and is added to it."""
+        start = 0 if cache is None else cache.length
+        queries = self.rotary(self._split_heads(self.q_proj(x)), start)
+        keys = self.rotary(self._split_heads(self.k_proj(x)), start)
+        values = self._split_heads(self.v_proj(x))
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        # is_causal puts the diagonal at the top left, which is right for as many keys as queries only.
+        is_causal = start == 0
+        mask = None if is_causal or x.shape[1] == 1 else causal_mask(x.shape[1], start, x.device)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, K)
+
+
+def causal_mask(num_queries: int, start: int, device: torch.device) -> Tensor:
+    """(T, S = start + T) bool: query t, at position start + t, sees the keys 0 .. start + t."""
+    positions = torch.arange(start + num_queries, device=device)
+    return positions[None, :] <= positions[start:, None]
+
+
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """exp(x) over its sum along dim, in x's dtype; the largest entry is subtracted first, so that nothing overflows."""
+    weights = (x - x.amax(dim=dim, keepdim=True)).exp()
+    return weights / weights.sum(dim=dim, keepdim=True)
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention by its definition, softmax(Q K^T / sqrt(K)) V: what the fast kernel is tested against.
+
+    queries (B, H, T, K), keys and values (B, H, S, K), the queries being the last T positions -> (B, H, T, K).
+    """
+    num_queries, num_keys = queries.shape[-2], keys.shape[-2]
+    scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5  # (B, H, T, S)
+    hidden = ~causal_mask(num_queries, num_keys - num_queries, queries.device)
+    return softmax(scores.masked_fill(hidden, float("-inf"))) @ values
+
+
+class CrossEntropy(nn.Module):
+    """Mean of -log softmax(logits)[target] in nats, over the first vocab_size columns. A module, so it can be compiled.
+
+    logits (B, T, P) of any float dtype, targets (B, T) int64 in [0, vocab_size) -> 0-d float32. Backward writes the
+    gradient over the logits, see cross_entropy.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), self.vocab_size)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
+    """Mean negative log-likelihood in nats, float32 inside whatever the logits are; no target is ignored.
+
+    Backward overwrites the logits with their gradient: of everything in a training step they take the most memory
+    (3.3 GB for 32 x 1,024 x 50,304 in bfloat16), and this way they take it once. So the caller gives them up. A second
+    backward through the same graph raises torch's RuntimeError about a modified tensor; compiled by inductor it is not
+    noticed, and wrong.
+
+    Args:
+        logits: (N, P).
+        targets: (N,) int64, each in [0, vocab_size).
+        vocab_size: columns that are real; the rest is left out of the sum and gets gradient zero. Not given: P.
+    """
+    return _CrossEntropy.apply(logits, targets, logits.shape[1] if vocab_size is None else vocab_size)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """loss = mean(log sum exp z - z_target); dloss/dz = (softmax(z) - one_hot(target)) / N."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        log_sums = torch.cat([_log_sum_exp(logits[rows, :vocab_size]) for rows in _row_chunks(logits)])  # (N,)
+        target_logits = logits[:, :vocab_size].gather(1, targets[:, None])[:, 0]
+        ctx.save_for_backward(logits, targets, log_sums)
+        ctx.vocab_size = vocab_size
+        return (log_sums - target_logits.float()).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, log_sums = ctx.saved_tensors
+        scale = grad_loss / targets.shape[0]
+        ids = torch.arange(ctx.vocab_size, device=logits.device)
+        for rows in _row_chunks(logits):
+            real = logits[rows, : ctx.vocab_size]
+            gradient = (real.float() - log_sums[rows, None]).exp()  # softmax
+            gradient = (gradient - (targets[rows, None] == ids).float()) * scale
+            real.copy_(gradient)
+        logits[:, ctx.vocab_size :] = 0
+        return logits, None, None
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    wide = logits.float()
+    largest = wide.amax(dim=1, keepdim=True)
+    return (wide - largest).exp().sum(dim=1).log() + largest[:, 0]
+
+
+def _row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows, LOSS_CHUNK_ELEMENTS numbers at a time; all in one under torch.compile, which fuses instead."""
+    num_rows, num_columns = logits.shape
+    size = num_rows if torch.compiler.is_compiling() else max(1, LOSS_CHUNK_ELEMENTS // num_columns)
+    for first in range(0, num_rows, size):
+        yield slice(first, min(first + size, num_rows))

@@ -1,0 +1,185 @@
+"""Turning gradients into new weights: AdamW, its parameter groups, the learning-rate schedule, gradient clipping.
+
+AdamW makes bit for bit the steps of torch.optim.AdamW(foreach=True), and its whole state is tensors and one number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2) and bias correction.
+
+    State per parameter: "exp_avg" and "exp_avg_sq", made by zeros_like, so they are sharded as the parameter is. The
+    number of updates done is one plain int, `num_steps`, stored as "step" in each group; a checkpoint is therefore the
+    state's tensors and that number. To load: init_state(), copy into the tensors, set num_steps. Torch's state_dict()
+    and load_state_dict() work too.
+
+    Args:
+        params: parameters, or groups {"params", "lr", "betas", "eps", "weight_decay"} as for any torch optimizer.
+        lr: learning rate; a schedule sets group["lr"] to a float before each step.
+        betas: decay of the mean gradient and of the mean squared gradient, each in [0, 1).
+        eps: added to the root of the corrected mean squared gradient.
+        weight_decay: share of a weight taken off per step and unit of learning rate.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        for group in self.param_groups:
+            _check_group(group)
+
+    @property
+    def num_steps(self) -> int:
+        """Updates done so far; bias correction depends on it."""
+        return int(self.param_groups[0]["step"])
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        for group in self.param_groups:
+            group["step"] = value
+
+    def init_state(self) -> None:
+        """Makes zero moments for parameters that have none yet; step() does so itself, loading needs it earlier."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter; ValueError where one has no gradient: the shared count would be wrong for it.
+
+        Args:
+            closure: computes the loss and the gradients afresh, as in torch; seldom needed.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.init_state()
+        for group in self.param_groups:
+            self._update(group)
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = group["params"]
+        if not params:
+            return
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
+        if len(grads) != len(params):
+            raise ValueError(
+                f"{len(params) - len(grads)} of {len(params)} parameters have no gradient; "
+                "leave parameters that are not trained out of the optimizer"
+            )
+        group["step"] += 1
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        means = [self.state[parameter]["exp_avg"] for parameter in params]
+        squares = [self.state[parameter]["exp_avg_sq"] for parameter in params]
+
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(params, means, denominators, value=-lr / (1 - beta1 ** group["step"]))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not (math.isfinite(group[name]) and group[name] >= 0):
+            raise ValueError(f"{name} is {group[name]}; it must be finite and not negative")
+    for beta in group["betas"]:
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas are {group['betas']}; each must lie in [0, 1)")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices (embeddings among them), which decay, and vectors (norm weights), which do not.
+
+    Frozen parameters are left out; order within a group is that of model.named_parameters(). A model without any
+    vector or any matrix gets one group.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_cosine(step: int, *, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of a step: a straight line up, then half a cosine down (arXiv 1608.03983, without restarts).
+
+    Steps count from 0. Step 0 gets max_lr / warmup_steps (never zero: it would be a step for nothing), step
+    warmup_steps - 1 gets max_lr, step total_steps - 1 and all later ones get min_lr. Without warmup step 0 gets max_lr.
+    Where warmup fills all steps, the last one gets max_lr.
+
+    Raises:
+        ValueError: step negative, total_steps not positive, warmup_steps outside [0, total_steps].
+    """
+    if step < 0 or total_steps <= 0 or not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"step {step}, warmup_steps {warmup_steps}, total_steps {total_steps}; "
+            "needed: step >= 0 and 0 <= warmup_steps <= total_steps, total_steps positive"
+        )
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    peak, last = max(warmup_steps - 1, 0), total_steps - 1
+    if step == peak:
+        return max_lr
+    progress = (step - peak) / (last - peak) if step < last else 1.0
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@torch.no_grad()
+def clip_grad_norm(
+    grads: Iterable[Tensor], max_norm: float, all_reduce: Callable[[Tensor], Tensor] = _identity
+) -> Tensor:
+    """Scales the gradients in place so that their global Euclidean norm is at most max_norm; returns the norm before.
+
+    Nothing waits for the device. A norm that is not finite makes every gradient NaN: the caller looks at the returned
+    value where it can afford to. max_norm of infinity only measures.
+
+    Args:
+        grads: this process's part of the gradients, plain tensors, empty ones allowed.
+        max_norm: positive.
+        all_reduce: sums a 0-d float32 tensor over all processes that hold other parts, and returns the sum.
+
+    Returns:
+        0-d float32.
+    """
+    local = list(grads)
+    if not local or not max_norm > 0:
+        raise ValueError(
+            f"{len(local)} gradients, max_norm {max_norm}; needed: at least one gradient, a positive max_norm"
+        )
+    norms = torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float32))
+    norm = all_reduce(norms.square().sum()).sqrt()
+    # 1e-6 keeps a zero norm from dividing by zero, as torch.nn.utils.clip_grad_norm_ does.
+    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

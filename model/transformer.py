@@ -1,0 +1,101 @@
+"""The network: embedding, pre-norm blocks, norm, output projection; Llama's architecture at GPT-2's size.
+
+The vocabulary is padded inside to a multiple of 64; what goes in and comes out knows real ids only: the padding rows
+stay zero, win no sample and get no gradient. An untrained model's loss is close to ln(vocab_size), 10.8 for 50,257.
+
+Shapes: B batch, T time, D model, V vocab, P padded vocab.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.layers import CausalSelfAttention, CrossEntropy, Embedding, LayerCache, Linear, RMSNorm, SwiGLU
+
+if TYPE_CHECKING:
+    from model.generation import KVCache
+
+INIT_STD = 0.02
+"""Standard deviation of every matrix at the start, as in GPT-2."""
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = CausalSelfAttention(config)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens to logits, or to the mean loss. Weights are zero until init_weights or a loader fills them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.padded_vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.output = None if config.tie_embeddings else Linear(config.d_model, config.padded_vocab_size)
+        self.loss = CrossEntropy(config.vocab_size)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits of the next token at each position, or their mean loss against the targets.
+
+        Args:
+            tokens: (B, T) int64 in [0, vocab_size), T at most context_length, what the cache holds counted in.
+            targets: (B, T) int64 in [0, vocab_size); the token that follows each.
+            cache: keys and values of the tokens before these; is extended by these.
+
+        Returns:
+            Logits (B, T, V) in the weights' dtype; with targets the mean loss in nats, 0-d float32.
+        """
+        self._check_length(tokens, cache)
+        x = self.embedding(tokens)  # (B, T, D)
+        for index, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[index])
+        logits = self._project(self.norm(x))  # (B, T, P)
+        if targets is None:
+            return logits[..., : self.config.vocab_size]
+        return self.loss(logits, targets)
+
+    def _project(self, x: Tensor) -> Tensor:
+        # The tied matrix is used here, in the forward of the module that a sharding wrapper treats as the root: its
+        # weights and the embedding's are gathered together, and are there for the whole of this call.
+        return x @ self.embedding.weight.T if self.output is None else self.output(x)
+
+    def _check_length(self, tokens: Tensor, cache: KVCache | None) -> None:
+        length = tokens.shape[1] + (0 if cache is None else cache.length)
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens exceed the model's context_length {self.config.context_length}")
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fills the weights: matrices normal with std 0.02, norms one, padding rows zero.
+
+    Projections back into the residual stream (o_proj, down_proj) get 0.02 / sqrt(2 num_layers), so that the stream's
+    variance does not grow with depth (GPT-2, section 2.3). Drawn on the CPU: same seed, same weights on any device.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    residual_std = INIT_STD / (2 * model.config.num_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0)
+            continue
+        std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
+        values = torch.randn(parameter.shape, generator=generator) * std
+        if name in ("embedding.weight", "output.weight"):
+            values[model.config.vocab_size :] = 0
+        parameter.copy_(values)

@@ -1,0 +1,225 @@
+"""Learning a vocabulary: count the pieces of a text, then merge the most frequent pair of tokens again and again.
+
+Counting is separate from merging, so that many tasks can count parts of a corpus and their counts be added up: the sum
+is the same for any number of parts in any order. Of the pairs with the highest count the one with the lexicographically
+greatest (left bytes, right bytes) is merged, so that the result is a function of the counts alone.
+
+Ids: 0 to 255 are the bytes by value, then come the merges in the order in which they were learned, then the special
+tokens in the order given; ``<|endoftext|>`` as the only one is the last id, as in GPT-2. Text is not searched for
+special tokens: it is counted as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import bpe, bpe_kernels
+from pipeline import bpe_training_kernels as kernels
+from pipeline.bpe import END_OF_TEXT, TextBuffer, Texts, Tokenizer, text_buffers
+from pipeline.errors import UserError
+from pipeline.unicode_table import character_classes
+
+NUM_BYTES = 256
+PROGRESS_STEPS = 100  # calls of progress
+FIRST_SLOTS = 1 << 16
+FIRST_KEPT_BYTES = 1 << 20
+FIRST_PAIRS = 1 << 18  # at least the 65,536 pairs of bytes
+MAX_NODES = 2**31 - 1  # nodes are int32
+COLUMNS: dict[str, Any] = {"pretoken": pa.large_binary(), "count": pa.int64()}
+COUNTS_SCHEMA = pa.schema(COLUMNS)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretokenCounts:
+    """How often each distinct piece of a text occurs."""
+
+    table: pa.Table
+    """Columns pretoken (large_binary) and count (int64, positive), sorted by the bytes, each piece once."""
+
+    def __post_init__(self) -> None:
+        if not self.table.schema.equals(COUNTS_SCHEMA):
+            raise UserError(f"pretoken counts have the schema {self.table.schema}; they need {COUNTS_SCHEMA}")
+
+
+def count_pretokens(texts: Texts) -> PretokenCounts:
+    """Count the pieces of texts (see Tokenizer.encode_batch for what they may be)."""
+    counter = _Counter()
+    for buffer in text_buffers(texts):
+        counter.add(buffer)
+    return PretokenCounts(table=_sorted(counter.table()))
+
+
+def merge_counts(parts: Iterable[PretokenCounts]) -> PretokenCounts:
+    """Add up counts of parts of a text: equal to counting the whole, whatever the parts and their order."""
+    tables = [part.table for part in parts]
+    if not tables:
+        return PretokenCounts(table=COUNTS_SCHEMA.empty_table())
+    summed = pa.concat_tables(tables).group_by("pretoken", use_threads=False).aggregate([("count", "sum")])
+    return PretokenCounts(table=_sorted(pa.table([summed["pretoken"], summed["count_sum"]], schema=COUNTS_SCHEMA)))
+
+
+def train_bpe(
+    texts_or_counts: Texts | PretokenCounts,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (END_OF_TEXT,),
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """Learn a tokenizer of vocab_size ids, the 256 bytes and the special tokens included.
+
+    progress(done, wanted) is called about a hundred times with the number of merges. UserError if the text has too few
+    different pieces for so many merges, or if a special token is also an ordinary one.
+    """
+    num_merges = vocab_size - NUM_BYTES - len(special_tokens)
+    if num_merges < 0:
+        raise UserError(
+            f"vocab_size is {vocab_size}, but the 256 bytes and {len(special_tokens)} special tokens need "
+            f"{NUM_BYTES + len(special_tokens)}"
+        )
+    counts = texts_or_counts if isinstance(texts_or_counts, PretokenCounts) else count_pretokens(texts_or_counts)
+    merges = _learn(counts, num_merges, progress)
+    if len(merges) < num_merges:
+        raise UserError(
+            f"the text supports a vocabulary of {vocab_size - num_merges + len(merges)} only, not {vocab_size}: after "
+            f"{len(merges)} merges every piece is one token; give more text or a smaller vocab_size"
+        )
+    tokens = [bytes([byte]) for byte in range(NUM_BYTES)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    special_ids = {name: len(tokens) + index for index, name in enumerate(special_tokens)}
+    try:
+        return Tokenizer(tokens + [name.encode() for name in special_tokens], merges, special_ids)
+    except ValueError as error:
+        raise UserError(f"the vocabulary {error}; choose other special_tokens than {list(special_tokens)}") from error
+
+
+def warm_up() -> None:
+    """Compile the kernels of counting, learning and encoding, or find them compiled."""
+    bpe.warm_up()
+    train_bpe(["aa ab " + 20 * "c"] * 2, NUM_BYTES + 4)
+
+
+class _Counter:
+    """A growing hash table of pieces and counts."""
+
+    def __init__(self) -> None:
+        self._entries = np.zeros(FIRST_SLOTS * bpe_kernels.ENTRY_WORDS, np.uint64)
+        self._kept_bytes = np.empty(FIRST_KEPT_BYTES, np.uint8)
+        self._used = np.zeros(3, np.int64)
+        self._ends = np.empty(bpe_kernels.CHUNK_PIECES, np.int64)
+
+    def add(self, buffer: TextBuffer) -> None:
+        """Count the pieces of a buffer."""
+        classes, ends = character_classes().ctypes.data, self._ends.ctypes.data
+        cursor = np.array([0, buffer.offsets[0]], np.int64)
+        while missing := kernels.count_documents(
+            buffer.address, buffer.offsets, classes, self._arguments(), ends, cursor
+        ):
+            self._grow(missing)
+
+    def table(self) -> pa.Table:
+        """What has been counted, in no particular order."""
+        num_pieces = int(self._used[bpe_kernels.ENTRIES])
+        content = np.empty(kernels.content_bytes(self._arguments()), np.uint8)
+        offsets, counts = np.zeros(num_pieces + 1, np.int64), np.empty(num_pieces, np.int64)
+        kernels.list_pieces(self._arguments(), content, offsets, counts)
+        buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(content.data)]
+        pretokens = pa.Array.from_buffers(pa.large_binary(), num_pieces, buffers)
+        return pa.table([pretokens, pa.array(counts)], schema=COUNTS_SCHEMA)
+
+    def _grow(self, missing_bytes: int) -> None:
+        """Make room for missing_bytes more and for a chunk of pieces."""
+        entries, used = bpe_kernels.ENTRY_WORDS, self._used
+        if (used[bpe_kernels.ENTRIES] + bpe_kernels.CHUNK_PIECES) * 2 * entries > self._entries.size:
+            larger = np.zeros(self._entries.size * 2, np.uint64)
+            kernels.rehash(self._entries, larger)
+            self._entries = larger
+        if used[bpe_kernels.KEPT_BYTES] + missing_bytes > self._kept_bytes.size:
+            self._kept_bytes = np.resize(self._kept_bytes, 2 * self._kept_bytes.size + missing_bytes)
+
+    def _arguments(self) -> bpe_kernels.Table:
+        return bpe_kernels.Table(
+            entries=self._entries.ctypes.data,
+            mask=self._entries.size // bpe_kernels.ENTRY_WORDS - 1,
+            kept_bytes=self._kept_bytes.ctypes.data,
+            kept_room=self._kept_bytes.size,
+            spilled=0,
+            spilled_room=0,
+            used=self._used.ctypes.data,
+        )
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    return table.take(pc.sort_indices(table["pretoken"])).combine_chunks()
+
+
+def _learn(counts: PretokenCounts, num_merges: int, progress: Progress | None) -> list[tuple[int, int]]:
+    """At most num_merges merges (left id, right id), where the new token's id is 256 + the index of the merge."""
+    content, offsets = _content(counts)
+    weights = counts.table["count"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
+    learner, used, _arrays = _new_learner(content, NUM_BYTES + num_merges)
+    pair_arrays = _new_pairs(FIRST_PAIRS)
+    kernels.prepare(learner, _pairs(pair_arrays), offsets, weights)
+    merged = np.empty((num_merges, 2), np.int32)
+    done = 0
+    while done < num_merges:
+        limit = min(num_merges, done + -(-num_merges // PROGRESS_STEPS))
+        reached = kernels.learn(learner, _pairs(pair_arrays), merged, done, limit)
+        if progress is not None and reached > done:
+            progress(reached, num_merges)
+        done = reached
+        if done < limit:
+            if used[kernels.HEAP_SIZE] == 0:
+                break
+            pair_arrays = [np.resize(array, 2 * array.size) for array in pair_arrays]
+    return [(left, right) for left, right in merged[:done].tolist()]
+
+
+def _content(counts: PretokenCounts) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The 256 bytes, then all pieces, as (N,) uint8, and the offsets of the pieces in it (pieces + 1,)."""
+    pretokens = counts.table["pretoken"].combine_chunks()
+    pretokens = pretokens if isinstance(pretokens, pa.Array) else pa.concat_arrays(pretokens.chunks)
+    _, offsets_buffer, data = pretokens.buffers()
+    if offsets_buffer is None or data is None or len(pretokens) == 0:
+        return np.arange(NUM_BYTES, dtype=np.uint8), np.full(1, NUM_BYTES, np.int64)
+    window = slice(pretokens.offset, pretokens.offset + len(pretokens) + 1)
+    offsets = np.frombuffer(memoryview(offsets_buffer), np.int64)[window]
+    pieces = np.frombuffer(memoryview(data), np.uint8)[offsets[0] : offsets[-1]]
+    if pieces.size + NUM_BYTES > MAX_NODES:
+        raise UserError(f"the distinct pieces have {pieces.size} bytes, more than 2 GiB; train on a sample of the text")
+    return np.concatenate([np.arange(NUM_BYTES, dtype=np.uint8), pieces]), offsets - offsets[0] + NUM_BYTES
+
+
+def _new_learner(
+    content: npt.NDArray[np.uint8], num_tokens: int
+) -> tuple[kernels.Learner, npt.NDArray[np.int64], list[npt.NDArray[Any]]]:
+    """The state of learning, its counters, and all the arrays that it points into."""
+    num_nodes, used = content.size, np.zeros(4, np.int64)
+    per_node: list[npt.NDArray[Any]] = [np.empty(num_nodes * times, np.int32) for times in (1, 1, 1, 1, 3, 1)]
+    per_token: list[npt.NDArray[Any]] = [
+        np.zeros(num_tokens, np.int32),
+        np.zeros(num_tokens, np.int32),
+        np.zeros(num_tokens, np.uint64),
+    ]
+    found: list[npt.NDArray[Any]] = [np.full(num_tokens, kernels.NONE, np.int32) for _ in range(2)]
+    arrays: list[npt.NDArray[Any]] = [content, np.empty(num_nodes, np.int64), *per_node, *per_token, *found, used]
+    return kernels.Learner(*(array.ctypes.data for array in arrays)), used, arrays
+
+
+def _new_pairs(size: int) -> list[npt.NDArray[Any]]:
+    """The arrays of kernels.Pairs, in its order."""
+    types = (np.int32, np.int32, np.int64, np.int64, np.int32, np.int64, np.int32)
+    return [np.empty(size, dtype) for dtype in types]
+
+
+def _pairs(arrays: list[npt.NDArray[Any]]) -> kernels.Pairs:
+    addresses = [array.ctypes.data for array in arrays]
+    return kernels.Pairs(*[*addresses, arrays[0].size])

@@ -1,0 +1,437 @@
+"""The numba loops of training: count the pieces of a text, then learn which pairs to merge.
+
+Learning keeps no hash table. Distinct pieces lie one behind the other, a node per byte, linked within a piece; every
+node knows the pair that starts at it. A pair that holds the new token c can only come up in the step that makes c, as
+no later merge makes a c again. So its list of places is complete after that step (one contiguous run, in ascending
+order), its count can only fall from then on (the heap may hold an old count, never one that is too low), and the pairs
+of one step are found in two arrays, by left and by right neighbour. Whether a listed place still holds the pair is one
+comparison with the node's own note.
+"""
+
+# ruff: noqa: PLR0917  numba calls by position, and compiles comparisons better than sets
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.bpe_kernels import (
+    CHUNK_PIECES,
+    DOCUMENT,
+    ENTRIES,
+    ENTRY_WORDS,
+    KEPT_BYTES,
+    LONG_TAG,
+    OFFSET_MASK,
+    POSITION,
+    SHORT_BYTES,
+    TOP_BYTE,
+    Table,
+    find_long,
+    find_short,
+    keep_bytes,
+    long_hash,
+    mix,
+    short_key,
+    use,
+    used,
+)
+from pipeline.bpe_scan_kernels import get_32, get_64, load_byte, load_word, put_32, put_64, scan, signed, store_word
+from pipeline.kernel_cache import helper, kernel
+
+# --- counting --------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def count_documents(
+    text: int,
+    offsets: npt.NDArray[np.int64],
+    classes: int,
+    table: Table,
+    ends: int,
+    cursor: npt.NDArray[np.int64],
+) -> int:
+    """Count pieces from the cursor on, in the third word of their entries; returns 0 when done, else the kept bytes
+    that must be free to go on; the entries must then have room for CHUNK_PIECES more and stay half empty."""
+    readable_end = text + offsets[-1]
+    document, position = cursor[DOCUMENT], cursor[POSITION]
+    while document < offsets.size - 1:
+        end = offsets[document + 1]
+        while position < end:
+            count = scan(text, position, end, classes, ends, CHUNK_PIECES)
+            stop = get_64(ends, count - 1)
+            room = stop - position + 8 * count
+            is_half_full = (used(table, ENTRIES) + count) * 2 > table.mask + 1
+            if is_half_full or used(table, KEPT_BYTES) + room > table.kept_room:
+                cursor[DOCUMENT], cursor[POSITION] = document, position
+                return room
+            start = text + position
+            for piece in range(count):
+                piece_stop = text + get_64(ends, piece)
+                count_piece(start, piece_stop - start, readable_end, table)
+                start = piece_stop
+            position = stop
+        document += 1
+    cursor[DOCUMENT], cursor[POSITION] = document, position
+    return 0
+
+
+@helper
+def count_piece(start: int, length: int, readable_end: int, table: Table) -> None:
+    """Add one to the count of a piece."""
+    if length <= SHORT_BYTES:
+        first, second = short_key(start, length, readable_end)
+        entry = find_short(table, first, second)
+    else:
+        first, second = long_hash(start, length), np.uint64(0)
+        entry = find_long(table, first, start, length)
+    if load_word(entry + 8) == np.uint64(0):
+        if length > SHORT_BYTES:
+            second = keep_bytes(table, start, length)
+        store_word(entry, first)
+        store_word(entry + 8, second)
+        use(table, ENTRIES, 1)
+    store_word(entry + 16, load_word(entry + 16) + np.uint64(1))
+
+
+@kernel
+def rehash(old: npt.NDArray[np.uint64], new: npt.NDArray[np.uint64]) -> None:
+    """Move all entries into a larger array of entries, which is empty."""
+    mask = np.uint64(new.size // ENTRY_WORDS - 1)
+    for start in range(0, old.size, ENTRY_WORDS):
+        second = old[start + 1]
+        if second == np.uint64(0):
+            continue
+        is_long = second >> TOP_BYTE == np.uint64(LONG_TAG)
+        slot = mix(old[start], np.uint64(0) if is_long else second) & mask
+        while new[(slot << np.uint64(2)) + np.uint64(1)] != np.uint64(0):
+            slot = (slot + np.uint64(1)) & mask
+        for word in range(ENTRY_WORDS):
+            new[(slot << np.uint64(2)) + np.uint64(word)] = old[start + word]
+
+
+@kernel
+def list_pieces(
+    table: Table, content: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+) -> None:
+    """Write the pieces of a counting table one behind the other: bytes, offsets (pieces + 1,) and counts (pieces,)."""
+    piece = 0
+    end = 0
+    for slot in range(table.mask + 1):
+        entry = table.entries + ENTRY_WORDS * 8 * slot
+        second = load_word(entry + 8)
+        if second == np.uint64(0):
+            continue
+        length = signed(second >> TOP_BYTE)
+        source = entry
+        if length == LONG_TAG:
+            kept = table.kept_bytes + signed(second & OFFSET_MASK)
+            length = signed(load_word(kept))
+            source = kept + 8
+        for index in range(length):
+            content[end + index] = load_byte(source + index)
+        end += length
+        piece += 1
+        offsets[piece] = end
+        counts[piece - 1] = signed(load_word(entry + 16))
+
+
+@kernel
+def content_bytes(table: Table) -> int:
+    """Bytes of all pieces of a table together."""
+    total = used(table, KEPT_BYTES)
+    for slot in range(table.mask + 1):
+        length = signed(load_word(table.entries + ENTRY_WORDS * 8 * slot + 8) >> TOP_BYTE)
+        total += -8 if length == LONG_TAG else length
+    return total
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+NONE = -1
+NUM_TOKENS, NUM_PAIRS, NUM_PLACES, HEAP_SIZE = 0, 1, 2, 3  # indices of Learner.used
+PREFIX_BYTES = 8
+
+
+class Learner(NamedTuple):
+    """State of learning, as addresses. N nodes: 256 for the single bytes, then one per byte of the distinct pieces; V
+    tokens. Written as array: type, size, meaning."""
+
+    content: int  # uint8, N: the bytes
+    weights: int  # int64, N: how often the node's piece occurs
+    following: int  # int32, N: next node of the piece, NONE at its end
+    preceding: int  # int32, N: the node before, NONE at its start
+    tokens: int  # int32, N: token that starts at the node
+    pair_at: int  # int32, N: pair that starts at the node, NONE where none does
+    places: int  # int32, 3 N: nodes, one run per pair; a merge lists 2 places and removes a node
+    touched: int  # int32, N: nodes whose pair changed in this step
+    token_start: int  # int32, V: a node where the token's bytes can be read
+    token_length: int  # int32, V: 0 while there is no such token
+    prefixes: int  # uint64, V: the token's first 8 bytes, big-endian, zeros behind
+    by_left: int  # int32, V: pair (new token, v) of this step; NONE between steps
+    by_right: int  # int32, V: pair (v, new token) of this step; NONE between steps
+    used: int  # int64, 4: tokens, pairs, places, heap entries in use
+
+
+class Pairs(NamedTuple):
+    """Pairs of tokens and the heap over them, as addresses; the owner replaces the arrays by larger ones when full."""
+
+    left: int  # int32
+    right: int  # int32
+    total: int  # int64: present number of occurrences
+    start: int  # int64: of the pair's run in Learner.places
+    length: int  # int32: of that run
+    heap_count: int  # int64: the pair's count when it was put in: never too low
+    heap_pair: int  # int32
+    room: int  # number of pairs that fit
+
+
+@helper
+def in_use(learner: Learner, which: int) -> int:
+    """Tokens, pairs, places or heap entries in use."""
+    return get_64(learner.used, which)
+
+
+@kernel
+def prepare(learner: Learner, pairs: Pairs, offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
+    """Fill the state from learner.content, the pieces' offsets in it (the first is 256) and their counts."""
+    for byte in range(256):
+        set_token(learner, byte, byte, 1)
+        put_32(learner.pair_at, byte, NONE)
+    put_64(learner.used, NUM_TOKENS, 256)
+    pair_of = np.full(1 << 16, NONE, np.int64)
+    num_touched = 0
+    for piece in range(counts.size):
+        start, stop = offsets[piece], offsets[piece + 1]
+        for node in range(start, stop):
+            left = load_byte(learner.content + node)
+            put_32(learner.tokens, node, left)
+            put_64(learner.weights, node, counts[piece])
+            put_32(learner.preceding, node, node - 1 if node > start else NONE)
+            put_32(learner.following, node, node + 1 if node + 1 < stop else NONE)
+            put_32(learner.pair_at, node, NONE)
+            if node + 1 < stop:
+                right = load_byte(learner.content + node + 1)
+                if pair_of[left << 8 | right] == NONE:
+                    pair_of[left << 8 | right] = new_pair(learner, pairs, left, right)
+                touch(learner, pairs, node, pair_of[left << 8 | right], num_touched)
+                num_touched += 1
+    list_places(learner, pairs, 0, num_touched)
+
+
+@kernel
+def set_token(learner: Learner, token: int, start: int, length: int) -> None:
+    """Note where the bytes of a token are."""
+    put_32(learner.token_start, token, start)
+    put_32(learner.token_length, token, length)
+    prefix = np.uint64(0)
+    for index in range(min(length, PREFIX_BYTES)):
+        prefix |= np.uint64(load_byte(learner.content + start + index)) << np.uint64(56 - 8 * index)
+    store_word(learner.prefixes + 8 * token, prefix)
+
+
+@helper
+def new_pair(learner: Learner, pairs: Pairs, left: int, right: int) -> int:
+    """Number of a pair that has not been there before."""
+    pair = in_use(learner, NUM_PAIRS)
+    put_64(learner.used, NUM_PAIRS, pair + 1)
+    put_32(pairs.left, pair, left)
+    put_32(pairs.right, pair, right)
+    put_64(pairs.total, pair, 0)
+    return pair
+
+
+@helper
+def touch(learner: Learner, pairs: Pairs, node: int, pair: int, num_touched: int) -> None:
+    """The pair now starts at the node."""
+    put_32(learner.pair_at, node, pair)
+    put_32(learner.touched, num_touched, node)
+    put_64(pairs.total, pair, get_64(pairs.total, pair) + get_64(learner.weights, node))
+
+
+@kernel
+def list_places(learner: Learner, pairs: Pairs, first_pair: int, num_touched: int) -> None:
+    """Turn the touched nodes, which are in ascending order, into one run of places per pair from first_pair on, and put
+    these pairs into the heap. A node whose pair changed twice in the step appears twice in the run of the later one:
+    harmless, as its second visit finds the pair gone."""
+    num_pairs = in_use(learner, NUM_PAIRS)
+    for pair in range(first_pair, num_pairs):
+        put_32(pairs.length, pair, 0)
+    for index in range(num_touched):
+        pair = get_32(learner.pair_at, get_32(learner.touched, index))
+        put_32(pairs.length, pair, get_32(pairs.length, pair) + 1)
+    end = in_use(learner, NUM_PLACES)
+    for pair in range(first_pair, num_pairs):
+        put_64(pairs.start, pair, end)
+        end += get_32(pairs.length, pair)
+        put_32(pairs.length, pair, 0)
+    put_64(learner.used, NUM_PLACES, end)
+    for index in range(num_touched):
+        node = get_32(learner.touched, index)
+        pair = get_32(learner.pair_at, node)
+        length = get_32(pairs.length, pair)
+        put_32(learner.places, get_64(pairs.start, pair) + length, node)
+        put_32(pairs.length, pair, length + 1)
+    for pair in range(first_pair, num_pairs):
+        if get_64(pairs.total, pair) > 0:
+            push(learner, pairs, pair)
+
+
+@kernel
+def learn(learner: Learner, pairs: Pairs, merged: npt.NDArray[np.int32], num_merged: int, limit: int) -> int:
+    """Write merges (left, right) to the rows num_merged:limit of merged; returns how many rows are filled then.
+
+    Fewer than limit: no pair is left (the heap is empty), or the pairs need more room than there is.
+    """
+    while num_merged < limit and in_use(learner, HEAP_SIZE) > 0:
+        pair = get_32(pairs.heap_pair, 0)
+        if get_64(pairs.heap_count, 0) != get_64(pairs.total, pair):
+            pop(learner, pairs)
+            if get_64(pairs.total, pair) > 0:
+                push(learner, pairs, pair)
+            continue
+        most_new = 2 * min(get_32(pairs.length, pair), in_use(learner, NUM_TOKENS) + 1)
+        if in_use(learner, NUM_PAIRS) + most_new > pairs.room:
+            break
+        pop(learner, pairs)
+        merged[num_merged, 0] = get_32(pairs.left, pair)
+        merged[num_merged, 1] = get_32(pairs.right, pair)
+        num_merged += 1
+        merge_pair(learner, pairs, pair)
+    return num_merged
+
+
+@kernel
+def merge_pair(learner: Learner, pairs: Pairs, pair: int) -> None:
+    """One step: a new token wherever the pair stands."""
+    token = in_use(learner, NUM_TOKENS)
+    put_64(learner.used, NUM_TOKENS, token + 1)
+    first_pair = in_use(learner, NUM_PAIRS)
+    length = get_32(learner.token_length, get_32(pairs.left, pair))
+    length += get_32(learner.token_length, get_32(pairs.right, pair))
+    num_touched = 0
+    start = get_64(pairs.start, pair)
+    for place in range(start, start + get_32(pairs.length, pair)):
+        node = get_32(learner.places, place)
+        if get_32(learner.pair_at, node) == pair:
+            if get_32(learner.token_length, token) == 0:
+                set_token(learner, token, node, length)
+            num_touched = merge_at(learner, pairs, node, token, num_touched)
+    put_64(pairs.total, pair, 0)
+    for created in range(first_pair, in_use(learner, NUM_PAIRS)):
+        put_32(learner.by_left, get_32(pairs.right, created), NONE)
+        put_32(learner.by_right, get_32(pairs.left, created), NONE)
+    list_places(learner, pairs, first_pair, num_touched)
+
+
+@helper
+def merge_at(learner: Learner, pairs: Pairs, node: int, token: int, num_touched: int) -> int:
+    """Merge the node with the one that follows, and give both neighbours their new pair; returns the nodes touched."""
+    gone = get_32(learner.following, node)
+    before, after = get_32(learner.preceding, node), get_32(learner.following, gone)
+    put_32(learner.tokens, node, token)
+    put_32(learner.following, node, after)
+    put_32(learner.pair_at, node, NONE)
+    if before != NONE:
+        lose(learner, pairs, before)
+        neighbour = get_32(learner.tokens, before)
+        found_in = learner.by_left if neighbour == token else learner.by_right  # (token, token) stands in one of them
+        found = get_32(found_in, neighbour)
+        if found == NONE:
+            found = new_pair(learner, pairs, neighbour, token)
+            put_32(found_in, neighbour, found)
+        touch(learner, pairs, before, found, num_touched)
+        num_touched += 1
+    if after != NONE:
+        put_32(learner.preceding, after, node)
+        lose(learner, pairs, gone)
+        neighbour = get_32(learner.tokens, after)
+        found = get_32(learner.by_left, neighbour)
+        if found == NONE:
+            found = new_pair(learner, pairs, token, neighbour)
+            put_32(learner.by_left, neighbour, found)
+        touch(learner, pairs, node, found, num_touched)
+        num_touched += 1
+    put_32(learner.pair_at, gone, NONE)
+    return num_touched
+
+
+@helper
+def lose(learner: Learner, pairs: Pairs, node: int) -> None:
+    """The pair at the node occurs there no longer."""
+    pair = get_32(learner.pair_at, node)
+    put_64(pairs.total, pair, get_64(pairs.total, pair) - get_64(learner.weights, node))
+
+
+@kernel
+def compare_tokens(learner: Learner, one: int, other: int) -> int:
+    """1, 0 or -1 as the bytes of one token are above, equal to or below the other's."""
+    if one == other:
+        return 0
+    one_prefix, other_prefix = load_word(learner.prefixes + 8 * one), load_word(learner.prefixes + 8 * other)
+    if one_prefix != other_prefix:
+        return 1 if one_prefix > other_prefix else -1
+    one_length, other_length = get_32(learner.token_length, one), get_32(learner.token_length, other)
+    one_start = learner.content + get_32(learner.token_start, one)
+    other_start = learner.content + get_32(learner.token_start, other)
+    for index in range(min(one_length, other_length)):
+        difference = load_byte(one_start + index) - load_byte(other_start + index)
+        if difference != 0:
+            return 1 if difference > 0 else -1
+    return 1 if one_length > other_length else -1
+
+
+@helper
+def goes_first(learner: Learner, pairs: Pairs, count: int, pair: int, other: int) -> bool:
+    """Whether a pair with its count is merged before the one in heap entry other."""
+    other_count = get_64(pairs.heap_count, other)
+    if count != other_count:
+        return count > other_count
+    other_pair = get_32(pairs.heap_pair, other)
+    order = compare_tokens(learner, get_32(pairs.left, pair), get_32(pairs.left, other_pair))
+    if order == 0:
+        order = compare_tokens(learner, get_32(pairs.right, pair), get_32(pairs.right, other_pair))
+    return order > 0
+
+
+@helper
+def move(pairs: Pairs, source: int, target: int) -> None:
+    """Copy a heap entry."""
+    put_64(pairs.heap_count, target, get_64(pairs.heap_count, source))
+    put_32(pairs.heap_pair, target, get_32(pairs.heap_pair, source))
+
+
+@kernel
+def push(learner: Learner, pairs: Pairs, pair: int) -> None:
+    """Put a pair into the heap under its present count."""
+    count = get_64(pairs.total, pair)
+    hole = in_use(learner, HEAP_SIZE)
+    put_64(learner.used, HEAP_SIZE, hole + 1)
+    while hole > 0 and goes_first(learner, pairs, count, pair, (hole - 1) >> 1):
+        move(pairs, (hole - 1) >> 1, hole)
+        hole = (hole - 1) >> 1
+    put_64(pairs.heap_count, hole, count)
+    put_32(pairs.heap_pair, hole, pair)
+
+
+@kernel
+def pop(learner: Learner, pairs: Pairs) -> None:
+    """Remove the top of the heap."""
+    size = in_use(learner, HEAP_SIZE) - 1
+    put_64(learner.used, HEAP_SIZE, size)
+    count, pair = get_64(pairs.heap_count, size), get_32(pairs.heap_pair, size)
+    hole = 0
+    while 2 * hole + 1 < size:
+        child = 2 * hole + 1
+        if child + 1 < size:
+            right_count, right_pair = get_64(pairs.heap_count, child + 1), get_32(pairs.heap_pair, child + 1)
+            if goes_first(learner, pairs, right_count, right_pair, child):
+                child += 1
+        if goes_first(learner, pairs, count, pair, child):
+            break
+        move(pairs, child, hole)
+        hole = child
+    put_64(pairs.heap_count, hole, count)
+    put_32(pairs.heap_pair, hole, pair)

@@ -1,0 +1,111 @@
+"""Text that every machine has: the docstrings of the Python packages installed beside this one.
+
+Files are parsed, never imported. A documented module makes one document: the module's name and docstring, then, in
+source order, the signature and docstring of every class, function and method that has one.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import platform
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+MIN_DOCUMENT_CHARS = 200
+_LEFT_OUT_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def package_roots() -> list[Path]:
+    """The standard library and the packages of the Python that runs."""
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    return [Path(path) for path in dict.fromkeys(paths)]
+
+
+def versions() -> dict[str, str]:
+    """Python and every installed distribution -> version: what the documents depend on."""
+    found = {"python": platform.python_version()}
+    for root in package_roots():
+        for folder in sorted(root.glob("*.dist-info")):
+            name, _, version = folder.name.removesuffix(".dist-info").partition("-")
+            found[name] = version
+    return found
+
+
+def find_files() -> list[tuple[str, Path, os.stat_result]]:
+    """Every .py file below the roots but tests: (name relative to its root, path, its stat), sorted by name."""
+    files = [file for root in package_roots() for file in _walk(root, root)]
+    return sorted(files, key=lambda file: file[:2])
+
+
+def _walk(folder: Path, root: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if entry.name not in _LEFT_OUT_FOLDERS:
+                    yield from _walk(Path(entry.path), root)
+            elif entry.name.endswith(".py") and entry.is_file():
+                yield Path(entry.path).relative_to(root).as_posix(), Path(entry.path), entry.stat()
+
+
+def module_document(name: str, content: bytes) -> str | None:
+    """The document of the module in file ``name`` (relative to its root), or None where it has too little to say.
+
+    Raises ValueError for what this Python cannot parse.
+    """
+    source = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    if _quoted_chars(source) < MIN_DOCUMENT_CHARS:  # saves parsing a third of all files
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{name} cannot be parsed: {type(error).__name__}") from error
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    text = "\n\n".join(_sections(tree, module, source.split("\n")))
+    text = text.encode("utf-8", "replace").decode("utf-8")  # a docstring may spell half a surrogate pair
+    return text if len(text) >= MIN_DOCUMENT_CHARS else None
+
+
+def _quoted_chars(source: str) -> int:
+    """Characters between triple quotes, about: docstrings are written so."""
+    return max(sum(map(len, source.split(quotes)[1::2])) for quotes in ('"""', "'''"))
+
+
+def _sections(node: Documented, name: str, lines: list[str]) -> Iterator[str]:
+    """Heading and docstring of ``node``, and of what it defines and documents, in source order."""
+    docstring = _docstring(node)
+    if docstring or isinstance(node, ast.Module):
+        yield f"{name}{_signature(node, lines)}\n\n{docstring}".strip()
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in _definitions(node.body):
+            yield from _sections(child, f"{name}.{child.name}", lines)
+
+
+def _definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    for statement in body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield statement
+        elif isinstance(statement, ast.If | ast.Try):
+            yield from _definitions(statement.body + statement.orelse)
+
+
+def _docstring(node: Documented) -> str:
+    first = node.body[0] if node.body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return inspect.cleandoc(first.value.value).strip()
+    return ""
+
+
+def _signature(node: Documented, lines: list[str]) -> str:
+    """What stands between the name and the colon, in one line."""
+    if isinstance(node, ast.Module):
+        return ""
+    header = " ".join(" ".join(lines[node.lineno - 1 : node.body[0].lineno - 1]).split())
+    return header.partition(node.name)[2].removesuffix(":").strip()

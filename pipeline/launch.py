@@ -1,0 +1,246 @@
+"""Workers on a cluster: Ray Train starts them, restarts them when one is lost, and brings back what they computed.
+
+Checkpoints are the trainer's own (checkpoint.py), on a folder that every worker sees: a restarted group of workers
+finds the newest there, and so does the same command given again after the whole job died.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import cluster
+from pipeline.checkpoint import find_checkpoint, load_weights, read_info
+from pipeline.config import EvaluateConfig, PretrainConfig
+from pipeline.errors import UserError
+from pipeline.evaluation import unigram_entropy, validation_loss
+from pipeline.shards import Manifest, open_split
+from pipeline.tracking import MemoryTracker, MLflowRun, MLflowTracker, find_run, open_run
+from pipeline.trainer import RunSummary, Trainer, finished_summary
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_SECONDS = 600  # of the worker group: torch's import is slow on a busy machine, a cloud node slower
+
+Settings = dict[str, Any]
+
+
+def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
+    """Train as ``config`` says, on the cluster; at once if this run is done already.
+
+    Raises:
+        UserError: what the user can mend, from the driver or from any worker.
+    """
+    data, output = cluster.resolve_path(config.data), cluster.resolve_path(config.output)
+    summary = finished_summary(config, data=data, output=output)
+    run = open_run(
+        tracking_uri=config.tracking_uri,
+        experiment=config.experiment,
+        folder=output,
+        working_folder=cluster.working_folder(),
+        job="pretrain",
+        reopen=summary is None,
+    )
+    if summary is not None:
+        return summary, run
+    settings = {"config": asdict(config), "data": str(data), "output": str(output), "run": asdict(run)}
+    result = run_workers(
+        pretrain_worker, settings, config, storage=output / "ray_train", max_failures=config.max_failures
+    )
+    return RunSummary(**result), run
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """A checkpoint's loss over a whole val set (<run>/evaluation.json)."""
+
+    checkpoint: str
+    step: int
+    tokens_seen: int
+    manifest_fingerprint: str
+    tokens: int
+    """Predicted."""
+    loss: float
+    """Nats per token."""
+    unigram_entropy: float
+    """Of the same tokens, in nats: what a model reaches that ignores the context."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def learned(self) -> float:
+        """Nats per token below the unigram entropy."""
+        return self.unigram_entropy - self.loss
+
+
+def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> EvaluationReport:
+    """Loss over the whole val set of the data that the checkpoint was trained on, or of --data.
+
+    Args:
+        reuse: take the report of an earlier evaluation of the same checkpoint on the same data.
+    """
+    path = find_checkpoint(cluster.resolve_path(config.checkpoint))
+    info = read_info(path)
+    data = cluster.resolve_path(config.data) if config.data else Path(info.data)
+    manifest = Manifest.load(data)
+    if manifest.tokenizer_fingerprint != info.tokenizer_fingerprint:
+        raise UserError(
+            f"the shards in {data} were made with another tokenizer than checkpoint {path}; give other --data"
+        )
+    run_folder = path.parent.parent
+    report_file = run_folder / "evaluation.json"
+    if reuse and report_file.is_file():
+        report = EvaluationReport(**json.loads(report_file.read_text(encoding="utf-8")))
+        if (report.checkpoint, report.manifest_fingerprint) == (str(path), manifest.fingerprint):
+            return report
+    settings = {"config": asdict(config), "data": str(data), "checkpoint": str(path)}
+    if config.num_workers == 1:
+        result = _unwrap(evaluate_worker(settings))
+    else:
+        result = run_workers(evaluate_worker, settings, config, storage=run_folder / "ray_train", max_failures=0)
+    report = EvaluationReport(
+        checkpoint=str(path),
+        step=info.step,
+        tokens_seen=info.tokens_seen,
+        manifest_fingerprint=manifest.fingerprint,
+        unigram_entropy=unigram_entropy(open_split(data, "val")),
+        **result,
+    )
+    report_file.write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+    _track_evaluation(config, run_folder, report)
+    return report
+
+
+def _track_evaluation(config: EvaluateConfig, run_folder: Path, report: EvaluationReport) -> None:
+    """Put the result into the training run, where the run folder knows one."""
+    run = find_run(tracking_uri=config.tracking_uri, folder=run_folder, working_folder=cluster.working_folder())
+    if run is None:
+        return
+    tracker = MLflowTracker(run)
+    figures = {"loss": report.loss, "perplexity": report.perplexity, "unigram_entropy": report.unigram_entropy}
+    tracker.log_metrics({f"eval/val_{name}": value for name, value in figures.items()}, report.step)
+    tracker.flush()
+
+
+def run_workers(
+    worker: Callable[[Settings], Settings],
+    settings: Settings,
+    config: PretrainConfig | EvaluateConfig,
+    *,
+    storage: Path,
+    max_failures: int,
+) -> Settings:
+    """Run ``worker(settings)`` on config.num_workers workers of one process group; rank 0's result.
+
+    Raises:
+        UserError: from a worker, or because the cluster cannot hold the workers.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_SECONDS))
+    cluster.connect(num_cpus=max(config.num_workers, os.cpu_count() or 1))
+    use_gpu = choose_gpu(config)
+    cluster.require(num_workers=config.num_workers, gpus=use_gpu)
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.parallel import backend_name
+
+    trainer = TorchTrainer(
+        worker,  # type: ignore[arg-type]  # Ray's type does not know results
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend=backend_name(use_gpu)),
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=worker.__name__,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Ray Train v2
+        ),
+    )
+    return _unwrap(trainer.fit().return_value)  # type: ignore[attr-defined]  # Ray Train v2
+
+
+def pretrain_worker(settings: Settings) -> Settings:
+    """One training worker: the trainer with this rank's place."""
+    return _returning_errors(_pretrain, settings)
+
+
+def evaluate_worker(settings: Settings) -> Settings:
+    """One evaluating worker: its share of the val set."""
+    return _returning_errors(_evaluate, settings)
+
+
+def _pretrain(settings: Settings) -> Settings:
+    from pipeline.parallel import join_workers
+
+    config = PretrainConfig(**settings["config"])
+    workers = join_workers(config.device)
+    show_progress(workers.is_first)
+    tracker = MLflowTracker(MLflowRun(**settings["run"])) if workers.is_first else MemoryTracker()
+    data, output = Path(settings["data"]), Path(settings["output"])
+    trainer = Trainer(config, data=data, output=output, workers=workers, tracker=tracker)
+    return asdict(trainer.run())
+
+
+def _evaluate(settings: Settings) -> Settings:
+    from model.transformer import Transformer
+    from pipeline.parallel import compute_dtype, join_workers, parallelize
+
+    config = EvaluateConfig(**settings["config"])
+    path = Path(settings["checkpoint"])
+    workers = join_workers(config.device)
+    model_config = read_info(path).model_config
+    model = Transformer(model_config)
+    parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)
+    load_weights(path, model)
+    result = validation_loss(
+        model,
+        open_split(Path(settings["data"]), "val"),
+        workers,
+        context_length=model_config.context_length,
+        batch_size=config.batch_size,
+    )
+    return asdict(result)
+
+
+def _returning_errors(action: Callable[[Settings], Settings], settings: Settings) -> Settings:
+    """A UserError becomes the result: Ray Train would restart the workers, which mends nothing."""
+    try:
+        return {"result": action(settings)}
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def _unwrap(outcome: Settings) -> Settings:
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return dict(outcome["result"])
+
+
+def choose_gpu(config: PretrainConfig | EvaluateConfig) -> bool:
+    """Whether the workers get a GPU each. Needs a joined cluster.
+
+    Raises:
+        UserError: --device cuda and no GPU in the cluster.
+    """
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and gpus == 0 and not cluster.autoscales():
+        raise UserError(
+            "--device cuda was asked for, but the cluster has no GPU; use --device cpu or auto, or add GPU nodes"
+        )
+    return config.device == "cuda" or (config.device == "auto" and gpus >= config.num_workers)
+
+
+def show_progress(is_first: bool) -> None:
+    """Rank 0's progress lines go to the driver's terminal; other ranks are heard only when something is wrong."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO if is_first else logging.WARNING)

@@ -1,0 +1,410 @@
+"""The training loop, in plain PyTorch: alone, under torchrun, or as a Ray Train worker.
+
+A run is a function of (settings, shards, step): it may stop anywhere and goes on from its newest checkpoint with the
+same data order, on the same number of workers with the same bits. Everything that crosses ranks happens on all ranks
+in the same order; rank 0 alone logs and tells the tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.optimizer import AdamW, clip_grad_norm, parameter_groups, warmup_cosine
+from model.transformer import Transformer, init_weights
+from pipeline.batches import BatchOrder, MicroBatch, micro_batches
+from pipeline.bpe import Tokenizer
+from pipeline.checkpoint import (
+    CheckpointInfo,
+    CheckpointWriter,
+    check_shape,
+    list_checkpoints,
+    load_training_state,
+    load_weights,
+    read_info,
+    training_state,
+)
+from pipeline.config import PretrainConfig, to_dict
+from pipeline.errors import UserError
+from pipeline.evaluation import ValidationResult, validation_loss
+from pipeline.parallel import Workers, compute_dtype, local_part, parallelize, peak_flops, set_gradient_sync
+from pipeline.progress import Clock
+from pipeline.sampling import continue_text
+from pipeline.shards import Manifest, open_split
+from pipeline.tracking import RunInput, Tracker
+
+logger = logging.getLogger(__name__)
+
+SUMMARY_FILE = "summary.json"
+_ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What came out of a finished run (<run>/summary.json)."""
+
+    steps: int
+    tokens_seen: int
+    parameters: int
+    first_loss: float
+    """Training loss of the first step, nats per token."""
+    last_loss: float
+    """Training loss of the last step, nats per token."""
+    val_loss: float
+    """On the val set's first val_tokens, nats per token."""
+    val_tokens: int
+    sample: str
+    tokens_per_second: float
+    """Over the steps of the last start, evaluation and checkpoints left out."""
+    checkpoint: str
+    """Folder of the last checkpoint."""
+    peak_memory_gib: float
+    """Largest resident memory of rank 0 (on a GPU: of its allocator)."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.val_loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step, as this rank saw it; tensors, so that nothing waits for the device."""
+
+    loss: Tensor
+    """This rank's share of the step's mean loss, () float32; averaged over ranks it is the loss."""
+    grad_norm: Tensor
+    """Global norm before clipping, () float32."""
+    lr: float
+    data_wait_seconds: float
+
+
+class Trainer:
+    """One training run on one rank.
+
+    Args:
+        config: resolved settings.
+        data: folder with manifest.json, shards and tokenizer.json.
+        output: the run's folder, seen by every rank.
+        workers: this process among the others.
+        tracker: told of everything on rank 0, unused elsewhere.
+
+    Raises:
+        UserError: shards of another tokenizer, a checkpoint of another model or data order, too little data.
+    """
+
+    def __init__(self, config: PretrainConfig, *, data: Path, output: Path, workers: Workers, tracker: Tracker) -> None:
+        self.config, self.data, self.output, self.workers, self.tracker = config, data, output, workers, tracker
+        self.tokenizer, self.manifest = open_data(data)
+        self.train_stream, self.val_stream = open_split(data, "train"), open_split(data, "val")
+        self.order = BatchOrder(
+            num_windows=len(self.train_stream) // (config.context_length + 1),
+            windows_per_step=config.windows_per_step,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        self.model_config = config.model_config(self.manifest.vocab_size)
+        self.dtype = compute_dtype(config.precision, workers.device)
+        self.model = self._build_model()
+        groups = parameter_groups(self.model, config.weight_decay)
+        self.optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+        self.first_loss = self.last_loss = math.nan
+        self.validation: ValidationResult | None = None
+        self.sample = ""
+        self.writer = CheckpointWriter(
+            output / "checkpoints",
+            workers,
+            keep=config.keep_checkpoints,
+            tokenizer_json=(data / "tokenizer.json").read_text(encoding="utf-8"),
+        )
+        self.start_step = self._resume()
+        self.clock = Clock(
+            self.start_step, config, self.model_config.flops_per_token(), peak_flops(workers, self.dtype)
+        )
+
+    def run(self) -> RunSummary:
+        """Train to the last step; returns the same summary on every rank."""
+        self._announce()
+        for step in range(self.start_step, self.config.train_steps):
+            result = self.train_step(step)
+            self._after_step(step + 1, result)
+        self.writer.wait()
+        summary = self._summarize()
+        if self.workers.is_first:
+            write_summary(self.output, summary)
+            self.tracker.finish("FINISHED")
+        return summary
+
+    def train_step(self, step: int) -> StepResult:
+        """Forward and backward over the step's windows, clip, update. ``step`` counts from 0."""
+        lr = self._learning_rate(step)
+        loss = torch.zeros((), device=self.workers.device)
+        data_wait_seconds = 0.0
+        batches = self._micro_batches(step)
+        count = self.order.num_micro_batches(self.workers.world_size)
+        for index in range(count):
+            start = time.perf_counter()
+            batch = next(batches)
+            data_wait_seconds += time.perf_counter() - start
+            set_gradient_sync(self.model, enabled=index == count - 1)
+            micro_loss = self.model(batch.inputs, batch.targets) * batch.weight
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+        grad_norm = clip_grad_norm(gradients, self.config.grad_clip, all_reduce=self.workers.sum)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_wait_seconds=data_wait_seconds)
+
+    def _after_step(self, done: int, result: StepResult) -> None:
+        """Everything that is due after ``done`` steps. A checkpoint comes before evaluation, which may fail."""
+        config = self.config
+        self.clock.add(result.data_wait_seconds)
+        last = done == config.train_steps
+        if done == 1 or done % config.log_every == 0 or last:
+            self._log_step(done, result)
+        with self.clock.paused():
+            if done % config.checkpoint_every == 0 or last:
+                self._save(done)
+            if done % config.val_every == 0 or last:
+                self._validate(done)
+            if done % config.sample_every == 0 or last:
+                self._sample(done)
+
+    def _build_model(self) -> Transformer:
+        model = Transformer(self.model_config)
+        init_weights(model, self.config.seed)
+        on_gpu = self.workers.device.type == "cuda"
+        compile_blocks = self.config.compile == "on" or (self.config.compile == "auto" and on_gpu)
+        return parallelize(model, self.workers, dtype=self.dtype, compile_blocks=compile_blocks)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint of this run, or the weights of --checkpoint; returns the first step to do."""
+        checkpoints = list_checkpoints(self.output / "checkpoints")
+        newest = self.workers.agree(checkpoints[-1][0] if checkpoints else -1)
+        if newest < 0:
+            if self.config.checkpoint:
+                path = Path(self.config.checkpoint)
+                check_shape(path, read_info(path), self.model_config)
+                load_weights(path, self.model)
+            return 0
+        path = self.output / "checkpoints" / f"step-{newest:06d}"
+        info = read_info(path)
+        check_resumable(path, info, self.config, self.manifest)
+        self.optimizer.init_state()
+        load_training_state(path, training_state(self.model, self.optimizer))
+        self.optimizer.num_steps = info.step
+        self.first_loss, self.last_loss = info.first_loss, info.last_loss
+        return info.step
+
+    def _announce(self) -> None:
+        if not self.workers.is_first:
+            return
+        self.tracker.log_params({**to_dict(self.config), "parameters": self.model_config.num_parameters})
+        self.tracker.log_inputs(run_inputs(self.data, self.manifest))
+        logger.info(
+            "%s parameters, %s train tokens, %d workers on %s, %s; %s",
+            f"{self.model_config.num_parameters:,}",
+            f"{len(self.train_stream):,}",
+            self.workers.world_size,
+            self.workers.device.type,
+            str(self.dtype).removeprefix("torch."),
+            f"resuming at step {self.start_step}" if self.start_step else "starting at step 0",
+        )
+
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        return micro_batches(
+            self.train_stream,
+            self.order,
+            context_length=self.config.context_length,
+            step=step,
+            rank=self.workers.rank,
+            world_size=self.workers.world_size,
+            device=self.workers.device,
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return warmup_cosine(
+            step,
+            max_lr=config.lr,
+            min_lr=config.lr * config.min_lr_fraction,
+            warmup_steps=round(config.train_steps * config.warmup_fraction),
+            total_steps=config.train_steps,
+        )
+
+    def _log_step(self, done: int, result: StepResult) -> None:
+        loss = self.workers.sum(result.loss.clone()).item() / self.workers.world_size
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of step {done} is {loss}; lower --lr, and go on from the last checkpoint")
+        self.first_loss = loss if math.isnan(self.first_loss) else self.first_loss
+        self.last_loss = loss
+        if not self.workers.is_first:
+            return
+        speed = self.clock.read()
+        self.tracker.log_metrics(
+            {
+                "train/loss": loss,
+                "train/grad_norm": result.grad_norm.item(),
+                "train/lr": result.lr,
+                "tokens_seen": done * self.config.tokens_per_step,
+                **speed,
+            },
+            done,
+        )
+        logger.info(self.clock.line(done, loss, result, speed))
+
+    def _validate(self, done: int) -> None:
+        result = validation_loss(
+            self.model,
+            self.val_stream,
+            self.workers,
+            context_length=self.config.context_length,
+            batch_size=self.config.batch_size,
+            max_tokens=self.config.val_tokens,
+        )
+        self.validation = result
+        if self.workers.is_first:
+            self.tracker.log_metrics({"val/loss": result.loss, "val/perplexity": result.perplexity}, done)
+            logger.info("step %d: val loss %.4f, perplexity %.2f", done, result.loss, result.perplexity)
+
+    def _sample(self, done: int) -> None:
+        prompt, length = self.config.sample_prompt, self.config.sample_tokens
+        self.sample = continue_text(self.model, self.tokenizer, prompt, max_new_tokens=length, seed=self.config.seed)
+        if self.workers.is_first:
+            self.tracker.log_sample(done, self.config.sample_prompt, self.sample)
+            logger.info("step %d: sample: %r", done, self.sample)
+
+    def _save(self, done: int) -> None:
+        if self.workers.is_first:
+            self.tracker.flush()  # every point up to a checkpoint is durable, so a resumed run leaves no gap
+        info = CheckpointInfo(
+            step=done,
+            tokens_seen=done * self.config.tokens_per_step,
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+            model=self.model_config.to_dict(),
+            config=to_dict(self.config),
+            data=str(self.data),
+            manifest_fingerprint=self.manifest.fingerprint,
+            tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
+            world_size=self.workers.world_size,
+        )
+        path = self.writer.save(training_state(self.model, self.optimizer), info)
+        if self.workers.is_first:
+            self.tracker.log_checkpoint(done, path, {"train_loss": self.last_loss})
+
+    def _summarize(self) -> RunSummary:
+        done = max(self.start_step, self.config.train_steps)
+        if self.validation is None:  # stopped between the last checkpoint and what follows it
+            self._sample(done)
+            self._validate(done)
+        assert self.validation is not None
+        return RunSummary(
+            steps=done,
+            tokens_seen=done * self.config.tokens_per_step,
+            parameters=self.model_config.num_parameters,
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+            val_loss=self.validation.loss,
+            val_tokens=self.validation.tokens,
+            sample=self.sample,
+            tokens_per_second=self.clock.overall(),
+            checkpoint=str(list_checkpoints(self.output / "checkpoints")[-1][1]),
+            peak_memory_gib=peak_memory_gib(self.workers),
+        )
+
+
+def open_data(folder: Path) -> tuple[Tokenizer, Manifest]:
+    """Tokenizer and manifest of a folder of shards, checked against each other.
+
+    Raises:
+        UserError: no such data, or shards that another tokenizer made.
+    """
+    manifest = Manifest.load(folder)
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"the shards in {folder} were made with another tokenizer than its tokenizer.json (fingerprint "
+            f"{manifest.tokenizer_fingerprint[:12]} against {tokenizer.fingerprint[:12]}); tokenize again"
+        )
+    return tokenizer, manifest
+
+
+def check_resumable(path: Path, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
+    """Raise a UserError where going on from checkpoint ``path`` would not be the same run."""
+    check_shape(path, info, config.model_config(manifest.vocab_size))
+    if info.manifest_fingerprint != manifest.fingerprint:
+        what = "tokenizer" if info.tokenizer_fingerprint != manifest.tokenizer_fingerprint else "shards"
+        raise UserError(
+            f"checkpoint {path} was trained on other {what} than --data holds; give a new --output or the old --data"
+        )
+    for name in _ORDER_SETTINGS:
+        if info.config[name] != getattr(config, name):
+            raise UserError(
+                f"checkpoint {path} was trained with {name} {info.config[name]}, now it is {getattr(config, name)}; "
+                "that changes the data order, so keep it, or give a new --output"
+            )
+
+
+def finished_summary(config: PretrainConfig, *, data: Path, output: Path) -> RunSummary | None:
+    """The summary of this very run if it has reached train_steps; checks what a resume would check.
+
+    Needs neither Ray nor a process group, so that jobs can say at once what is done or what does not fit.
+    """
+    _, manifest = open_data(data)
+    checkpoints = list_checkpoints(output / "checkpoints")
+    if not checkpoints:
+        return None
+    step, path = checkpoints[-1]
+    check_resumable(path, read_info(path), config, manifest)
+    summary_file = output / SUMMARY_FILE
+    if step < config.train_steps or not summary_file.is_file():
+        return None
+    summary = RunSummary(**json.loads(summary_file.read_text(encoding="utf-8")))
+    return summary if summary.steps >= config.train_steps else None
+
+
+def write_summary(output: Path, summary: RunSummary) -> None:
+    partial = output / f"{SUMMARY_FILE}.tmp"
+    partial.write_text(json.dumps(asdict(summary), indent=2), encoding="utf-8")
+    partial.replace(output / SUMMARY_FILE)
+
+
+def run_inputs(data: Path, manifest: Manifest) -> list[RunInput]:
+    """What the run is made from, with fingerprints: the lineage of its weights."""
+    inputs = [
+        RunInput(
+            name=data.name,
+            fingerprint=manifest.fingerprint,
+            source=str(data),
+            context=context,
+            profile={"tokens": manifest.tokens(split), "documents": manifest.documents(split)},
+        )
+        for split, context in (("train", "training"), ("val", "validation"))
+    ]
+    tokenizer = RunInput(
+        name="tokenizer",
+        fingerprint=manifest.tokenizer_fingerprint,
+        source=str(data / "tokenizer.json"),
+        context="tokenizer",
+        profile={"vocab_size": manifest.vocab_size},
+    )
+    return [*inputs, tokenizer]
+
+
+def peak_memory_gib(workers: Workers) -> float:
+    """The most this process held: the GPU allocator's peak, or resident memory."""
+    if workers.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(workers.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts KiB

@@ -1,0 +1,100 @@
+"""Compiled kernels on disk: found again from another checkout, never run stale, nothing done at import."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import kernel_cache
+
+ROOT = Path(__file__).resolve().parents[2]
+HELPER = """
+from pipeline.kernel_cache import helper
+
+@helper
+def step(number):
+    return number + 1
+"""
+KERNEL = """
+from pipeline.kernel_cache import kernel
+from pipeline.inner_kernels import step
+
+@kernel
+def twice(number):
+    return step(step(number))
+"""
+CALL = """
+from pipeline.outer_kernels import twice
+print(twice(0), sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
+"""
+
+
+def run(code: str, folder: Path, cache: Path | str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "GPT25_CACHE_DIR": str(cache)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A package pipeline with one kernel, whose helper is in another file."""
+    folder = tmp_path / "checkout"
+    (folder / "pipeline").mkdir(parents=True)
+    (folder / "pipeline" / "__init__.py").touch()
+    shutil.copy(ROOT / "pipeline" / "kernel_cache.py", folder / "pipeline")
+    (folder / "pipeline" / "inner_kernels.py").write_text(HELPER, encoding="utf-8")
+    (folder / "pipeline" / "outer_kernels.py").write_text(KERNEL, encoding="utf-8")
+    return folder
+
+
+def test_found_from_another_checkout_and_never_stale(checkout: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert run(CALL, checkout, cache).stdout.split() == ["2", "0", "1"]
+    other = tmp_path / "elsewhere" / "unpacked"
+    shutil.copytree(checkout, other, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (other / "pipeline").iterdir():
+        os.utime(file, (1, 1))
+    assert run(CALL, other, cache).stdout.split() == ["2", "1", "0"]
+    # The edit is in the helper's file and keeps its size; numba's own stamp looks at the kernel's file.
+    (checkout / "pipeline" / "inner_kernels.py").write_text(HELPER.replace("+ 1", "+ 5"), encoding="utf-8")
+    assert run(CALL, checkout, cache).stdout.split() == ["10", "0", "1"]
+    assert len(list(cache.glob("numba-*"))) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(CALL, checkout, tmp_path / "file" / "cache")
+    assert done.stdout.split()[0] == "2"
+    assert "compiled kernels are not kept" in done.stderr
+
+
+def test_import_compiles_and_makes_nothing(tmp_path: Path) -> None:
+    code = """
+import pipeline.bpe_training as training, pipeline.bpe_kernels as kernels
+print(len(kernels.encode_documents.signatures), len(training.kernels.learn.signatures))
+"""
+    assert run(code, ROOT, tmp_path / "cache").stdout.split() == ["0", "0"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GPT25_CACHE_DIR", str(tmp_path / "named"))
+    assert kernel_cache.cache_root() == tmp_path / "named"
+    monkeypatch.delenv("GPT25_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert kernel_cache.cache_root() == tmp_path / "xdg" / "gpt-2.5"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the XDG specification: to be ignored
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert kernel_cache.cache_root() == tmp_path / "home" / ".cache" / "gpt-2.5"
+
+
+def test_the_stamp_knows_the_machine() -> None:
+    assert kernel_cache.stamp("one") != kernel_cache.stamp("other") and kernel_cache.stamp("one") == kernel_cache.stamp(
+        "one"
+    )
