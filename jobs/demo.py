@@ -1,4 +1,4 @@
-"""The whole pipeline on this machine, ``make demo``: text, tokenizer, shards, training, evaluation, a sample, a summary.
+"""Everything on this machine (``make demo``): text, tokenizer, shards, training, evaluation, a sample, a summary.
 
 What is done already is skipped, so the second time takes seconds.
 """
@@ -9,17 +9,30 @@ import sys
 # Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+import argparse
+from typing import NoReturn
+
 from jobs._run import guarded, print_table
 from pipeline.config import EvaluateConfig, PretrainConfig, TokenizeConfig, resolve
+from pipeline.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is answered like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def main() -> None:
-    from pipeline import launch, preparation
-
-    flags = sys.argv[1:] or ["--config", "configs/demo.yaml"]
+    parser = Parser(description=__doc__)
+    parser.add_argument("--config", default=os.path.join(sys.path[0], "configs", "demo.yaml"), help="YAML preset")
+    flags = ["--config", parser.parse_args().config]
     tokenize = resolve(TokenizeConfig, "tokenize", flags, program="jobs/demo.py")
     pretrain = resolve(PretrainConfig, "pretrain", flags, program="jobs/demo.py")
     evaluate = resolve(EvaluateConfig, "evaluate", flags, program="jobs/demo.py")
+
+    from pipeline import launch, preparation
 
     _say("1/3 text to shards", tokenize.output)
     data, data_run, _ = preparation.tokenize(tokenize)

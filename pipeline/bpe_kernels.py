@@ -290,7 +290,7 @@ def heap_pop(heap: npt.NDArray[np.uint64], size: int) -> int:
     return size
 
 
-@kernel
+@helper
 def merge_long(address: int, length: int, merges: Merges, ids: npt.NDArray[np.uint32]) -> int:
     """Ids of a piece of any length into ids (length,); returns how many. O(length log length), 52 bytes a byte.
 
@@ -439,7 +439,7 @@ def write_ids(ids: int, count: int, target: int, id_shift: int) -> int:
     return target
 
 
-@kernel
+@helper
 def encode_new(start: int, length: int, first: np.uint64, second: np.uint64, encoder: Encoder, target: int) -> int:
     """Merge a piece that is not in the table and write its ids; enter it if it is short enough to come again."""
     if length <= HEAP_BYTES:
@@ -453,7 +453,7 @@ def encode_new(start: int, length: int, first: np.uint64, second: np.uint64, enc
     return write_ids(ids.ctypes.data, count, target, encoder.id_shift)
 
 
-@kernel
+@helper
 def enter(start: int, length: int, first: np.uint64, second: np.uint64, ids: int, count: int, encoder: Encoder) -> None:
     """Enter a piece and its ids into the table; a table that is 0.6 full, or has no room for it, is emptied first."""
     table = encoder.table

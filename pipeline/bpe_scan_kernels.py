@@ -21,7 +21,9 @@ from numba.extending import intrinsic
 
 from pipeline.kernel_cache import helper
 
-SPACE_CLASS = 3  # of unicode_table.character_classes; other classes are only compared with each other
+LETTER_CLASS, SPACE_CLASS = 1, 3  # of unicode_table.character_classes; the others are only compared with each other
+EVERY_BYTE = np.uint64(0x0101010101010101)
+HIGH_BITS = np.uint64(0x80) * EVERY_BYTE
 
 # --- raw memory ------------------------------------------------------------------------------------------------------
 
@@ -84,6 +86,16 @@ def _putter(bits: int) -> Any:
     return put
 
 
+def _trailing_zeros(typing_context: Any, word: Any) -> Any:
+    """trailing_zeros(word): number of zero bits below the lowest one bit; 64 for zero."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), generate
+
+
+trailing_zeros: Any = intrinsic(_trailing_zeros)
 load_byte = _loader(8, types.int64)
 load_word = _loader(64, types.uint64)
 store_byte = _storer(8)
@@ -147,6 +159,23 @@ def run_end(text: int, position: int, end: int, kind: int, classes: int) -> int:
 
 
 @helper
+def ascii_letters_end(text: int, position: int, end: int) -> int:
+    """Where the ASCII letters from position on stop, as far as whole words of 8 bytes tell; most words need one look.
+
+    Each byte, in lower case and without its top bit, plus 0x1f reaches 0x80 from "a" on, plus 0x05 beyond "z".
+    """
+    while position + 8 <= end:
+        word = load_word(text + position)
+        lower = (word | np.uint64(0x20) * EVERY_BYTE) & ~HIGH_BITS
+        is_letter = (lower + np.uint64(0x1F) * EVERY_BYTE) & ~(lower + np.uint64(0x05) * EVERY_BYTE) & ~word
+        letters = trailing_zeros(~is_letter & HIGH_BITS) >> 3
+        position += letters
+        if letters < 8:
+            break
+    return position
+
+
+@helper
 def space_end(text: int, position: int, end: int, classes: int) -> int:
     """White space: all of it at the end of the text, else all but the last character, if there are two."""
     last = position
@@ -185,6 +214,9 @@ def piece_end(text: int, position: int, end: int, classes: int) -> int:
         if stop > position:
             return stop
     body = position + 1 if first == 0x20 and position + 1 < end else position
+    letters = ascii_letters_end(text, body, end)
+    if letters > body:
+        return run_end(text, letters, end, LETTER_CLASS, classes)
     found = character(text, body, end, classes)
     kind = found & 3
     if kind == SPACE_CLASS:

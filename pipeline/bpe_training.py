@@ -105,6 +105,7 @@ def warm_up() -> None:
     """Compile the kernels of counting, learning and encoding, or find them compiled."""
     bpe.warm_up()
     train_bpe(["aa ab " + 20 * "c"] * 2, NUM_BYTES + 4)
+    kernels.rehash(np.zeros(bpe_kernels.ENTRY_WORDS, np.uint64), np.zeros(bpe_kernels.ENTRY_WORDS, np.uint64))
 
 
 class _Counter:

@@ -221,7 +221,7 @@ def prepare(learner: Learner, pairs: Pairs, offsets: npt.NDArray[np.int64], coun
     list_places(learner, pairs, 0, num_touched)
 
 
-@kernel
+@helper
 def set_token(learner: Learner, token: int, start: int, length: int) -> None:
     """Note where the bytes of a token are."""
     put_32(learner.token_start, token, start)
@@ -251,7 +251,7 @@ def touch(learner: Learner, pairs: Pairs, node: int, pair: int, num_touched: int
     put_64(pairs.total, pair, get_64(pairs.total, pair) + get_64(learner.weights, node))
 
 
-@kernel
+@helper
 def list_places(learner: Learner, pairs: Pairs, first_pair: int, num_touched: int) -> None:
     """Turn the touched nodes, which are in ascending order, into one run of places per pair from first_pair on, and put
     these pairs into the heap. A node whose pair changed twice in the step appears twice in the run of the later one:
@@ -303,7 +303,7 @@ def learn(learner: Learner, pairs: Pairs, merged: npt.NDArray[np.int32], num_mer
     return num_merged
 
 
-@kernel
+@helper
 def merge_pair(learner: Learner, pairs: Pairs, pair: int) -> None:
     """One step: a new token wherever the pair stands."""
     token = in_use(learner, NUM_TOKENS)
@@ -365,7 +365,7 @@ def lose(learner: Learner, pairs: Pairs, node: int) -> None:
     put_64(pairs.total, pair, get_64(pairs.total, pair) - get_64(learner.weights, node))
 
 
-@kernel
+@helper
 def compare_tokens(learner: Learner, one: int, other: int) -> int:
     """1, 0 or -1 as the bytes of one token are above, equal to or below the other's."""
     if one == other:
@@ -403,7 +403,7 @@ def move(pairs: Pairs, source: int, target: int) -> None:
     put_32(pairs.heap_pair, target, get_32(pairs.heap_pair, source))
 
 
-@kernel
+@helper
 def push(learner: Learner, pairs: Pairs, pair: int) -> None:
     """Put a pair into the heap under its present count."""
     count = get_64(pairs.total, pair)
@@ -416,7 +416,7 @@ def push(learner: Learner, pairs: Pairs, pair: int) -> None:
     put_32(pairs.heap_pair, hole, pair)
 
 
-@kernel
+@helper
 def pop(learner: Learner, pairs: Pairs) -> None:
     """Remove the top of the heap."""
     size = in_use(learner, HEAP_SIZE) - 1

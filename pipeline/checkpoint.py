@@ -19,7 +19,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -92,9 +92,7 @@ class CheckpointWriter:
         self._completer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Background collectives need a group of their own, or they would mix with the training step's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        if workers.is_first:
-            _as_user_error(folder, lambda: _prepare(folder))
-        workers.barrier()
+        self._on_first(lambda: _prepare(folder))
 
     def save(self, state: dict[str, Tensor], info: CheckpointInfo) -> Path:
         """Start writing; returns when the state is copied, so that training may change it. Collective.
@@ -105,9 +103,7 @@ class CheckpointWriter:
         self.wait()
         final = self.folder / f"step-{info.step:06d}"
         partial = final.with_name(final.name + _INCOMPLETE)
-        if self.workers.is_first:
-            _as_user_error(self.folder, partial.mkdir, parents=True, exist_ok=True)
-        self.workers.barrier()
+        self._on_first(lambda: partial.mkdir(parents=True, exist_ok=True))
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         upload: Future[Any] = dcp.async_save(  # type: ignore[assignment]  # a plain future: no stager was given
             dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None
@@ -123,8 +119,11 @@ class CheckpointWriter:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        _as_user_error(self.folder, pending.result)
-        self.workers.barrier()
+        self.workers.raise_together(_user_error_of(self.folder, pending.result))
+
+    def _on_first(self, action: Callable[[], Any]) -> None:
+        """Rank 0 acts; where it fails, every rank raises."""
+        self.workers.raise_together(_user_error_of(self.folder, action) if self.workers.is_first else None)
 
     def _complete(self, upload: Future[Any], partial: Path, final: Path, info: CheckpointInfo) -> None:
         upload.result()
@@ -152,7 +151,10 @@ def load_training_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Read ``state``'s tensors in place, each rank its part. Collective where there are several ranks."""
     check_complete(path)
     reader = HuggingFaceStorageReader(str(path))
-    _as_user_error(path, dcp.load, dict(state), storage_reader=reader, no_dist=not dist.is_initialized())
+    no_dist = not dist.is_initialized()
+    error = _user_error_of(path, lambda: dcp.load(dict(state), storage_reader=reader, no_dist=no_dist))
+    if error is not None:  # on every rank: dcp passes failures on
+        raise error
 
 
 def load_weights(path: Path, model: Transformer) -> None:
@@ -245,12 +247,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _as_user_error(folder: Path, action: Any, *arguments: Any, **options: Any) -> Any:
-    """Run ``action``; a failure to read or write becomes one sentence that names the folder."""
+def _user_error_of(folder: Path, action: Callable[[], Any]) -> UserError | None:
+    """Run ``action``; a failure to read or write comes back as one sentence that names the folder."""
     try:
-        return action(*arguments, **options)
+        action()
     except (OSError, dcp.CheckpointException) as error:
-        raise UserError(f"checkpoint files in {folder} cannot be written or read: {_root_cause(error)}") from error
+        return UserError(f"checkpoint files in {folder} cannot be written or read: {_root_cause(error)}")
+    return None
 
 
 def _root_cause(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> EvaluationReport
             return report
     settings = {"config": asdict(config), "data": str(data), "checkpoint": str(path)}
     if config.num_workers == 1:
-        result = _unwrap(evaluate_worker(settings))
+        result = _evaluate(settings)
     else:
         result = run_workers(evaluate_worker, settings, config, storage=run_folder / "ray_train", max_failures=0)
     report = EvaluationReport(
@@ -152,9 +153,10 @@ def run_workers(
 
     from pipeline.parallel import backend_name
 
+    error_note = storage / f"error-{uuid.uuid4().hex}"
     trainer = TorchTrainer(
         worker,  # type: ignore[arg-type]  # Ray's type does not know results
-        train_loop_config=settings,
+        train_loop_config={**settings, "error_note": str(error_note)},
         torch_config=TorchConfig(backend=backend_name(use_gpu)),
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
         run_config=RunConfig(
@@ -164,7 +166,10 @@ def run_workers(
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Ray Train v2
         ),
     )
-    return _unwrap(trainer.fit().return_value)  # type: ignore[attr-defined]  # Ray Train v2
+    try:
+        return _unwrap(trainer.fit().return_value)  # type: ignore[attr-defined]  # Ray Train v2
+    finally:
+        error_note.unlink(missing_ok=True)
 
 
 def pretrain_worker(settings: Settings) -> Settings:
@@ -211,11 +216,26 @@ def _evaluate(settings: Settings) -> Settings:
 
 
 def _returning_errors(action: Callable[[Settings], Settings], settings: Settings) -> Settings:
-    """A UserError becomes the result: Ray Train would restart the workers, which mends nothing."""
+    """A UserError becomes the result of every worker: Ray Train would restart them, which mends nothing.
+
+    The worker that has it notes it and leaves the process group; the others' collectives then fail, and they find the
+    note. Without a note a failed collective means a lost worker, which a restart does mend.
+    """
+    import torch.distributed as dist
+
+    note = Path(settings["error_note"])
     try:
         return {"result": action(settings)}
     except UserError as error:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(error), encoding="utf-8")
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return {"error": str(error)}
+    except RuntimeError:
+        if note.is_file():
+            return {"error": note.read_text(encoding="utf-8")}
+        raise
 
 
 def _unwrap(outcome: Settings) -> Settings:

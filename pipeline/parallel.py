@@ -41,9 +41,13 @@ class Workers:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def raise_together(self, error: UserError | None) -> None:
+        """Raise on every rank if any rank has an error, so that none waits in the next collective for one that left."""
+        failed = self.sum(torch.tensor([error is not None], dtype=torch.int64, device=self.device))
+        if error is not None:
+            raise error
+        if failed.item():
+            raise UserError("another worker could not go on; its message says why")
 
     def agree(self, number: int) -> int:
         """Rank 0's number, on every rank."""
@@ -136,7 +140,7 @@ def peak_flops(workers: Workers, dtype: torch.dtype) -> float:
 def _measured_flops(workers: Workers, dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> float:
     matrix = torch.randn(size, size, dtype=dtype, device=workers.device)
     (matrix @ matrix)[0, 0].item()  # starts the threads, or the kernel's library
-    workers.barrier()
+    workers.agree(0)  # begin together
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         (matrix @ matrix)[0, 0].item()  # waits for the device

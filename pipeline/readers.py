@@ -124,7 +124,7 @@ def _documents(piece: Piece, text_column: str, skipped: Counter[str]) -> Iterato
         skipped["module that cannot be parsed"] += 1
         return
     if document is None:
-        skipped["module without documentation"] += 1
+        skipped["module with little documentation"] += 1
     else:
         yield document
 

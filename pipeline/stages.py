@@ -57,7 +57,7 @@ class Summary:
     seconds: float
     """Of this run, training a tokenizer included."""
     encode_seconds: float
-    """Of them, reading, encoding and writing."""
+    """Of them, reading, encoding and writing, with the seconds that Ray takes to start the first tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +356,13 @@ class _Progress:
         self._items = self._read_bytes = self._text_bytes = self._tokens = 0
         self._start = self._logged = time.perf_counter()
         self._bar = tqdm(
-            total=total_bytes, desc=title, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
+            total=total_bytes,
+            desc=title,
+            unit="B",
+            unit_scale=True,
+            bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",
+            disable=not sys.stderr.isatty(),
+            leave=False,
         )
 
     def add(self, size_bytes: int, text_bytes: int, tokens: int) -> None:
@@ -364,8 +370,8 @@ class _Progress:
         self._read_bytes += size_bytes
         self._text_bytes += text_bytes
         self._tokens += tokens
+        self._bar.set_postfix_str(self._speed(), refresh=False)
         self._bar.update(size_bytes)
-        self._bar.set_postfix_str(self._speed())
         now = time.perf_counter()
         if self._bar.disable and (now - self._logged >= _LOG_SECONDS or self._items == self._num_items):
             self._logged = now

@@ -385,7 +385,7 @@ def run_inputs(data: Path, manifest: Manifest) -> list[RunInput]:
     """What the run is made from, with fingerprints: the lineage of its weights."""
     inputs = [
         RunInput(
-            name=data.name,
+            name=f"{data.name}-{split}",  # MLflow takes equal names and fingerprints for one data set
             fingerprint=manifest.fingerprint,
             source=str(data),
             context=context,

@@ -16,7 +16,8 @@ PIPELINE = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__
 # What each pipeline module may import of the pipeline, its own transitive imports included.
 FORBIDDEN = {
     "errors": PIPELINE,
-    "sources": PIPELINE - {"errors"},
+    "sources": PIPELINE - {"errors", "hub", "docstrings"},
+    "readers": PIPELINE - {"errors", "hub", "docstrings", "sources"},
     "shards": PIPELINE - {"errors"},
     "bpe": {name for name in PIPELINE if not name.startswith(("bpe", "unicode", "kernel", "errors"))},
     "bpe_training": {name for name in PIPELINE if not name.startswith(("bpe", "unicode", "kernel", "errors"))},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections import Counter
@@ -71,7 +72,7 @@ def as_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
 def documents(number: int) -> list[str]:
     """The first documents of the corpus."""
     rows = next(pq.ParquetFile(shared_folder("corpus") / "part-000.parquet").iter_batches(number, columns=["text"]))
-    return rows.column("text").to_pylist()
+    return [str(text) for text in rows.column("text").to_pylist()]
 
 
 @functools.cache
@@ -84,20 +85,24 @@ def tiktoken_class(pattern: str) -> frozenset[str]:
 
 
 @functools.cache
-def splitter() -> re.Pattern[str]:
-    """GPT-2's pattern for Python's re, every class spelled out in characters."""
-    letter, number, space = (
-        "".join(map(re.escape, sorted(tiktoken_class(kind)))) for kind in (r"\p{L}", r"\p{N}", r"\s")
-    )
-    return re.compile(
-        f"'s|'t|'re|'ve|'m|'ll|'d| ?[{letter}]+| ?[{number}]+| ?[^{space}{letter}{number}]+|[{space}]+(?![^{space}])|[{space}]+"
-    )
+def stand_ins() -> dict[int, str]:
+    """For str.translate: every character of a class -> one ASCII character, those that the pattern names excepted."""
+    table = {ord(letter): "a" for letter in tiktoken_class(r"\p{L}")} | {ord(letter): letter for letter in "stdmlvre"}
+    table |= {ord(number): "1" for number in tiktoken_class(r"\p{N}")}
+    return table | {ord(space): "\t" for space in tiktoken_class(r"\s")} | {0x20: " ", 0x27: "'"}
 
 
 def pieces(data: bytes) -> list[bytes]:
-    """What the pattern cuts bytes into; a bad byte is a lone surrogate, which is in no class."""
-    found = splitter().findall(data.decode("utf-8", "surrogateescape"))
-    return [piece.encode("utf-8", "surrogateescape") for piece in found]
+    """What GPT-2's pattern cuts bytes into; a bad byte is a lone surrogate, which is in no class.
+
+    The pattern is applied by Python's re to stand-ins, of which there are few, one for each character.
+    """
+    text = data.decode("utf-8", "surrogateescape")
+    known = stand_ins()
+    shown = "".join([known.get(ord(character), "!") for character in text])
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-z]+| ?1+| ?[!']+|[ \t]+(?![^ \t])|[ \t]+"
+    spans = [match.span() for match in re.finditer(pattern, shown)]
+    return [text[start:stop].encode("utf-8", "surrogateescape") for start, stop in spans]
 
 
 def naive_merges(texts: Sequence[str], num_merges: int) -> list[tuple[bytes, bytes]]:
@@ -108,7 +113,7 @@ def naive_merges(texts: Sequence[str], num_merges: int) -> list[tuple[bytes, byt
     while len(merges) < num_merges:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         for word, tokens in tokens_of.items():
-            for pair in zip(tokens, tokens[1:], strict=False):
+            for pair in itertools.pairwise(tokens):
                 pairs[pair] += words[word]
         if not pairs:
             break

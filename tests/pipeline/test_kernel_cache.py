@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from pipeline import kernel_cache
+from pipeline import bpe_kernels, bpe_scan_kernels, bpe_training_kernels, kernel_cache
+from pipeline.bpe_training import count_pretokens, merge_counts, train_bpe, warm_up
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPER = """
@@ -98,3 +101,17 @@ def test_the_stamp_knows_the_machine() -> None:
     assert kernel_cache.stamp("one") != kernel_cache.stamp("other") and kernel_cache.stamp("one") == kernel_cache.stamp(
         "one"
     )
+
+
+def test_a_kernel_has_one_signature_and_warming_up_compiles_it() -> None:
+    modules = [bpe_kernels, bpe_scan_kernels, bpe_training_kernels]
+    found = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "_cache")}
+    kernels = {name: value for name, value in found.items() if isinstance(value._cache, kernel_cache.StampedCache)}
+    warm_up()
+    assert len(kernels) == 8
+    assert {name: len(value.signatures) for name, value in kernels.items()} == dict.fromkeys(kernels, 1)
+    counts = merge_counts([count_pretokens(pa.array(["a b", "c" * 500]))] * 2)
+    train_bpe(counts, 260).encode_batch(["ab", "c" * 600, "d" * 200])
+    pickle.loads(pickle.dumps(train_bpe(counts, 260))).encode_bytes(b"\xff\xfe" * 200)
+    count_pretokens([" ".join(map(str, range(40_000)))])  # the table grows
+    assert {name: len(value.signatures) for name, value in kernels.items()} == dict.fromkeys(kernels, 1)

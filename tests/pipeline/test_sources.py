@@ -443,6 +443,7 @@ def test_installed_docs_on_a_made_up_environment(tmp_path: Path, monkeypatch: py
         packages / "pkg" / "latin.py": b'"""' + b"caf\xe9 " * 50 + b'"""',
         packages / "pkg" / "broken.py": '"""' + "Fine. " * 50 + '"""\nprint "so 2.7"',
         packages / "pkg" / "short.py": '"""Too short to be worth it."""',
+        packages / "pkg" / "code.py": MODULE + "code = code + 1\n" * 500,
         packages / "pkg" / "tests" / "test_it.py": MODULE,
         packages / "pkg" / "__pycache__" / "shapes.py": MODULE,
         packages / "pkg-1.5.dist-info" / "METADATA": "",
@@ -455,7 +456,7 @@ def test_installed_docs_on_a_made_up_environment(tmp_path: Path, monkeypatch: py
     documents = read("installed-docs", skipped=skipped)
     assert [document.split("\n")[0] for document in documents] == ["pkg", "pkg.shapes", "shapes"]
     assert documents[1] == DOCUMENT
-    assert skipped == {"module that cannot be parsed": 2, "module without documentation": 1}
+    assert skipped == {"module that cannot be parsed": 2, "module with little documentation": 2}
     assert {entry.name: entry.version for entry in find("installed-docs").inputs()}["pkg"] == "1.5"
 
 

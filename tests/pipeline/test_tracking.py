@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
+from tests.pipeline.mlflow_server import stop
 
 
 @pytest.fixture
@@ -108,52 +102,13 @@ def test_a_run_that_the_store_forgot_gets_a_new_one(tmp_path: Path, store: str) 
     assert start(tmp_path, other).run_id != first.run_id
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A real MLflow server on loopback."""
-    url = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", url.rsplit(":", 1)[1]]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        wait_until_healthy(url, process)
-        yield url, process
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(240):
-        assert process.poll() is None, "the server ended by itself"
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("the server did not start")
-
-
 def test_a_real_server_gets_the_same_and_its_death_is_survived(
     tmp_path: Path,
-    server: tuple[str, subprocess.Popen[bytes]],
+    mlflow_server: tuple[str, subprocess.Popen[bytes]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    url, process = server
+    url, process = mlflow_server
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = start(tmp_path, url)
     everything(MLflowTracker(run), tmp_path / "step-000003")

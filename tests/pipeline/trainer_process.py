@@ -33,7 +33,7 @@ def main() -> None:
     if workers.is_first:
         losses = {step: loss.hex() for step, loss in tracker.metrics["train/loss"]}
         Path(settings["history"]).write_text(json.dumps({"start_step": start_step, "losses": losses}))
-    workers.barrier()
+    workers.agree(0)
     os._exit(0)  # as abrupt as a kill: nothing is closed
 
 

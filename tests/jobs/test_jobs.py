@@ -1,0 +1,125 @@
+"""The commands as a user gives them: help from anywhere, mistakes in one sentence, text from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from pipeline.config import PretrainConfig
+from pipeline.parallel import Workers
+from pipeline.shards import open_split
+from pipeline.tracking import MemoryTracker
+from pipeline.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = sorted(path.name for path in (ROOT / "jobs").glob("[a-z]*.py"))
+
+TINY = {"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 64, "context_length": 32, "tokens_per_step": 256}
+
+
+def job(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("GPT25_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    command = [sys.executable, str(ROOT / "jobs" / name), *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def error_of(name: str, *flags: str, cwd: Path) -> str:
+    """The one sentence that a mistake is answered with."""
+    result = job(name, *flags, cwd=cwd)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps, on one rank and without Ray."""
+    folder = tmp_path_factory.mktemp("run")
+    config = PretrainConfig(**TINY, batch_size=8, train_steps=3, val_tokens=100, sample_tokens=4, num_workers=1)
+    workers = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+    Trainer(config, data=tiny_data, output=folder, workers=workers, tracker=MemoryTracker()).run()
+    return folder
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_help_from_another_folder(name: str, tmp_path: Path) -> None:
+    result = job(name, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["tokenize.py", "pretrain.py", "evaluate.py", "generate.py"])
+def test_dry_run_prints_the_resolved_settings(name: str, tmp_path: Path) -> None:
+    section = name.removesuffix(".py")
+    result = job(name, "--config", str(ROOT / "configs/demo.yaml"), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    resolved = yaml.safe_load(result.stdout)[section]
+    preset = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())[section]
+    assert preset.items() <= resolved.items()
+    assert not any(tmp_path.iterdir()), "a dry run leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["tokenize.py", "pretrain.py", "evaluate.py", "generate.py"])
+def test_an_unknown_flag_names_the_nearest(name: str, tmp_path: Path) -> None:
+    assert "did you mean 'dry_run'?" in error_of(name, "--dry_rum", cwd=tmp_path)
+
+
+def test_training_on_nothing(tmp_path: Path) -> None:
+    assert "does not exist" in error_of("pretrain.py", "--data", "nowhere", cwd=tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "has no manifest.json" in error_of("pretrain.py", "--data", "empty", cwd=tmp_path)
+
+
+def test_contradicting_batch_flags(tmp_path: Path) -> None:
+    assert "tokens_per_step is 524,288" in error_of("pretrain.py", "--grad_accum_steps", "2", cwd=tmp_path)
+
+
+def test_text_that_is_not_there(tmp_path: Path) -> None:
+    assert "absent.parquet" in error_of("tokenize.py", "--source", "absent.parquet", "--output", "out", cwd=tmp_path)
+    table = pa.table({"body": ["text"], "id": [1]})
+    pq.write_table(table, tmp_path / "other.parquet")
+    sentence = error_of("tokenize.py", "--source", "other.parquet", "--output", "out", cwd=tmp_path)
+    assert "text" in sentence and "body" in sentence and "id" in sentence
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_generate(run_folder: Path, tmp_path: Path) -> None:
+    flags = ["--checkpoint", str(run_folder), "--prompt", "import os", "--max_new_tokens", "8", "--device", "cpu"]
+    first, again = job("generate.py", *flags, cwd=tmp_path), job("generate.py", *flags, cwd=tmp_path)
+    other = job("generate.py", *flags, "--seed", "2", "--num_samples", "2", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("import os") and len(first.stdout) > len("import os\n")
+    assert first.stdout == again.stdout
+    assert other.stdout.count("import os") == 2 and other.stdout.count("--- sample") == 2
+
+
+def test_generate_from_nothing_or_too_long_a_prompt(run_folder: Path, tmp_path: Path) -> None:
+    assert "neither a checkpoint nor a run folder" in error_of("generate.py", "--checkpoint", "nowhere", cwd=tmp_path)
+    sentence = error_of("generate.py", "--checkpoint", str(run_folder), "--prompt", "x = 1\n" * 99, cwd=tmp_path)
+    assert "the model sees 32" in sentence
+
+
+def test_evaluate(run_folder: Path, tiny_data: Path, tmp_path: Path) -> None:
+    result = job("evaluate.py", "--checkpoint", str(run_folder), "--device", "cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"on {len(open_split(tiny_data, 'val')) - 1:,} tokens" in result.stdout
+    assert "perplexity" in result.stdout
+
+
+def test_a_checkpoint_whose_file_is_cut(run_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (run_folder / "checkpoints" / "step-000003").iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[:-7] if file.suffix == ".safetensors" else content)
+    assert "is missing or truncated" in error_of("generate.py", "--checkpoint", str(broken), cwd=tmp_path)

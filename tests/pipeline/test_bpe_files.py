@@ -1,0 +1,184 @@
+"""tokenizer.json: read by `tokenizers` and `transformers` as it is, read back the same, refused by name if other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.bpe import Tokenizer
+from pipeline.bpe_training import train_bpe
+from pipeline.errors import UserError
+from tests.pipeline.bpe_references import NASTY, documents, gpt2
+
+END = "<|endoftext|>"
+SEQUENCE = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}
+TEXTS = ["".join(NASTY), "It's 1984, isn't it?\n\n  Yes. ", "", " ", f"a{END} b", "naïve 漢字 \U0001f600", "aaaa" * 100]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_bpe(["the cat and the hat, the naïve cat's hat 1984 \U0001f600\n\n"] * 3 + ["aaaa" * 9], 280)
+
+
+@pytest.fixture(scope="module")
+def path(trained: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "new" / "tokenizer.json"
+    trained.save(path)
+    return path
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(NASTY), max_size=40).map("".join))
+def test_tokenizers_gives_our_ids(trained: Tokenizer, path: Path, text: str) -> None:
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    assert theirs.encode(text).ids == trained.encode(text, {END})
+    theirs.encode_special_tokens = True
+    assert theirs.encode(text).ids == trained.encode(text)
+    assert theirs.decode(trained.encode(text), skip_special_tokens=False) == text
+
+
+def test_real_text_in_tokenizers_and_transformers(tmp_path: Path) -> None:
+    texts = [*documents(100), *TEXTS]
+    gpt2().save(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.get_vocab_size() == gpt2().vocab_size == 50257
+    assert theirs.token_to_id(END) == gpt2().eot_id == 50256
+    expected = [gpt2().encode(text, {END}) for text in texts]
+    assert [encoding.ids for encoding in theirs.encode_batch(texts)] == expected
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert fast(texts)["input_ids"] == expected
+    assert fast.decode(expected[-3]) == TEXTS[-3]
+
+
+def test_what_was_saved_is_read_back(trained: Tokenizer, path: Path, tmp_path: Path) -> None:
+    copy = Tokenizer.from_file(path)
+    assert copy.fingerprint == trained.fingerprint and copy.special_tokens == trained.special_tokens
+    copy.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+    assert [entry.name for entry in path.parent.iterdir()] == ["tokenizer.json"]
+
+
+def test_what_tokenizers_trains_is_read(tmp_path: Path) -> None:
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=[END], initial_alphabet=alphabet)
+    theirs.train_from_iterator(["the cat and the hat, the naïve cat's hat"] * 3, trainer)
+    theirs.save(str(tmp_path / "theirs.json"))
+    ours = Tokenizer.from_file(tmp_path / "theirs.json")
+    assert ours.eot_id == 0 and ours.vocab_size == theirs.get_vocab_size()
+    for text in TEXTS:
+        assert ours.encode(text, {END}) == theirs.encode(text).ids
+
+
+def test_a_failed_save_leaves_the_old_file(trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("old", encoding="utf-8")
+
+    def fail(_file: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pipeline.bpe_files.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trained.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"] and path.read_text(
+        encoding="utf-8"
+    ) == "old"
+
+
+def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    """A function that sets content[key][key]... to a value."""
+
+    def apply(content: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change("pre_tokenizer", to={"type": "Whitespace"}), "the pre-tokenizer Whitespace"),
+        (change("pre_tokenizer", to=None), "the pre-tokenizer none"),
+        (
+            change(
+                "pre_tokenizer", to={"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}
+            ),
+            "the pre-tokenizer Sequence of Split, ByteLevel",
+        ),
+        (change("pre_tokenizer", "add_prefix_space", to=True), "add_prefix_space"),
+        (change("pre_tokenizer", "use_regex", to=False), "without its pattern"),
+        (change("normalizer", to={"type": "NFC"}), "the normalizer NFC"),
+        (change("decoder", to={"type": "Metaspace"}), "the decoder Metaspace"),
+        (change("post_processor", to={"type": "TemplateProcessing"}), "the post_processor TemplateProcessing"),
+        (change("truncation", to={"max_length": 5}), "the truncation"),
+        (change("model", "type", to="WordPiece"), "a model of type WordPiece"),
+        (change("model", "type", to="Unigram"), "a model of type Unigram"),
+        (change("model", "byte_fallback", to=True), "byte_fallback True"),
+        (change("model", "ignore_merges", to=True), "ignore_merges True"),
+        (change("model", "dropout", to=0.1), "dropout 0.1"),
+        (change("model", "vocab", to=[]), "no model with a vocabulary"),
+        (change("model", to=None), "no model"),
+        (change("model", "merges", to={}), "no list of merges"),
+        (change("model", "merges", 0, to="a b c"), "the merge 'a b c'"),
+        (change("model", "merges", 0, to="zzz q"), "merges 'zzz'"),
+        (change("model", "merges", 0, to="z q"), "not in its vocabulary"),
+        (change("model", "vocab", "a", to=5000), "the id 5000"),
+        (change("model", "vocab", "a", to="7"), "the id 7"),
+        (change("model", "vocab", "a b", to=280), "byte characters"),
+        (change("added_tokens", 0, "id", to=7), "the ids 279 and 7"),
+        (change("added_tokens", 0, "special", to=False), "special: false"),
+        (change("added_tokens", 0, "lstrip", to=True), "lstrip"),
+        (change("added_tokens", 0, to="x"), "no content or no id"),
+    ],
+)
+def test_other_files_are_refused_by_name(
+    path: Path, tmp_path: Path, damage: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    damage(content)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.from_file(other)
+    assert str(other) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_broken_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.json"):
+        Tokenizer.from_file(tmp_path / "broken.json")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no tokenizer file .*none\.json"):
+        Tokenizer.from_file(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        Tokenizer.from_file(tmp_path)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 5000))
+def test_a_file_cut_anywhere_is_refused(path: Path, tmp_path: Path, position: int) -> None:
+    data = path.read_bytes()
+    (tmp_path / "cut.json").write_bytes(data[: min(position, len(data) - 3)])
+    with pytest.raises(UserError):
+        Tokenizer.from_file(tmp_path / "cut.json")
+
+
+def test_a_tokenizer_without_end_of_text(tmp_path: Path) -> None:
+    train_bpe(["abc"], 257, special_tokens=[]).save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"no special token <\|endoftext\|>"):
+        _ = Tokenizer.from_file(tmp_path / "tokenizer.json").eot_id
