@@ -2,8 +2,8 @@
 
 The training stream is cut into windows of context_length + 1 tokens. Epoch e visits them in a pseudo-random permutation
 that is computed per index, in O(1) memory and time, from (seed, e). Step s takes positions [s*G, (s+1)*G) of that
-order, G being the windows of one step, and each rank a slice of them. So the order does not depend on the number of workers,
-and the step number alone is enough to go on.
+order, G being the windows of one step, and each rank a slice of them. So the order does not depend on the number of
+workers, and the step number alone is enough to go on.
 """
 
 from __future__ import annotations

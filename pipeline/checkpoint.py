@@ -87,7 +87,7 @@ class CheckpointWriter:
         self.workers = workers
         self.keep = keep
         self.tokenizer_json = tokenizer_json
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake here
+        _accept_one_process()
         self._pending: Future[Any] | None = None
         self._completer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Background collectives need a group of their own, or they would mix with the training step's.
@@ -150,6 +150,7 @@ def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict
 def load_training_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Read ``state``'s tensors in place, each rank its part. Collective where there are several ranks."""
     check_complete(path)
+    _accept_one_process()
     reader = HuggingFaceStorageReader(str(path))
     no_dist = not dist.is_initialized()
     error = _user_error_of(path, lambda: dcp.load(dict(state), storage_reader=reader, no_dist=no_dist))
@@ -245,6 +246,10 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _accept_one_process() -> None:
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp's warning: it is no mistake here
 
 
 def _user_error_of(folder: Path, action: Callable[[], Any]) -> UserError | None:

@@ -42,7 +42,7 @@ class DataReport:
 
 
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
-    """Make the shards, or find them made; returns their figures, the MLflow run, and whether they were there already."""
+    """Make the shards, or find them made; returns figures, MLflow run, and whether they were there already."""
     output = cluster.resolve_path(config.output)
     config = _with_absolute_inputs(config)
     report_file = output / SUMMARY_FILE

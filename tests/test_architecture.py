@@ -29,7 +29,7 @@ ONLY_IN = {"ray.data": {"stages"}, "ray.train": {"launch"}, "mlflow": {"tracking
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module that a file imports anywhere, type-checking blocks excepted."""
+    """Every module that a file imports or names anywhere, type-checking blocks excepted."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     type_only = {
         id(child)
@@ -44,6 +44,8 @@ def imported_modules(path: Path) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))  # ray.data is used as an attribute of ray
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names}

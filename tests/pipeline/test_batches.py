@@ -27,7 +27,7 @@ def test_permutations_look_random() -> None:
     image = permute(np.arange(size), size=size, seed=1, epoch=0)
     other_epoch = permute(np.arange(size), size=size, seed=1, epoch=1)
     other_seed = permute(np.arange(size), size=size, seed=2, epoch=0)
-    # For a random permutation the correlation is normal with deviation 1/sqrt(size) = 0.01, fixed points are Poisson(1).
+    # For a random permutation correlations are normal with deviation 1/sqrt(size) = 0.01, fixed points Poisson(1).
     for values in (image, other_epoch, other_seed):
         assert abs(np.corrcoef(np.arange(size), values)[0, 1]) < 0.05
         assert (values == np.arange(size)).sum() < 10

@@ -1,0 +1,100 @@
+"""The README's cluster commands: ``ray start --head``, then both ``ray job submit``, with four workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = ROOT / ".venv" / "bin"
+
+pytestmark = pytest.mark.slow
+
+PRESET = """
+tokenize: {source: installed-docs, output: data/small, vocab_size: 1024, sample_bytes: 8000000, val_fraction: 0.01}
+pretrain:
+  {data: data/small, output: runs/small, num_layers: 2, num_heads: 2, d_model: 64, d_ff: 128, context_length: 64,
+   tokens_per_step: 2048, batch_size: 8, train_steps: 30, lr: 3.0e-3, num_workers: 4, device: cpu, val_every: 15,
+   val_tokens: 4096, sample_every: 15, checkpoint_every: 10}
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head node of four logical CPUs with a home of its own; yields the submitter's environment."""
+    gcs, dashboard = free_ports(2)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "GPT25_HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    command = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
+    head = subprocess.Popen(
+        [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path / 'ray'}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_until_listening(dashboard, head)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": address}
+    finally:
+        nodes = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+        for process in nodes:
+            process.terminate()
+        _, alive = psutil.wait_procs(nodes, timeout=20)
+        for process in alive:
+            process.kill()
+
+
+def wait_until_listening(port: int, head: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert head.poll() is None, "ray start ended by itself"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise AssertionError("the dashboard did not start")
+
+
+def submit(job: str, preset: str, environment: dict[str, str]) -> str:
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{job}.py", "--config", preset]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_both_jobs_on_a_cluster(cluster: dict[str, str], tmp_path: Path) -> None:
+    preset = tmp_path / "small.yaml"
+    preset.write_text(PRESET)
+    assert "tokenize: done" in submit("tokenize", str(preset), cluster)
+    log = submit("pretrain", str(preset), cluster)
+    assert "4 workers on cpu" in log and "pretrain: done" in log
+    summary = json.loads((tmp_path / "runs/small/summary.json").read_text())
+    assert summary["steps"] == 30 and summary["last_loss"] < summary["first_loss"] - 0.5
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "gpt-2.5"]
+    runs = {run.data.tags["job"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert {job: run.info.status for job, run in runs.items()} == {"tokenize": "FINISHED", "pretrain": "FINISHED"}
+    assert runs["pretrain"].data.metrics["train/loss"] == pytest.approx(summary["last_loss"])
+    assert "done before" in submit("tokenize", str(preset), cluster)
