@@ -29,7 +29,7 @@ ONLY_IN = {"ray.data": {"stages"}, "ray.train": {"launch"}, "mlflow": {"tracking
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module that a file imports or names anywhere, type-checking blocks excepted."""
+    """Every module that a file imports anywhere, type-checking blocks excepted."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     type_only = {
         id(child)
@@ -44,12 +44,19 @@ def imported_modules(path: Path) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Attribute):
-            found.add(ast.unparse(node))  # ray.data is used as an attribute of ray
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def attributes(path: Path) -> set[str]:
+    """Every dotted name that a file uses: ray.data is reached through ray."""
+    return {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
 
 
 def files(folder: str) -> list[Path]:
@@ -97,7 +104,7 @@ def test_each_framework_is_imported_by_one_module(library: str) -> None:
     users = {
         path.stem
         for path in files("pipeline")
-        if any(name == library or name.startswith(f"{library}.") for name in imported_modules(path))
+        if any(f"{name}.".startswith(f"{library}.") for name in imported_modules(path) | attributes(path))
     }
     assert users == ONLY_IN[library]
 
