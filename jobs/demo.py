@@ -45,7 +45,7 @@ def main() -> None:
         [
             ("documents", f"{data.documents:,} ({data.text_megabytes:,.1f} MB of text)"),
             ("tokens", f"{data.train_tokens:,} train, {data.val_tokens:,} val, {data.bytes_per_token:.2f} bytes each"),
-            ("tokenization", f"{data.megabytes_per_second:,.1f} MB/s"),
+            ("tokenization", f"{data.megabytes_per_second:,.1f} MB/s of text, from source to shards"),
             ("parameters", f"{training.parameters:,}"),
             (
                 "steps",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,11 +45,12 @@ def free_ports(count: int) -> list[int]:
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A head node of four logical CPUs with a home of its own; yields the submitter's environment."""
     gcs, dashboard = free_ports(2)
+    session = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the paths of sockets have a limit of 107 bytes
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled", "GPT25_HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
     command = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
     head = subprocess.Popen(
-        [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path / 'ray'}"],
+        [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={session}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -57,12 +61,21 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         wait_until_listening(dashboard, head)
         yield {**environment, "RAY_API_SERVER_ADDRESS": address}
     finally:
-        nodes = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
-        for process in nodes:
+        stop(head)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def stop(head: subprocess.Popen[bytes]) -> None:
+    """End this node's processes; ``ray stop`` would end those of every cluster on the machine."""
+    if head.poll() is not None:
+        return
+    processes = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-        _, alive = psutil.wait_procs(nodes, timeout=20)
-        for process in alive:
-            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    for process in alive:
+        process.kill()
 
 
 def wait_until_listening(port: int, head: subprocess.Popen[bytes]) -> None:
