@@ -38,7 +38,7 @@ format: setup
 
 ui: setup
 	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C stops it)"
-	@$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 
 clean:
 	rm -rf data/demo runs/demo build *.egg-info .ruff_cache .mypy_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,23 @@ def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
         checkpoint.read_info(tmp_path)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tiny disk takes root")
+    try:
+        model, optimizer = trained()
+        state = checkpoint.training_state(model, optimizer)  # about 350 KB
+        save(tmp_path / "checkpoints", state, 1)
+        (tmp_path / "ballast").write_bytes(bytes(250_000))
+        with pytest.raises(UserError, match="No space left on device"):
+            save(tmp_path / "checkpoints", state, 2)
+        assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [1]
+        checkpoint.load_training_state(tmp_path / "checkpoints" / "step-000001", state)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
