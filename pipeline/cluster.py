@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def connect(*, num_cpus: int) -> None:
     if submitted():
         ray.init()  # address and runtime environment come with the job
     elif not starts_one:
+        _require_answer(os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path())
     else:
         ray.init(
@@ -71,6 +73,20 @@ def connect(*, num_cpus: int) -> None:
             logging_level=logging.WARNING,
             runtime_env=_project_on_path(),
         )
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries for five minutes before it says that nobody is there."""
+    match = re.fullmatch(r"([\w.-]+):(\d+)", address)
+    if match is None:  # "auto", or a scheme that Ray knows
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"no Ray cluster at RAY_ADDRESS {address} ({reason}); start it, or unset RAY_ADDRESS"
+        ) from error
 
 
 def shut_down() -> None:

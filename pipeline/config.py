@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,8 +338,16 @@ def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, 
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved settings as plain values: what MLflow, a checkpoint and --dry_run show."""
-    return dataclasses.asdict(config)
+    """The resolved settings as plain values: what MLflow, a checkpoint and --dry_run show; no passwords."""
+    values = dataclasses.asdict(config)
+    if values.get("tracking_uri"):
+        values["tracking_uri"] = without_password(values["tracking_uri"])
+    return values
+
+
+def without_password(text: str) -> str:
+    """``text`` without the user and password of any scheme://user:password@host in it."""
+    return re.sub(r"([a-z][a-z0-9+.-]*://)[^/@\s]*@", r"\1", text)
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

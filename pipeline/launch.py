@@ -148,7 +148,7 @@ def run_workers(
     cluster.connect(num_cpus=max(config.num_workers, os.cpu_count() or 1))
     use_gpu = choose_gpu(config)
     cluster.require(num_workers=config.num_workers, gpus=use_gpu)
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipeline.parallel import backend_name
@@ -168,6 +168,12 @@ def run_workers(
     )
     try:
         return _unwrap(trainer.fit().return_value)  # type: ignore[attr-defined]  # Ray Train v2
+    except TrainingFailedError as error:
+        logger.warning("the last failure:", exc_info=error)
+        raise UserError(
+            f"the workers failed more often than max_failures {max_failures} allows; what stopped them stands above, "
+            "and the same command goes on from the newest checkpoint"
+        ) from error
     finally:
         error_note.unlink(missing_ok=True)
 

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pipeline.config import without_password
+from pipeline.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _NOTE = "mlflow_run.json"
@@ -111,9 +114,10 @@ class MLflowRun:
     @property
     def location(self) -> str:
         """Where a person finds it."""
-        if self.tracking_uri.startswith("http"):
-            return f"{self.tracking_uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"run {self.run_id} in {self.tracking_uri} (make ui shows it)"
+        address = without_password(self.tracking_uri)
+        if address.startswith("http"):
+            return f"{address}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"run {self.run_id} in {address} (make ui shows it)"
 
 
 def open_run(
@@ -127,21 +131,26 @@ def open_run(
         working_folder: where the sqlite store and its artifacts lie.
         job: the verb, for instance "pretrain"; a tag.
         reopen: mark a noted run as running again.
+
+    Raises:
+        UserError: the store does not answer.
     """
     uri = _resolve_uri(tracking_uri, working_folder)
-    client = _client(uri)
-    experiment_id = _experiment_id(client, experiment, working_folder)
-    note = folder / _NOTE
-    run_id = _noted_run_id(client, note, uri)
-    if run_id is None:
-        tags = {"mlflow.runName": folder.name, "job": job, "mlflow.source.name": f"jobs/{job}.py"}
-        run_id = client.create_run(experiment_id, tags=tags).info.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(".tmp")
-        partial.write_text(json.dumps({"tracking_uri": uri, "run_id": run_id}), encoding="utf-8")
-        partial.replace(note)
-    elif reopen:
-        client.update_run(run_id, status="RUNNING")
+    try:
+        client = _client(uri)
+        experiment_id = _experiment_id(client, experiment, working_folder)
+        run_id = _noted_run_id(client, folder / _NOTE, uri)
+        if run_id is None:
+            tags = {"mlflow.runName": folder.name, "job": job, "mlflow.source.name": f"jobs/{job}.py"}
+            run_id = client.create_run(experiment_id, tags=tags).info.run_id
+            _note_run_id(folder, uri, run_id)
+        elif reopen:
+            client.update_run(run_id, status="RUNNING")
+    except _store_errors() as error:
+        raise UserError(
+            f"MLflow at {without_password(uri)} does not answer ({_first_line(error)}); start it, or unset "
+            "MLFLOW_TRACKING_URI to track in a file of the working folder"
+        ) from error
     return MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id)
 
 
@@ -169,7 +178,8 @@ class MLflowTracker:
         from mlflow.entities import Param
 
         values = {name: str(value)[:_MAX_PARAM_CHARACTERS] for name, value in params.items()}
-        logged = self._client.get_run(self.run.run_id).data.params
+        logged: dict[str, str] = {}
+        self._guarded("params", lambda: logged.update(self._client.get_run(self.run.run_id).data.params))
         changed = {name: value for name, value in values.items() if name in logged and logged[name] != value}
         new = [Param(name, value) for name, value in values.items() if name not in logged]
         self._guarded("params", lambda: self._client.log_batch(self.run.run_id, params=new))
@@ -284,16 +294,25 @@ class MLflowTracker:
 
     def _guarded(self, what: str, action: Any) -> bool:
         """Whether ``action`` got through; a failure of the store is a warning, because the run matters more."""
-        import requests
-        import sqlalchemy.exc
-        from mlflow.exceptions import MlflowException
-
         try:
             action()
-        except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-            logger.warning("MLflow did not take the %s (%s); training goes on", what, str(error).splitlines()[0])
+        except _store_errors() as error:
+            logger.warning("MLflow did not take the %s (%s); training goes on", what, _first_line(error))
             return False
         return True
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    """What a store that is away or broken raises."""
+    import requests
+    import sqlalchemy.exc
+    from mlflow.exceptions import MlflowException
+
+    return (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError)
+
+
+def _first_line(error: BaseException) -> str:
+    return without_password(next(iter(str(error).splitlines()), type(error).__name__))
 
 
 def _resolve_uri(tracking_uri: str | None, working_folder: Path) -> str:
@@ -331,13 +350,20 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
+def _note_run_id(folder: Path, uri: str, run_id: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{_NOTE}.tmp"
+    partial.write_text(json.dumps({"tracking_uri": without_password(uri), "run_id": run_id}), encoding="utf-8")
+    partial.replace(folder / _NOTE)
+
+
 def _noted_run_id(client: Any, note: Path, uri: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     if not note.is_file():
         return None
     noted = json.loads(note.read_text(encoding="utf-8"))
-    if noted["tracking_uri"] != uri:
+    if noted["tracking_uri"] != without_password(uri):
         return None
     try:
         return str(client.get_run(noted["run_id"]).info.run_id)

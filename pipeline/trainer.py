@@ -171,10 +171,11 @@ class Trainer:
         config = self.config
         self.clock.add(result.data_wait_seconds)
         last = done == config.train_steps
-        if done == 1 or done % config.log_every == 0 or last:
+        saves = done % config.checkpoint_every == 0 or last
+        if done == 1 or done % config.log_every == 0 or saves:  # a loss that is not finite is seen before it is saved
             self._log_step(done, result)
         with self.clock.paused():
-            if done % config.checkpoint_every == 0 or last:
+            if saves:
                 self._save(done)
             if done % config.val_every == 0 or last:
                 self._validate(done)

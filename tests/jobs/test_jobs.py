@@ -80,6 +80,15 @@ def test_training_on_nothing(tmp_path: Path) -> None:
     assert "has no manifest.json" in error_of("pretrain.py", "--data", "empty", cwd=tmp_path)
 
 
+def test_a_cluster_that_does_not_answer(tiny_data: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9", "GPT25_HOME": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "jobs" / "pretrain.py"), "--data", str(tiny_data), "--output", "run"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1
+    assert "error: no Ray cluster at RAY_ADDRESS 127.0.0.1:9" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_contradicting_batch_flags(tmp_path: Path) -> None:
     assert "tokens_per_step is 524,288" in error_of("pretrain.py", "--grad_accum_steps", "2", cwd=tmp_path)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.config import PretrainConfig, to_dict
+from pipeline.errors import UserError
 from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
 from tests.pipeline.mlflow_server import stop
 
@@ -93,6 +95,21 @@ def test_a_restarted_run_goes_on_without_doubled_points(tmp_path: Path, store: s
     assert [row[0] for row in samples["data"]] == [2, 4]
     found = MlflowClient(store).get_run(second.run_id)
     assert found.data.params["train_steps"] == "3" and found.data.tags["resumed.train_steps"] == "4"
+
+
+def test_a_store_that_does_not_answer_at_the_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer") as caught:
+        start(tmp_path, "http://somebody:secret@127.0.0.1:9")
+    assert "secret" not in str(caught.value)
+
+
+def test_passwords_of_the_store_stay_out_of_sight(tmp_path: Path) -> None:
+    address = "postgresql://somebody:secret@host:5432/mlflow"
+    assert "secret" not in MLflowRun(tracking_uri=address, experiment_id="1", run_id="r").location
+    assert to_dict(PretrainConfig(tracking_uri=address))["tracking_uri"] == "postgresql://host:5432/mlflow"
 
 
 def test_a_run_that_the_store_forgot_gets_a_new_one(tmp_path: Path, store: str) -> None:
