@@ -69,7 +69,7 @@ class TokenizeConfig:
     experiment: str = "gpt-2.5"
     """MLflow experiment."""
     dry_run: bool = False
-    """Print the resolved settings and the plan, then stop."""
+    """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
         _require(
