@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ KEPT_BYTES = 1 << 23
 SLACK_IDS = 8  # the kernel writes 16 bytes at a time
 BYTES_PER_TOKEN = 3  # guess for the first size of the output; English has 4
 
-Texts = Sequence[str] | pa.Array | pa.ChunkedArray
+Texts: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
