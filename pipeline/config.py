@@ -93,7 +93,7 @@ class PretrainConfig:
     output: str = "runs/gpt2.5"
     """Folder of this run: checkpoints, settings, summary. The same folder again goes on where it stopped."""
     checkpoint: str | None = None
-    """Start from the weights of this checkpoint (of another run) instead of random ones."""
+    """Start from the weights of this checkpoint, or another run's newest, instead of random ones."""
 
     num_layers: int = 12
     """Transformer blocks."""

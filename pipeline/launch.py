@@ -12,7 +12,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
     )
     if summary is not None:
         return summary, run
+    if config.checkpoint:  # found here: workers run in other folders
+        config = replace(config, checkpoint=str(find_checkpoint(cluster.resolve_path(config.checkpoint))))
     settings = {"config": asdict(config), "data": str(data), "output": str(output), "run": asdict(run)}
     result = run_workers(
         pretrain_worker, settings, config, storage=output / "ray_train", max_failures=config.max_failures
@@ -96,7 +98,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> EvaluationReport
         raise UserError(
             f"the shards in {data} were made with another tokenizer than checkpoint {path}; give other --data"
         )
-    run_folder = path.parent.parent
+    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path
     report_file = run_folder / "evaluation.json"
     if reuse and report_file.is_file():
         report = EvaluationReport(**json.loads(report_file.read_text(encoding="utf-8")))

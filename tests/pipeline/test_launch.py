@@ -155,6 +155,14 @@ def test_a_killed_job_goes_on_with_the_same_command(
     assert losses(run) == losses(clean[1]), "no point is missing or doubled"
 
 
+def test_a_new_run_starts_from_the_newest_weights_of_another(
+    clean: tuple[RunSummary, MLflowRun], config: PretrainConfig, folder: Path
+) -> None:
+    tiny_step = dataclasses.replace(config, output="tuned", checkpoint="clean", train_steps=1, lr=1e-9)
+    summary, _ = launch.pretrain(tiny_step)
+    assert summary.val_loss == pytest.approx(clean[0].val_loss, abs=1e-4)  # one step at this rate moves nothing
+
+
 def test_evaluation_on_two_workers_equals_one(clean: tuple[RunSummary, MLflowRun], folder: Path) -> None:
     alone = launch.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4))
     together = launch.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4, num_workers=2))
