@@ -343,9 +343,8 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
     # Without a server, artifacts would land in whatever folder a worker runs in.
     local = not client.tracking_uri.startswith("http")
     location = (working_folder / "mlartifacts").as_uri() if local else None
-    tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with training runs, not with prompts
     try:
-        return str(client.create_experiment(name, artifact_location=location, tags=tags))
+        return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:  # another job made it in the meantime
         return str(client.get_experiment_by_name(name).experiment_id)
 
