@@ -1,44 +1,48 @@
 """Byte-level BPE: text to token ids and back, equal to GPT-2's tokenizer when given its vocabulary.
 
-Text is UTF-8, cut into pieces by GPT-2's pattern (white space, letters and numbers as in unicode_table.py); the bytes
-of a piece are merged in the order in which the merges were learned. On disk a tokenizer is a Hugging Face
-``tokenizer.json``. References: tiktoken and `tokenizers` give the same ids (tests/pipeline/test_bpe.py).
+Text is UTF-8, cut into pieces by GPT-2's pattern or by cl100k's (white space, letters and numbers as in
+unicode_table.py); the bytes of a piece are merged in the order in which the merges were learned. On disk a tokenizer is
+a Hugging Face ``tokenizer.json``. References: tiktoken and `tokenizers` give the same ids (tests/pipeline/test_bpe.py).
+How it works, and how fast it is: docs/tokenizer.md.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import bpe_kernels
-from pipeline.bpe_files import Vocabulary, read_gpt2, read_tokenizer_json, write_tokenizer_json
+from pipeline import bpe_kernels, bpe_merge_kernels, bpe_table_kernels
+from pipeline.bpe_files import PATTERNS, Pattern, Vocabulary, read_gpt2, read_tokenizer_json, write_tokenizer_json
+from pipeline.bpe_texts import TextBuffer, Texts, bytes_buffer, refuse_nulls, shares, text_buffers, utf8
+from pipeline.bpe_workspace import Arrays, new_scanner, new_table, zeroed
 from pipeline.errors import UserError
-from pipeline.unicode_table import character_classes
 
 END_OF_TEXT = "<|endoftext|>"
-PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-MAX_TOKENS = 1 << 24  # a rank has 24 bits in the keys of bpe_kernels.merge_long
+MAX_TOKENS = 1 << 24  # a rank has 24 bits in the keys of bpe_merge_kernels.merge_long
 MAX_UINT16_TOKENS = 1 << 16
+PATTERN_NUMBERS: dict[Pattern, int] = {"gpt2": bpe_kernels.GPT2, "cl100k": bpe_kernels.CL100K}
 
-# The table of pieces seen before, one per thread that encodes: 32 + 4 + 8 MiB, touched as it fills. It holds 629,145
-# distinct pieces, about what 0.9 GB of English have; then it is emptied and fills again.
-TABLE_SLOTS = 1 << 20
-SPILLED_IDS = 1 << 20
-KEPT_BYTES = 1 << 23
+# The cache of pieces, one per thread that encodes. A slot takes 44 bytes: its entry, and shares of the bytes of long
+# pieces and of the ids that do not fit into an entry. When 0.6 of them are used, it is emptied and fills again. The
+# default, 44 MiB, holds 629,145 distinct pieces, about what 0.9 GB of English have.
+CACHE_SLOTS = 1 << 20
+KEPT_BYTES_PER_SLOT = 8
+SPILLED_IDS_PER_SLOT = 1
 
 SLACK_IDS = 8  # the kernel writes 16 bytes at a time
 BYTES_PER_TOKEN = 3  # guess for the first size of the output; English has 4
 
-Texts: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
@@ -50,10 +54,25 @@ class Tokenizer:
     """
 
     def __init__(
-        self, tokens: Sequence[bytes], merges: Sequence[tuple[int, int]], special_tokens: Mapping[str, int]
+        self,
+        tokens: Sequence[bytes],
+        merges: Sequence[tuple[int, int]],
+        special_tokens: Mapping[str, int],
+        *,
+        pattern: Pattern = "gpt2",
+        cache_slots: int = CACHE_SLOTS,
     ) -> None:
-        """tokens: bytes of every id. merges: pairs of ids, first learned first. ValueError where they do not fit."""
-        self._vocabulary = Vocabulary(list(tokens), list(merges), dict(special_tokens))
+        """tokens: bytes of every id. merges: pairs of ids, first learned first. ValueError where they do not fit.
+
+        pattern: by which text is cut into pieces. cache_slots: a power of two; every thread that encodes takes 44 bytes
+        a slot to remember pieces in. Fewer cost speed as soon as 0.6 of them do not hold the distinct pieces of a text.
+        """
+        if pattern not in PATTERN_NUMBERS:
+            raise ValueError(f"has the pattern {pattern!r}, not one of {', '.join(PATTERN_NUMBERS)}")
+        if cache_slots < 2 or cache_slots & (cache_slots - 1):
+            raise ValueError(f"is to have {cache_slots} cache_slots, not a power of two")
+        self._vocabulary = Vocabulary(list(tokens), list(merges), dict(special_tokens), pattern)
+        self._cache_slots = cache_slots
         self._byte_ids, self._merged_ids = _check(self._vocabulary)
         self._workspaces: list[_Workspace] = []  # as many as threads have been encoding at a time
 
@@ -70,15 +89,18 @@ class Tokenizer:
     @classmethod
     def _from_vocabulary(cls, vocabulary: Vocabulary, path: str | Path) -> Tokenizer:
         try:
-            return cls(*vocabulary)
+            return cls(vocabulary.tokens, vocabulary.merges, vocabulary.special_tokens, pattern=vocabulary.pattern)
         except ValueError as error:
             raise UserError(f"{path} {error}; mend the file") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(self._vocabulary)
+        make = functools.partial(type(self), pattern=self.pattern, cache_slots=self._cache_slots)
+        return make, (self._vocabulary.tokens, self._vocabulary.merges, self._vocabulary.special_tokens)
 
     def __repr__(self) -> str:
-        return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={self.special_tokens})"
+        return (
+            f"Tokenizer(vocab_size={self.vocab_size}, pattern={self.pattern!r}, special_tokens={self.special_tokens})"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a ``tokenizer.json`` as `tokenizers` and `transformers` read it: complete or not at all.
@@ -98,6 +120,11 @@ class Tokenizer:
         return dict(self._vocabulary.special_tokens)
 
     @property
+    def pattern(self) -> Pattern:
+        """Name of the pattern by which text is cut into pieces; bpe_files.PATTERNS has the expressions."""
+        return self._vocabulary.pattern
+
+    @property
     def eot_id(self) -> int:
         """Id of ``<|endoftext|>``, which opens every document."""
         if END_OF_TEXT not in self._vocabulary.special_tokens:
@@ -113,7 +140,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256, in hex, over the pattern, the bytes of every token, the merges and the special tokens."""
         content = {
-            "pattern": PATTERN,
+            "pattern": PATTERNS[self.pattern],
             "tokens": [token.hex() for token in self._vocabulary.tokens],
             "merges": [list(pair) for pair in self._vocabulary.merges],
             "special_tokens": self._vocabulary.special_tokens,
@@ -126,7 +153,7 @@ class Tokenizer:
         A lone surrogate, which UTF-8 cannot write, counts as U+FFFD.
         """
         if not allowed_special:
-            return self.encode_bytes(_utf8(text))
+            return self.encode_bytes(utf8(text))
         unknown = sorted(set(allowed_special) - self._vocabulary.special_tokens.keys())
         if unknown:
             raise UserError(
@@ -138,29 +165,43 @@ class Tokenizer:
             if part in names:
                 ids.append(self._vocabulary.special_tokens[part])
             else:
-                ids += self.encode_bytes(_utf8(part))
+                ids += self.encode_bytes(utf8(part))
         return ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of bytes that need not be UTF-8: a byte of no character counts as one that is neither letter, number nor
         white space."""
-        if not data:
-            return []
-        ids, _ = self._encode_buffers([_bytes_buffer(data)])
+        ids, _ = self._encode([bytes_buffer(data)], None)
         return ids.tolist()
 
-    def encode_batch(self, texts: Texts) -> tuple[Ids, npt.NDArray[np.int64]]:
+    def encode_batch(self, texts: Texts, *, num_threads: int = 1) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Ids of documents, one behind the other, and where each begins: document i is ids[offsets[i]:offsets[i + 1]].
 
-        texts: a list of str, or an Arrow array (plain, sliced or chunked) of string or large_string, read in place.
-        Returns ids (uint16, or uint32 above 65,536 ids) and offsets (int64, one more than documents). Nulls are refused
-        with a UserError. The work is done without the GIL: threads encode in parallel, each with a table of its own.
+        texts: a list of str, or an Arrow array as for encode_arrow; a null is refused with a UserError. Returns ids
+        (uint16, or uint32 above 65,536 ids) and offsets (int64, one more than documents).
         """
-        return self._encode_buffers(list(text_buffers(texts)))
+        refuse_nulls(texts)
+        return self._encode_parallel(texts, None, num_threads)
+
+    def encode_arrow(
+        self, texts: pa.Array | pa.ChunkedArray, *, prefix: int | None = None, num_threads: int = 1
+    ) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """The same for an Arrow array of string, large_string or string_view, plain, sliced or chunked, read in place.
+
+        A null is an empty text. prefix: an id to put in front of every document. The work is done without the GIL:
+        num_threads of this call, or of the caller's own, encode in parallel, each with a cache of its own.
+        """
+        if prefix is not None and not 0 <= prefix < self.vocab_size:
+            raise UserError(f"prefix is {prefix}; it must be an id from 0 to {self.vocab_size - 1}")
+        return self._encode_parallel(texts, prefix, num_threads)
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_batch(self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> list[str]:
+        """Texts of the documents ids[offsets[i]:offsets[i + 1]], as encode_batch returned them."""
+        return [self.decode(ids[start:stop]) for start, stop in itertools.pairwise(offsets.tolist())]
 
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[Any]) -> bytes:
         """Bytes of ids, special tokens as their text; UserError on an id outside the vocabulary."""
@@ -174,26 +215,38 @@ class Tokenizer:
             )
         return b"".join(map(self._vocabulary.tokens.__getitem__, array.ravel().tolist()))
 
-    def _encode_buffers(self, buffers: Sequence[TextBuffer]) -> tuple[Ids, npt.NDArray[np.int64]]:
-        id_offsets = np.zeros(1 + sum(buffer.offsets.size - 1 for buffer in buffers), np.int64)
-        num_bytes = sum(int(buffer.offsets[-1] - buffer.offsets[0]) for buffer in buffers)
-        ids = np.empty(num_bytes // BYTES_PER_TOKEN + 64 + SLACK_IDS, self.id_dtype)
+    def _encode_parallel(self, texts: Texts, prefix: int | None, num_threads: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+        if num_threads < 1:
+            raise UserError(f"num_threads is {num_threads}; it must be positive")
+        parts = shares(text_buffers(texts), num_threads)
+        if len(parts) <= 1:
+            return self._encode(parts[0] if parts else [], prefix)
+        with ThreadPoolExecutor(len(parts)) as pool:
+            results = list(pool.map(lambda part: self._encode(part, prefix), parts))
+        sizes = itertools.accumulate((ids.size for ids, _ in results), initial=0)
+        offsets = [part[1:] + size for (_, part), size in zip(results, sizes, strict=False)]
+        return np.concatenate([ids for ids, _ in results]), np.concatenate([np.zeros(1, np.int64), *offsets])
+
+    def _encode(self, buffers: Sequence[TextBuffer], prefix: int | None) -> tuple[Ids, npt.NDArray[np.int64]]:
+        id_offsets = np.zeros(1 + sum(buffer.stops.size for buffer in buffers), np.int64)
+        num_bytes = sum(buffer.num_bytes for buffer in buffers)
+        ids = np.empty(num_bytes // BYTES_PER_TOKEN + id_offsets.size + 64 + SLACK_IDS, self.id_dtype)
         cursor = np.zeros(3, np.int64)
         workspace = self._borrow_workspace()
+        encoder = workspace.encoder._replace(prefix=-1 if prefix is None else prefix)
         first = 0
         for buffer in buffers:
-            num_documents = buffer.offsets.size - 1
-            cursor[bpe_kernels.DOCUMENT], cursor[bpe_kernels.POSITION] = 0, buffer.offsets[0]
-            part = id_offsets[first : first + num_documents + 1]
+            cursor[bpe_kernels.DOCUMENT], cursor[bpe_kernels.POSITION] = 0, -1
+            part = id_offsets[first : first + buffer.stops.size + 1]
             while True:
                 output = (ids.ctypes.data, ids.size - SLACK_IDS)
                 missing = bpe_kernels.encode_documents(
-                    buffer.address, buffer.offsets, workspace.encoder, cursor, output, part
+                    buffer.address, buffer.starts, buffer.stops, encoder, cursor, output, part
                 )
                 if not missing:
                     break
                 ids.resize(ids.size + max(ids.size // 2, missing), refcheck=False)
-            first += num_documents
+            first += buffer.stops.size
         self._workspaces.append(workspace)
         ids.resize(int(cursor[bpe_kernels.WRITTEN]), refcheck=False)
         return ids, id_offsets
@@ -206,125 +259,73 @@ class Tokenizer:
         return self._new_workspace()
 
     def _new_workspace(self) -> _Workspace:
-        """Empty table and working space of one thread; the merges are shared by all."""
-        entries, used = np.zeros(TABLE_SLOTS * bpe_kernels.ENTRY_WORDS, np.uint64), np.zeros(3, np.int64)
-        kept_bytes, spilled = np.empty(KEPT_BYTES, np.uint8), np.empty(SPILLED_IDS, np.uint32)
-        ends, ids = np.empty(bpe_kernels.CHUNK_PIECES, np.int64), np.empty(bpe_kernels.HEAP_BYTES, np.uint32)
-        pairs = np.empty(bpe_kernels.HEAP_BYTES, np.uint64)
-        merges, *merge_arrays = self._merges
-        table = bpe_kernels.Table(
-            entries=entries.ctypes.data,
-            mask=TABLE_SLOTS - 1,
-            kept_bytes=kept_bytes.ctypes.data,
-            kept_room=kept_bytes.size,
-            spilled=spilled.ctypes.data,
-            spilled_room=spilled.size,
-            used=used.ctypes.data,
+        """Empty cache and working space of one thread; the merges are shared by all."""
+        slots = self._cache_slots
+        table, table_arrays = new_table(
+            slots, slots * 3 // 5, slots * KEPT_BYTES_PER_SLOT + 512, slots * SPILLED_IDS_PER_SLOT + 512
         )
+        scanner, scanner_arrays = new_scanner(bpe_kernels.MAX_PIECES)
+        batch = np.empty(bpe_table_kernels.BATCH_WORDS, np.uint64)
+        ids, pairs = (np.empty(bpe_merge_kernels.HEAP_BYTES, dtype) for dtype in (np.uint32, np.uint64))
+        merges, merge_arrays = self._merges
         encoder = bpe_kernels.Encoder(
-            classes=character_classes().ctypes.data,
+            pattern=PATTERN_NUMBERS[self.pattern],
+            scanner=scanner,
             merges=merges,
             table=table,
             id_shift=self.id_dtype.itemsize.bit_length() - 1,
-            ends=ends.ctypes.data,
+            prefix=-1,
+            batch=batch.ctypes.data,
             ids=ids.ctypes.data,
             pairs=pairs.ctypes.data,
         )
-        return _Workspace(encoder, (entries, used, kept_bytes, spilled, ends, ids, pairs, *merge_arrays))
+        return _Workspace(encoder, [*table_arrays, *scanner_arrays, batch, ids, pairs, *merge_arrays])
 
     @functools.cached_property
-    def _merges(self) -> tuple[bpe_kernels.Merges, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    def _merges(self) -> tuple[bpe_merge_kernels.Merges, Arrays]:
         """The merges as the kernels look them up, a table at most half full, and the arrays it consists of."""
         num_merges = len(self._vocabulary.merges)
         num_slots = 1 << (2 * num_merges + 1).bit_length()
-        byte_ids = np.array(self._byte_ids, np.uint32)
-        keys, values = np.full(num_slots, 2**64 - 1, np.uint64), np.zeros(num_slots, np.uint64)
-        merges = bpe_kernels.Merges(byte_ids.ctypes.data, keys.ctypes.data, values.ctypes.data, num_slots - 1)
+        byte_ids, byte_pairs = np.array(self._byte_ids, np.uint32), np.empty(1 << 16, np.uint64)
+        slots = zeroed(16 * num_slots)
+        slots[:] = 255
+        merges = bpe_merge_kernels.Merges(
+            byte_ids=byte_ids.ctypes.data,
+            byte_pairs=byte_pairs.ctypes.data,
+            slots=slots.ctypes.data,
+            shift=65 - num_slots.bit_length(),
+            mask=num_slots - 1,
+        )
         pairs = np.array(self._vocabulary.merges, np.uint32).reshape(num_merges, 2)
-        bpe_kernels.build_merges(pairs, np.array(self._merged_ids, np.uint32), merges)
-        return merges, byte_ids, keys, values
+        bpe_merge_kernels.build_merges(pairs, np.array(self._merged_ids, np.uint32), merges)
+        return merges, [byte_ids, byte_pairs, slots]
 
 
 class _Workspace(NamedTuple):
     """What one thread encodes with: addresses for the kernels, and the arrays that they point into."""
 
     encoder: bpe_kernels.Encoder
-    arrays: tuple[npt.NDArray[Any], ...]
+    arrays: Arrays
 
 
 def warm_up() -> None:
     """Compile the kernels of encoding, or find them compiled. For a driver to call before its workers start."""
     tokens = [bytes([byte]) for byte in range(256)]
-    Tokenizer([*tokens, b"ab"], [(97, 98)], {}).encode("ab " + 200 * "a" + " " + 300 * "b")
+    Tokenizer([*tokens, b"ab"], [(97, 98)], {}, cache_slots=64).encode("ab " + 200 * "a" + " " + 300 * "b")
 
 
-class TextBuffer(NamedTuple):
-    """Documents one behind the other: document i is bytes offsets[i]:offsets[i + 1] of the memory at address."""
-
-    address: int
-    offsets: npt.NDArray[np.int64]
-    owner: Any  # keeps the memory alive
-
-
-def text_buffers(texts: Texts) -> Iterator[TextBuffer]:
-    """The memory of texts, Arrow chunk by Arrow chunk; UserError on nulls and on anything that is not text."""
-    array = texts if isinstance(texts, pa.Array | pa.ChunkedArray) else _arrow_texts(texts)
-    if array.null_count:
-        first = next(row for row, is_valid in enumerate(array.is_valid()) if not is_valid.as_py())
-        raise UserError(
-            f"{array.null_count} of {len(array)} texts are null, the first in row {first}; drop or fill them before"
-        )
-    for chunk in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
-        yield _arrow_buffer(chunk)
-
-
-def _arrow_texts(texts: Sequence[str]) -> pa.Array:
-    if isinstance(texts, str):
-        raise UserError("one str was given where a list of texts is needed; put it into a list")
-    texts = list(texts)
-    try:
-        return pa.array(texts, pa.large_string())
-    except UnicodeEncodeError:  # a lone surrogate in one of them
-        return pa.array([None if text is None else _utf8(text) for text in texts], pa.large_binary())
-    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise UserError(f"the texts are not all str ({error}); give a list of str or an Arrow string array") from error
-
-
-def _arrow_buffer(array: pa.Array) -> TextBuffer:
-    if pa.types.is_string_view(array.type):
-        array = array.cast(pa.large_string())
-    if pa.types.is_string(array.type):
-        width: Any = np.int32
-    elif pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
-        width = np.int64
-    else:
-        raise UserError(f"the texts are an Arrow array of {array.type}; give one of string or large_string")
-    _, offsets_buffer, data = array.buffers()
-    if offsets_buffer is None or len(array) == 0:
-        return TextBuffer(0, np.zeros(1, np.int64), array)
-    window = slice(array.offset, array.offset + len(array) + 1)
-    offsets = np.frombuffer(memoryview(offsets_buffer), width)[window].astype(np.int64)
-    if offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > (data.size if data else 0):
-        raise UserError("the Arrow array of texts is corrupt, its offsets leave its data; write the file again")
-    return TextBuffer(data.address if data else 0, offsets, array)
-
-
-def _bytes_buffer(data: bytes) -> TextBuffer:
-    array = np.frombuffer(data, np.uint8)
-    return TextBuffer(array.ctypes.data, np.array([0, array.size], np.int64), array)
-
-
-def _utf8(text: str) -> bytes:
-    """UTF-8 of a str; surrogates are joined where they are pairs and replaced by U+FFFD where not, as tiktoken does."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+def cut(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
+    """The pieces of UTF-8 by a pattern, in order; together they are data. For looking at what is merged."""
+    scanner, _arrays = new_scanner(bpe_kernels.MAX_PIECES)
+    buffer = bytes_buffer(data)
+    ends = np.empty(len(data), np.int64)
+    count = bpe_kernels.cut(buffer.address, len(data), PATTERN_NUMBERS[pattern], scanner, ends)
+    return [data[start:stop] for start, stop in itertools.pairwise([0, *ends[:count].tolist()])]
 
 
 def _check(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
     """Ids of the 256 bytes, and the id that every merge makes; ValueError where the parts do not fit together."""
-    tokens, merges, special_tokens = vocabulary
+    tokens, merges, special_tokens, _ = vocabulary
     if len(tokens) > MAX_TOKENS:
         raise ValueError(f"has {len(tokens)} tokens, more than {MAX_TOKENS}")
     special_ids = set(special_tokens.values())

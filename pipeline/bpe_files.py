@@ -2,6 +2,9 @@
 
 Both write bytes as printable characters, GPT-2's way: the 188 printable bytes of Latin-1 as themselves, the other 68 as
 the characters from U+0100 on, in order. What another tokenizer would do differently is refused by name, never ignored.
+
+How a text is cut into pieces is part of the file: the pre-tokenizer ByteLevel cuts by GPT-2's pattern, and a Split in
+front of it by the regular expression that it names. Two are known, GPT-2's and cl100k's, which is Llama-3's too.
 """
 
 from __future__ import annotations
@@ -10,9 +13,28 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import UserError
+
+Pattern = Literal["gpt2", "cl100k"]
+PATTERNS: dict[Pattern, str] = {
+    "gpt2": r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "cl100k": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+    r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
+}
+"""Name -> the regular expression, as tiktoken and `tokenizers` take it."""
+
+# All spellings that are read: the above and equal ones out of tiktoken. The cl100k_base of tiktoken 0.14 is not equal:
+# it tries \s++$ first, so white space at the end of a text is one piece, which here ends behind its last newline and
+# begins again. In `tokenizers`, moreover, its \p{N}{1,3}+ takes any number of digits.
+_SPELLINGS: dict[str, Pattern] = {expression: name for name, expression in PATTERNS.items()} | {
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""": "gpt2",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""": "gpt2",
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|"""
+    r"""\s*[\r\n]|\s+(?!\S)|\s+""": "cl100k",
+}
+_SHOWN_CHARACTERS = 120  # of a refused regular expression
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -24,11 +46,13 @@ _FROM_LATIN = dict(BYTE_TO_CHARACTER)
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer file says: the bytes of every id, the pairs of ids to merge, in order, and the special ones."""
+    """What a tokenizer file says: the bytes of every id, the pairs of ids to merge, in order, the special ones, and by
+    which pattern text is cut into pieces."""
 
     tokens: list[bytes]
     merges: list[tuple[int, int]]
     special_tokens: dict[str, int]
+    pattern: Pattern = "gpt2"
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
@@ -37,12 +61,13 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise UserError(f"{path} has no model with a vocabulary; give a byte-level BPE tokenizer.json")
-    _refuse_other_settings(path, content, model)
+    pattern = _refuse_other_settings(path, content, model)
     special_tokens = _special_tokens(path, content.get("added_tokens") or [])
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise UserError(f"{path} has no list of merges; give a byte-level BPE tokenizer.json")
-    return _vocabulary(path, model["vocab"], [_pair(path, entry) for entry in merges], special_tokens)
+    vocabulary = _vocabulary(path, model["vocab"], [_pair(path, entry) for entry in merges], special_tokens)
+    return vocabulary._replace(pattern=pattern)
 
 
 def read_gpt2(vocab_json: Path, merges_txt: Path, end_of_text: str) -> Vocabulary:
@@ -58,7 +83,6 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
     """Write ``tokenizer.json``: complete or not at all, the same bytes for the same vocabulary."""
     names = {token_id: name for name, token_id in vocabulary.special_tokens.items()}
     shown = [names.get(token_id) or show(token) for token_id, token in enumerate(vocabulary.tokens)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     content = {
         "version": "1.0",
@@ -68,9 +92,9 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
             {"id": token_id, "content": name, **flags, "special": True} for token_id, name in sorted(names.items())
         ],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": _pre_tokenizer(vocabulary.pattern),
         "post_processor": None,
-        "decoder": byte_level,
+        "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -85,6 +109,18 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
         },
     }
     _write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    """The part that writes bytes as characters, after cutting by GPT-2's pattern where use_regex says so."""
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _pre_tokenizer(pattern: Pattern) -> dict[str, Any]:
+    if pattern == "gpt2":
+        return _byte_level(use_regex=True)
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
 
 
 def show(token: bytes) -> str:
@@ -153,8 +189,8 @@ def _special_tokens(path: Path, added: Any) -> dict[str, int]:
     return special_tokens
 
 
-def _refuse_other_settings(path: Path, content: dict[str, Any], model: dict[str, Any]) -> None:
-    """UserError on anything under which `tokenizers` would give other ids than we do."""
+def _refuse_other_settings(path: Path, content: dict[str, Any], model: dict[str, Any]) -> Pattern:
+    """UserError on anything under which `tokenizers` would give other ids than we do; else the pattern of the file."""
     found = []
     if model.get("type", "BPE") != "BPE":
         found.append(f"a model of type {model['type']}")
@@ -164,19 +200,45 @@ def _refuse_other_settings(path: Path, content: dict[str, Any], model: dict[str,
     for name in ("normalizer", "truncation", "padding"):
         if content.get(name) is not None:
             found.append(f"the {name} {_name(content[name])}")
-    pre_tokenizer: Any = content.get("pre_tokenizer")
-    if _name(pre_tokenizer) != "ByteLevel":
-        found.append(f"the pre-tokenizer {_name(pre_tokenizer)}")
-    elif pre_tokenizer.get("add_prefix_space", True) or not pre_tokenizer.get("use_regex", True):
-        found.append("a ByteLevel pre-tokenizer with add_prefix_space or without its pattern")
+    pattern, problem = _pattern(content.get("pre_tokenizer"))
+    if problem:
+        found.append(problem)
     for name in ("post_processor", "decoder"):
         if content.get(name) is not None and _name(content[name]) != "ByteLevel":
             found.append(f"the {name} {_name(content[name])}")
-    if found:
+    if found or pattern is None:
         raise UserError(
-            f"{path} has {', '.join(found)}; this project reads byte-level BPE with GPT-2's pattern only "
-            "(pre-tokenizer ByteLevel, add_prefix_space false, no normalizer)"
+            f"{path} has {', '.join(found)}; this project reads byte-level BPE with the pattern of GPT-2 or of cl100k "
+            "only (pre-tokenizer ByteLevel with add_prefix_space false, or Split and ByteLevel, and no normalizer)"
         )
+    return pattern
+
+
+def _pattern(pre_tokenizer: Any) -> tuple[Pattern | None, str]:
+    """The pattern by which a pre-tokenizer cuts, or None and what is strange about it."""
+    name = _name(pre_tokenizer)
+    if name == "ByteLevel":
+        if pre_tokenizer.get("add_prefix_space", True) or not pre_tokenizer.get("use_regex", True):
+            return None, "a ByteLevel pre-tokenizer with add_prefix_space or without its pattern"
+        return "gpt2", ""
+    if name == "Sequence of Split, ByteLevel":
+        pattern, problem = _split_pattern(*pre_tokenizer["pretokenizers"])
+        return pattern, f"the pre-tokenizer {name} {problem}" if problem else ""
+    return None, f"the pre-tokenizer {name}"
+
+
+def _split_pattern(split: dict[str, Any], byte_level: dict[str, Any]) -> tuple[Pattern | None, str]:
+    if byte_level.get("add_prefix_space", True) or byte_level.get("use_regex", True):
+        return None, "with add_prefix_space or with a second pattern (use_regex)"
+    if split.get("behavior") != "Isolated" or split.get("invert"):
+        return None, "that does not keep each match (behavior Isolated, invert false)"
+    rule = split.get("pattern")
+    expression = rule.get("Regex") if isinstance(rule, dict) else None
+    if isinstance(expression, str) and expression in _SPELLINGS:
+        return _SPELLINGS[expression], ""
+    shown = str(expression or rule)
+    shown = shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + "..."
+    return None, f"with the pattern {shown!r}"
 
 
 def _name(part: Any) -> str:

@@ -1,125 +1,81 @@
-"""The numba loops that cut text into pieces by GPT-2's pattern: bytes in, end offsets out, nothing else known.
+"""The numba loops that cut text into pieces by GPT-2's pattern, 64 bytes at a time: bytes in, end offsets out.
 
 The pattern, over UTF-8: 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
-A byte that belongs to no character counts as a character that is neither letter, number nor white space.
 
-Memory is read and written through raw addresses, here and in the kernels of encoding and training: arrays in tuples
-would cost two atomic reference counts per use, and every index a look whether it is negative. No read goes past the end
-that is given.
+Every byte gets a kind, that of its character: letter, number, white space, other. A block of 64 bytes becomes one word
+per kind, one bit a byte, and where pieces start is arithmetic on whole words (bit 0 is on the left here):
+
+    text            H e l l o ,   i t ' s     1 9 8 4 ! !
+    letters         1 1 1 1 1 0 0 1 1 0 1 0 0 0 0 0 0 0 0
+    numbers         0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 0 0
+    white           0 0 0 0 0 0 1 0 0 0 0 1 1 0 0 0 0 0 0
+    starts          1 0 0 0 0 1 1 0 0 1 0 1 1 0 0 0 0 1 0
+
+1. Where the kind changes, a piece starts; but not behind a blank (U+0020), which the pattern takes along.
+2. The last character of a run of white space starts one, unless the text ends there: ``\\s+(?!\\S)`` gives it back.
+3. An apostrophe that starts a piece and is followed by s, t, d, m, re, ve or ll: its piece is these 2 or 3 bytes.
+
+What a block cannot know (the bit before, the bit behind, a character or a contraction that crosses) is carried over, so
+that blocks are independent of where pieces lie. Behind the end of a document everything counts as white space, which is
+just what rule 2 wants. A byte of no character (bad UTF-8) is one character of the kind other. A scan may begin wherever
+a piece ends and gives the same pieces from there on.
+
+No read goes past the end that is given. The plain reference is tests/pipeline/bpe_references.py.
 """
 
-# ruff: noqa: PLR0917, PLR1714  numba calls by position, and calls by position, and compiles comparisons better than sets
+# ruff: noqa: PLR0917, PLR1714  numba calls by position, and compiles comparisons better than sets
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from pipeline.kernel_cache import helper
+from pipeline.bpe_memory_kernels import (
+    ALL_ONES,
+    BLOCK_BYTES,
+    ONE,
+    TOP_BIT,
+    byte_masks,
+    load_byte,
+    low_bits,
+    ones,
+    put_64,
+    store_byte,
+    trailing_zeros,
+)
+from pipeline.kernel_cache import helper, inlined
 
-LETTER_CLASS, SPACE_CLASS = 1, 3  # of unicode_table.character_classes; the others are only compared with each other
-EVERY_BYTE = np.uint64(0x0101010101010101)
-HIGH_BITS = np.uint64(0x80) * EVERY_BYTE
-
-# --- raw memory ------------------------------------------------------------------------------------------------------
-
-
-def _loader(bits: int, result: Any) -> Any:
-    """load(address) of an integer without alignment; below 64 bits zeros are added in front."""
-
-    @intrinsic
-    def load(typing_context: Any, address: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            return builder.zext(builder.load(pointer, align=1), ir.IntType(64))
-
-        return result(types.int64), generate
-
-    return load
+OTHER_KIND, LETTER_KIND, NUMBER_KIND, SPACE_KIND = 0, 1, 2, 3  # as in unicode_table.character_classes
+NOTHING = np.uint64(0)
+END_SLACK = 8  # ends are written eight at a time
 
 
-def _storer(bits: int) -> Any:
-    """store(address, value) of the lowest bits of a uint64 without alignment."""
+class Scanner(NamedTuple):
+    """What scanning takes but the text, as addresses."""
 
-    @intrinsic
-    def store(typing_context: Any, address: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            builder.store(builder.trunc(arguments[1], ir.IntType(bits)), pointer, align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.uint64), generate
-
-    return store
+    classes: int  # unicode_table.character_classes
+    ends: int  # int64 of max_pieces + BLOCK_BYTES + END_SLACK: where pieces end
+    max_pieces: int  # found at a time
+    block: int  # uint8 of BLOCK_BYTES: a copy of the last bytes of a text
 
 
-def _getter(bits: int) -> Any:
-    """get(array, index) of a signed integer of the array at an address."""
+class Block(NamedTuple):
+    """64 bytes of text, or what is left of it and then white space; one bit a byte."""
 
-    @intrinsic
-    def get(typing_context: Any, array: Any, index: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            return builder.sext(builder.load(builder.gep(pointer, [arguments[1]])), ir.IntType(64))
-
-        return types.int64(types.int64, types.int64), generate
-
-    return get
-
-
-def _putter(bits: int) -> Any:
-    """put(array, index, value) of a signed integer into the array at an address."""
-
-    @intrinsic
-    def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            builder.store(builder.trunc(arguments[2], ir.IntType(bits)), builder.gep(pointer, [arguments[1]]))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), generate
-
-    return put
-
-
-def _trailing_zeros(typing_context: Any, word: Any) -> Any:
-    """trailing_zeros(word): number of zero bits below the lowest one bit; 64 for zero."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), generate
-
-
-trailing_zeros: Any = intrinsic(_trailing_zeros)
-load_byte = _loader(8, types.int64)
-load_word = _loader(64, types.uint64)
-store_byte = _storer(8)
-store_16 = _storer(16)
-store_32 = _storer(32)
-store_word = _storer(64)
-get_32 = _getter(32)
-get_64 = _getter(64)
-put_32 = _putter(32)
-put_64 = _putter(64)
-
-
-@helper
-def signed(word: np.uint64) -> int:
-    """A word as an int64: numba makes floating-point numbers of sums of both kinds."""
-    return np.int64(word)  # type: ignore[return-value]  # numba's integers are numpy's
-
-
-# --- cutting text into pieces ----------------------------------------------------------------------------------------
+    letters: np.uint64
+    numbers: np.uint64
+    white: np.uint64
+    blanks: np.uint64
+    apostrophes: np.uint64
+    white_tails: np.uint64  # bytes of a white-space character but its first
+    over: np.uint64  # bytes of the next block that belong to a character of this one
+    over_kind: int  # that character's kind
 
 
 @helper
 def character(text: int, position: int, end: int, classes: int) -> int:
-    """Class and width of the character at position < end, as width << 2 | class; a bad byte is one OTHER."""
+    """Kind and width of the character at position < end, as width << 2 | kind; a bad byte is one OTHER."""
     first = load_byte(text + position)
     if first < 0x80:
         return 4 | load_byte(classes + first)
@@ -141,96 +97,136 @@ def character(text: int, position: int, end: int, classes: int) -> int:
     return width << 2 | load_byte(classes + code)  # a surrogate is OTHER in the table, as its three bad bytes are
 
 
-@helper
-def run_end(text: int, position: int, end: int, kind: int, classes: int) -> int:
-    """Where the run of characters of one class stops."""
-    while position < end:
-        byte = load_byte(text + position)
-        if byte < 0x80:
-            if load_byte(classes + byte) != kind:
+@inlined
+def read_block(
+    text: int, position: int, end: int, readable_end: int, scanner: Scanner, over: np.uint64, over_kind: int
+) -> Block:
+    """The block at position; over and over_kind are those of the block before."""
+    left = end - position
+    if left <= 0:
+        return Block(NOTHING, NOTHING, ALL_ONES, NOTHING, NOTHING, NOTHING, NOTHING, OTHER_KIND)
+    source = text + position
+    if source + BLOCK_BYTES > readable_end:
+        for index in range(left):
+            store_byte(scanner.block + index, np.uint64(load_byte(source + index)))
+        source = scanner.block
+    letters, numbers, white, blanks, apostrophes, high = byte_masks(source)
+    valid = low_bits(left) if left < BLOCK_BYTES else ALL_ONES
+    letters, numbers, white, high = letters & valid, numbers & valid, white & valid, high & valid
+    white_tails = NOTHING
+    next_over = NOTHING
+    if high != NOTHING:
+        rest = high & ~over
+        kind, bits = over_kind, over
+        while True:
+            if kind == LETTER_KIND:
+                letters |= bits
+            elif kind == NUMBER_KIND:
+                numbers |= bits
+            elif kind == SPACE_KIND:
+                white |= bits
+                white_tails |= bits & (bits << ONE | over)
+            if rest == NOTHING:
                 break
-            position += 1
-        else:
-            found = character(text, position, end, classes)
-            if found & 3 != kind:
-                break
-            position += found >> 2
-    return position
+            place = trailing_zeros(rest)
+            found = character(text, position + place, end, scanner.classes)
+            width, kind = found >> 2, found & 3
+            bits = low_bits(width) << np.uint64(place)
+            rest &= ~bits
+            if place + width > BLOCK_BYTES:
+                next_over, over_kind = low_bits(place + width - BLOCK_BYTES), kind
+    return Block(
+        letters, numbers, white | ~valid, blanks & valid, apostrophes & valid, white_tails, next_over, over_kind
+    )
+
+
+@inlined
+def last_of_white(block: Block, behind: Block) -> np.uint64:
+    """First byte of every white-space character that is followed by something else; the block behind tells its last."""
+    last = block.white & ~(block.white >> ONE | behind.white << TOP_BIT)
+    if block.white_tails | behind.white_tails != NOTHING:  # from a character's last byte to its first: 2 bytes at most
+        last_behind = behind.white & ~(behind.white >> ONE)
+        for _ in range(2):
+            moved, moved_behind = last & block.white_tails, last_behind & behind.white_tails
+            last = (last ^ moved) | moved >> ONE | moved_behind << TOP_BIT
+            last_behind = (last_behind ^ moved_behind) | moved_behind >> ONE
+    return last
 
 
 @helper
-def ascii_letters_end(text: int, position: int, end: int) -> int:
-    """Where the ASCII letters from position on stop, as far as whole words of 8 bytes tell; most words need one look.
-
-    Each byte, in lower case and without its top bit, plus 0x1f reaches 0x80 from "a" on, plus 0x05 beyond "z".
-    """
-    while position + 8 <= end:
-        word = load_word(text + position)
-        lower = (word | np.uint64(0x20) * EVERY_BYTE) & ~HIGH_BITS
-        is_letter = (lower + np.uint64(0x1F) * EVERY_BYTE) & ~(lower + np.uint64(0x05) * EVERY_BYTE) & ~word
-        letters = trailing_zeros(~is_letter & HIGH_BITS) >> 3
-        position += letters
-        if letters < 8:
-            break
-    return position
-
-
-@helper
-def space_end(text: int, position: int, end: int, classes: int) -> int:
-    """White space: all of it at the end of the text, else all but the last character, if there are two."""
-    last = position
-    stop = position
-    while stop < end:
-        found = character(text, stop, end, classes)
-        if found & 3 != SPACE_CLASS:
-            break
-        last = stop
-        stop += found >> 2
-    return stop if stop == end or last == position else last
-
-
-@helper
-def contraction_end(text: int, position: int, end: int) -> int:
-    """End of 's 't 'd 'm 're 've 'll at an apostrophe, or the position itself."""
+def contraction(text: int, position: int, end: int) -> int:
+    """Length of 's 't 'd 'm 're 've 'll at an apostrophe, or 0."""
     if position + 1 >= end:
-        return position
+        return 0
     second = load_byte(text + position + 1)
     if second == 0x73 or second == 0x74 or second == 0x64 or second == 0x6D:
-        return position + 2
+        return 2
     if position + 2 >= end:
-        return position
+        return 0
     third = load_byte(text + position + 2)
     if (second == 0x6C and third == 0x6C) or ((second == 0x72 or second == 0x76) and third == 0x65):
-        return position + 3
-    return position
+        return 3
+    return 0
+
+
+@inlined
+def write_places(places: np.uint64, position: int, target: int) -> int:
+    """Write position + the number of every one bit as int64 to the target, and rubbish behind; returns how many."""
+    count = ones(places)
+    done = 0
+    while done < count:
+        for index in range(8):
+            put_64(target, done + index, position + trailing_zeros(places))
+            places &= places - ONE
+        done += 8
+    return count
 
 
 @helper
-def piece_end(text: int, position: int, end: int, classes: int) -> int:
-    """End of the piece that starts at position < end, by GPT-2's pattern."""
-    first = load_byte(text + position)
-    if first == 0x27:
-        stop = contraction_end(text, position, end)
-        if stop > position:
-            return stop
-    body = position + 1 if first == 0x20 and position + 1 < end else position
-    letters = ascii_letters_end(text, body, end)
-    if letters > body:
-        return run_end(text, letters, end, LETTER_CLASS, classes)
-    found = character(text, body, end, classes)
-    kind = found & 3
-    if kind == SPACE_CLASS:
-        return space_end(text, position, end, classes)
-    return run_end(text, body + (found >> 2), end, kind, classes)
-
-
-@helper
-def scan(text: int, position: int, end: int, classes: int, ends: int, limit: int) -> int:
-    """Write the ends of the pieces from position on, limit of them at most, as int64 to the address ends; returns how
-    many. Pieces begin where the one before ends, so a scan that was cut short goes on from there."""
+def scan_gpt2(text: int, position: int, end: int, readable_end: int, scanner: Scanner) -> int:
+    """Write the ends of the pieces from position < end on to scanner.ends; returns how many, at least one. They are all
+    up to end, or about max_pieces; then the next scan begins where the last of them ends."""
     count = 0
-    while position < end and count < limit:
-        position = piece_end(text, position, end, classes)
-        put_64(ends, count, position)
+    skipped = ONE  # the first piece starts at the position, which is the end of none
+    before_letter = before_number = before_white = before_other = before_blank = NOTHING  # the bit before the block
+    cleared = added = NOTHING  # what contractions of the block before say about this one
+    block = read_block(text, position, end, readable_end, scanner, NOTHING, OTHER_KIND)
+    while position < end and count < scanner.max_pieces:
+        behind = read_block(text, position + BLOCK_BYTES, end, readable_end, scanner, block.over, block.over_kind)
+        letters, numbers, white = block.letters, block.numbers, block.white
+        others = ~(letters | numbers | white)
+        goes_on = letters & (letters << ONE | before_letter)
+        goes_on |= numbers & (numbers << ONE | before_number)
+        goes_on |= white & (white << ONE | before_white)
+        goes_on |= others & (others << ONE | before_other)
+        behind_blank = ~white & (block.blanks << ONE | before_blank)
+        starts = ~goes_on & ~behind_blank | last_of_white(block, behind)
+        starts = starts & ~cleared | added
+        cleared = added = NOTHING
+        candidates = block.apostrophes & starts
+        while candidates != NOTHING:
+            place = trailing_zeros(candidates)
+            candidates &= candidates - ONE
+            length = contraction(text, position + place, end)
+            if length > 0:
+                follows = ONE << np.uint64(place)
+                starts &= ~(follows << ONE)
+                cleared |= follows >> TOP_BIT
+                if place + length < BLOCK_BYTES:
+                    starts |= follows << np.uint64(length)
+                else:
+                    added |= ONE << np.uint64(place + length - BLOCK_BYTES)
+        left = end - position
+        if left < BLOCK_BYTES:
+            starts &= low_bits(left)
+        count += write_places(starts & ~skipped, position, scanner.ends + 8 * count)
+        skipped = NOTHING
+        before_letter, before_number = letters >> TOP_BIT, numbers >> TOP_BIT
+        before_white, before_other = white >> TOP_BIT, others >> TOP_BIT
+        before_blank = block.blanks >> TOP_BIT
+        block = behind
+        position += BLOCK_BYTES
+    if position >= end:
+        put_64(scanner.ends, count, end)
         count += 1
     return count

@@ -22,9 +22,13 @@ import pyarrow.compute as pc
 
 from pipeline import bpe, bpe_kernels
 from pipeline import bpe_training_kernels as kernels
-from pipeline.bpe import END_OF_TEXT, TextBuffer, Texts, Tokenizer, text_buffers
+from pipeline.bpe import END_OF_TEXT, PATTERN_NUMBERS, Tokenizer
+from pipeline.bpe_files import Pattern
+from pipeline.bpe_memory_kernels import BLOCK_BYTES
+from pipeline.bpe_table_kernels import BATCH_WORDS, ENTRIES, ENTRY_BYTES, KEPT_BYTES, Table
+from pipeline.bpe_texts import TextBuffer, Texts, refuse_nulls, text_buffers
+from pipeline.bpe_workspace import Arrays, new_scanner, new_table
 from pipeline.errors import UserError
-from pipeline.unicode_table import character_classes
 
 NUM_BYTES = 256
 PROGRESS_STEPS = 100  # calls of progress
@@ -50,9 +54,10 @@ class PretokenCounts:
             raise UserError(f"pretoken counts have the schema {self.table.schema}; they need {COUNTS_SCHEMA}")
 
 
-def count_pretokens(texts: Texts) -> PretokenCounts:
+def count_pretokens(texts: Texts, *, pattern: Pattern = "gpt2") -> PretokenCounts:
     """Count the pieces of texts (see Tokenizer.encode_batch for what they may be)."""
-    counter = _Counter()
+    refuse_nulls(texts)
+    counter = _Counter(pattern)
     for buffer in text_buffers(texts):
         counter.add(buffer)
     return PretokenCounts(table=_sorted(counter.table()))
@@ -105,57 +110,57 @@ def warm_up() -> None:
     """Compile the kernels of counting, learning and encoding, or find them compiled."""
     bpe.warm_up()
     train_bpe(["aa ab " + 20 * "c"] * 2, NUM_BYTES + 4)
-    kernels.rehash(np.zeros(bpe_kernels.ENTRY_WORDS, np.uint64), np.zeros(bpe_kernels.ENTRY_WORDS, np.uint64))
+    kernels.rehash(_new_table(2)[0], _new_table(2)[0])
 
 
 class _Counter:
     """A growing hash table of pieces and counts."""
 
-    def __init__(self) -> None:
-        self._entries = np.zeros(FIRST_SLOTS * bpe_kernels.ENTRY_WORDS, np.uint64)
+    def __init__(self, pattern: Pattern) -> None:
+        self._scanner, self._scanner_arrays = new_scanner(bpe_kernels.MAX_PIECES)
+        self._batch = np.empty(BATCH_WORDS, np.uint64)
+        self._pattern = PATTERN_NUMBERS[pattern]
         self._kept_bytes = np.empty(FIRST_KEPT_BYTES, np.uint8)
+        self._table, self._arrays = _new_table(FIRST_SLOTS)
         self._used = np.zeros(3, np.int64)
-        self._ends = np.empty(bpe_kernels.CHUNK_PIECES, np.int64)
 
     def add(self, buffer: TextBuffer) -> None:
         """Count the pieces of a buffer."""
-        classes, ends = character_classes().ctypes.data, self._ends.ctypes.data
-        cursor = np.array([0, buffer.offsets[0]], np.int64)
+        cursor = np.array([0, -1], np.int64)
         while missing := kernels.count_documents(
-            buffer.address, buffer.offsets, classes, self._arguments(), ends, cursor
+            buffer.address, buffer.starts, buffer.stops, self._arguments(), cursor
         ):
             self._grow(missing)
 
     def table(self) -> pa.Table:
         """What has been counted, in no particular order."""
-        num_pieces = int(self._used[bpe_kernels.ENTRIES])
-        content = np.empty(kernels.content_bytes(self._arguments()), np.uint8)
+        table = self._arguments().table
+        num_pieces = int(self._used[ENTRIES])
+        content = np.empty(kernels.content_bytes(table), np.uint8)
         offsets, counts = np.zeros(num_pieces + 1, np.int64), np.empty(num_pieces, np.int64)
-        kernels.list_pieces(self._arguments(), content, offsets, counts)
+        kernels.list_pieces(table, content, offsets, counts)
         buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(content.data)]
         pretokens = pa.Array.from_buffers(pa.large_binary(), num_pieces, buffers)
         return pa.table([pretokens, pa.array(counts)], schema=COUNTS_SCHEMA)
 
     def _grow(self, missing_bytes: int) -> None:
-        """Make room for missing_bytes more and for a chunk of pieces."""
-        entries, used = bpe_kernels.ENTRY_WORDS, self._used
-        if (used[bpe_kernels.ENTRIES] + bpe_kernels.CHUNK_PIECES) * 2 * entries > self._entries.size:
-            larger = np.zeros(self._entries.size * 2, np.uint64)
-            kernels.rehash(self._entries, larger)
-            self._entries = larger
-        if used[bpe_kernels.KEPT_BYTES] + missing_bytes > self._kept_bytes.size:
+        """Make room for missing_bytes more and for what a scan finds."""
+        while self._used[ENTRIES] + bpe_kernels.MAX_PIECES + BLOCK_BYTES > self._table.most_entries:
+            larger, arrays = _new_table(2 * (self._table.entries_end - self._table.entries) // ENTRY_BYTES)
+            kernels.rehash(self._table, larger)
+            self._table, self._arrays = larger, arrays
+        if self._used[KEPT_BYTES] + missing_bytes > self._kept_bytes.size:
             self._kept_bytes = np.resize(self._kept_bytes, 2 * self._kept_bytes.size + missing_bytes)
 
-    def _arguments(self) -> bpe_kernels.Table:
-        return bpe_kernels.Table(
-            entries=self._entries.ctypes.data,
-            mask=self._entries.size // bpe_kernels.ENTRY_WORDS - 1,
-            kept_bytes=self._kept_bytes.ctypes.data,
-            kept_room=self._kept_bytes.size,
-            spilled=0,
-            spilled_room=0,
-            used=self._used.ctypes.data,
+    def _arguments(self) -> kernels.Counter:
+        table = self._table._replace(
+            kept_bytes=self._kept_bytes.ctypes.data, kept_room=self._kept_bytes.size, used=self._used.ctypes.data
         )
+        return kernels.Counter(self._pattern, self._scanner, table, self._batch.ctypes.data)
+
+
+def _new_table(num_slots: int) -> tuple[Table, Arrays]:
+    return new_table(num_slots, num_slots // 2, kept_room=0, spilled_room=0)
 
 
 def _sorted(table: pa.Table) -> pa.Table:

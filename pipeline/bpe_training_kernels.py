@@ -17,99 +17,120 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bpe_kernels import (
-    CHUNK_PIECES,
-    DOCUMENT,
+from pipeline.bpe_kernels import DOCUMENT, POSITION, scan
+from pipeline.bpe_memory_kernels import get_32, get_64, load_byte, load_word, put_32, put_64, signed, store_word
+from pipeline.bpe_scan_kernels import Scanner
+from pipeline.bpe_table_kernels import (
+    BATCH_PIECES,
+    EMPTY,
     ENTRIES,
-    ENTRY_WORDS,
+    ENTRY_BYTES,
     KEPT_BYTES,
     LONG_TAG,
     OFFSET_MASK,
-    POSITION,
     SHORT_BYTES,
     TOP_BYTE,
     Table,
+    address_batch,
+    enter_key,
     find_long,
     find_short,
-    keep_bytes,
-    long_hash,
-    mix,
-    short_key,
-    use,
+    home,
+    next_entry,
     used,
 )
-from pipeline.bpe_scan_kernels import get_32, get_64, load_byte, load_word, put_32, put_64, scan, signed, store_word
-from pipeline.kernel_cache import helper, kernel
+from pipeline.kernel_cache import helper, inlined, kernel
 
 # --- counting --------------------------------------------------------------------------------------------------------
+
+
+class Counter(NamedTuple):
+    """All that counting takes but the text."""
+
+    pattern: int  # bpe_kernels.GPT2 or CL100K
+    scanner: Scanner
+    table: Table  # word 2 of an entry is the count of its piece
+    batch: int  # uint64 of BATCH_WORDS
 
 
 @kernel
 def count_documents(
     text: int,
-    offsets: npt.NDArray[np.int64],
-    classes: int,
-    table: Table,
-    ends: int,
+    starts: npt.NDArray[np.int64],
+    stops: npt.NDArray[np.int64],
+    counter: Counter,
     cursor: npt.NDArray[np.int64],
 ) -> int:
-    """Count pieces from the cursor on, in the third word of their entries; returns 0 when done, else the kept bytes
-    that must be free to go on; the entries must then have room for CHUNK_PIECES more and stay half empty."""
-    readable_end = text + offsets[-1]
+    """Count pieces from the cursor on (text, starts, stops as in bpe_kernels.encode_documents).
+
+    Returns 0 when done, else the kept bytes that must be free to go on; the entries must then have room for so many
+    pieces as a scan finds.
+    """
+    table, ends = counter.table, counter.scanner.ends
+    readable_end = text + stops[-1]
     document, position = cursor[DOCUMENT], cursor[POSITION]
-    while document < offsets.size - 1:
-        end = offsets[document + 1]
+    while document < stops.size:
+        end = stops[document]
+        if position < 0:
+            position = starts[document]
         while position < end:
-            count = scan(text, position, end, classes, ends, CHUNK_PIECES)
-            stop = get_64(ends, count - 1)
-            room = stop - position + 8 * count
-            is_half_full = (used(table, ENTRIES) + count) * 2 > table.mask + 1
-            if is_half_full or used(table, KEPT_BYTES) + room > table.kept_room:
+            count = scan(text, position, end, readable_end, counter.pattern, counter.scanner)
+            room = get_64(ends, count - 1) - position + 8 * count
+            if used(table, ENTRIES) + count > table.most_entries or used(table, KEPT_BYTES) + room > table.kept_room:
                 cursor[DOCUMENT], cursor[POSITION] = document, position
                 return room
-            start = text + position
-            for piece in range(count):
-                piece_stop = text + get_64(ends, piece)
-                count_piece(start, piece_stop - start, readable_end, table)
-                start = piece_stop
-            position = stop
+            for first in range(0, count, BATCH_PIECES):
+                pieces = min(count - first, BATCH_PIECES)
+                count_batch(text, position, ends + 8 * first, pieces, readable_end, counter)
+                position = get_64(ends, first + pieces - 1)
         document += 1
+        position = -1
     cursor[DOCUMENT], cursor[POSITION] = document, position
     return 0
 
 
+@inlined
+def count_batch(text: int, start: int, ends: int, count: int, readable_end: int, counter: Counter) -> None:
+    """Add one to the counts of count pieces from position start on."""
+    table = counter.table
+    address_batch(text, start, ends, count, readable_end, table, counter.batch)
+    address = text + start
+    for piece in range(count):
+        stop = text + get_64(ends, piece)
+        key = counter.batch + 24 * piece
+        entry = get_64(key, 2)
+        if load_word(entry + 8) != load_word(key + 8) or load_word(entry) != load_word(key):
+            entry = find_or_enter(address, stop - address, key, table)
+        store_word(entry + 16, load_word(entry + 16) + np.uint64(1))
+        address = stop
+
+
 @helper
-def count_piece(start: int, length: int, readable_end: int, table: Table) -> None:
-    """Add one to the count of a piece."""
+def find_or_enter(address: int, length: int, key: int, table: Table) -> int:
+    """Address of the entry of a piece that is not in the first entry of its search."""
+    first, second, entry = load_word(key), load_word(key + 8), get_64(key, 2)
     if length <= SHORT_BYTES:
-        first, second = short_key(start, length, readable_end)
-        entry = find_short(table, first, second)
+        entry = find_short(table, entry, first, second)
     else:
-        first, second = long_hash(start, length), np.uint64(0)
-        entry = find_long(table, first, start, length)
-    if load_word(entry + 8) == np.uint64(0):
-        if length > SHORT_BYTES:
-            second = keep_bytes(table, start, length)
-        store_word(entry, first)
-        store_word(entry + 8, second)
-        use(table, ENTRIES, 1)
-    store_word(entry + 16, load_word(entry + 16) + np.uint64(1))
+        entry = find_long(table, entry, first, address, length)
+    if load_word(entry + 8) == EMPTY:
+        enter_key(table, entry, first, second, address, length)
+    return entry
 
 
 @kernel
-def rehash(old: npt.NDArray[np.uint64], new: npt.NDArray[np.uint64]) -> None:
-    """Move all entries into a larger array of entries, which is empty."""
-    mask = np.uint64(new.size // ENTRY_WORDS - 1)
-    for start in range(0, old.size, ENTRY_WORDS):
-        second = old[start + 1]
-        if second == np.uint64(0):
+def rehash(old: Table, new: Table) -> None:
+    """Move all entries into a larger table, which is empty."""
+    for source in range(old.entries, old.entries_end, ENTRY_BYTES):
+        second = load_word(source + 8)
+        if second == EMPTY:
             continue
         is_long = second >> TOP_BYTE == np.uint64(LONG_TAG)
-        slot = mix(old[start], np.uint64(0) if is_long else second) & mask
-        while new[(slot << np.uint64(2)) + np.uint64(1)] != np.uint64(0):
-            slot = (slot + np.uint64(1)) & mask
-        for word in range(ENTRY_WORDS):
-            new[(slot << np.uint64(2)) + np.uint64(word)] = old[start + word]
+        target = home(new, load_word(source), EMPTY if is_long else second)
+        while load_word(target + 8) != EMPTY:
+            target = next_entry(new, target)
+        for word in range(0, ENTRY_BYTES, 8):
+            store_word(target + word, load_word(source + word))
 
 
 @kernel
@@ -119,10 +140,9 @@ def list_pieces(
     """Write the pieces of a counting table one behind the other: bytes, offsets (pieces + 1,) and counts (pieces,)."""
     piece = 0
     end = 0
-    for slot in range(table.mask + 1):
-        entry = table.entries + ENTRY_WORDS * 8 * slot
+    for entry in range(table.entries, table.entries_end, ENTRY_BYTES):
         second = load_word(entry + 8)
-        if second == np.uint64(0):
+        if second == EMPTY:
             continue
         length = signed(second >> TOP_BYTE)
         source = entry
@@ -142,8 +162,8 @@ def list_pieces(
 def content_bytes(table: Table) -> int:
     """Bytes of all pieces of a table together."""
     total = used(table, KEPT_BYTES)
-    for slot in range(table.mask + 1):
-        length = signed(load_word(table.entries + ENTRY_WORDS * 8 * slot + 8) >> TOP_BYTE)
+    for entry in range(table.entries, table.entries_end, ENTRY_BYTES):
+        length = signed(load_word(entry + 8) >> TOP_BYTE)
         total += -8 if length == LONG_TAG else length
     return total
 

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.bpe import Tokenizer
-from pipeline.shards import token_dtype
 
 
 def split_by_hash(texts: Any, val_fraction: float) -> tuple[Any, Any]:
@@ -39,7 +38,5 @@ def split_by_hash(texts: Any, val_fraction: float) -> tuple[Any, Any]:
 
 def encode_documents(tokenizer: Tokenizer, texts: pa.Array) -> npt.NDArray[Any]:
     """Token ids of all documents, each behind an ``eot_id``."""
-    if len(texts) == 0:
-        return np.empty(0, dtype=token_dtype(tokenizer.vocab_size))
-    ids, offsets = tokenizer.encode_batch(texts)
-    return np.insert(ids, offsets[:-1], ids.dtype.type(tokenizer.eot_id))
+    ids, _ = tokenizer.encode_arrow(texts, prefix=tokenizer.eot_id)
+    return ids

@@ -68,6 +68,11 @@ def helper(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """A helper whose machine code is put into its caller, where a call would cost more than what it does."""
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+
+
 class StampedCache(_Cache):
     """numba's on-disk cache of one kernel, opened in the stamped folder when the kernel is first compiled."""
 

@@ -20,7 +20,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import bpe, unicode_table
-from pipeline.bpe import PATTERN, Tokenizer
+from pipeline.bpe import Tokenizer
+from pipeline.bpe_files import PATTERNS
 from pipeline.bpe_training import count_pretokens
 from pipeline.errors import UserError
 from tests.pipeline.bpe_references import (
@@ -226,6 +227,7 @@ def test_lone_surrogates_become_replacement_characters_as_in_tiktoken() -> None:
     ("texts", "message"),
     [
         (pa.array(["a", None]), "1 of 2 texts are null, the first in row 1"),
+        (pa.chunked_array([["a"], [None, "b"]]), "1 of 3 texts are null, the first in row 1"),
         (["a", None, None], "2 of 3 texts are null"),
         (pa.array([1, 2]), "Arrow array of int64"),
         (pa.array(["a"]).dictionary_encode(), "dictionary"),
@@ -249,14 +251,18 @@ def test_corrupt_offsets_are_refused(offsets: list[int]) -> None:
 # --- table, threads, sizes -------------------------------------------------------------------------------------------
 
 
-def test_a_full_table_is_emptied_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_is_emptied_and_nothing_changes() -> None:
     texts = [*documents(40), "".join(NASTY) * 3, "x" * 200]
     expected = split(*gpt2().encode_batch(texts))
-    monkeypatch.setattr(bpe, "TABLE_SLOTS", 64)
-    monkeypatch.setattr(bpe, "SPILLED_IDS", 300)
-    monkeypatch.setattr(bpe, "KEPT_BYTES", 600)
-    small: Tokenizer = pickle.loads(pickle.dumps(gpt2()))
-    assert split(*small.encode_batch(texts)) == expected
+    tokens, merges, special_tokens, _ = gpt2()._vocabulary
+    for slots in (2, 64, 1024):
+        small = Tokenizer(tokens, merges, special_tokens, cache_slots=slots)
+        assert split(*small.encode_batch(texts)) == expected
+        copy: Tokenizer = pickle.loads(pickle.dumps(small))
+        assert split(*copy.encode_batch(texts[:5])) == expected[:5]
+    for slots in (0, 1, 3, -4):
+        with pytest.raises(ValueError, match="power of two"):
+            Tokenizer(tokens, merges, special_tokens, cache_slots=slots)
 
 
 def test_threads_share_a_tokenizer() -> None:
@@ -330,7 +336,7 @@ def test_the_fingerprint_is_of_what_decides_about_ids() -> None:
     assert tokenizer.fingerprint == hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
     other = Tokenizer([*BYTE_TOKENS, b"ab", b"abab", END.encode()], [(97, 98)], {END: 258})
     assert other.fingerprint != tokenizer.fingerprint
-    assert PATTERN == GPT2_PATTERN
+    assert PATTERNS["gpt2"] == GPT2_PATTERN
 
 
 def test_it_travels() -> None:

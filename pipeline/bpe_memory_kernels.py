@@ -1,0 +1,175 @@
+"""Raw memory, bits and vectors for the numba loops of the tokenizer.
+
+Memory is read and written through addresses (int64): arrays in tuples would cost two atomic reference counts per use,
+and every index a look whether it is negative. Words are uint64 throughout: numba turns a sum of int64 and uint64 into
+float64 without a word.
+
+``byte_masks`` is the one vector instruction here: 64 bytes are compared at a time and the answers packed into words,
+one bit a byte. It is written in LLVM's own terms, which become AVX-512, AVX2, SSE2 or NEON, as the machine has them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pipeline.kernel_cache import helper
+
+BLOCK_BYTES = 64
+ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
+ONE = np.uint64(1)
+TOP_BIT = np.uint64(63)
+
+_BYTE, _INT32, _WORD, _BOOL = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.IntType(1)
+_BLOCK = ir.VectorType(_BYTE, BLOCK_BYTES)
+
+
+def _loader(bits: int, result: Any) -> Any:
+    """load(address) of an integer without alignment; below 64 bits zeros are added in front."""
+
+    @intrinsic
+    def load(typing_context: Any, address: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
+            return builder.zext(builder.load(pointer, align=1), _WORD)
+
+        return result(types.int64), generate
+
+    return load
+
+
+def _storer(bits: int) -> Any:
+    """store(address, value) of the lowest bits of a uint64 without alignment."""
+
+    @intrinsic
+    def store(typing_context: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
+            builder.store(builder.trunc(arguments[1], ir.IntType(bits)), pointer, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.uint64), generate
+
+    return store
+
+
+def _getter(bits: int) -> Any:
+    """get(array, index) of a signed integer of the array at an address."""
+
+    @intrinsic
+    def get(typing_context: Any, array: Any, index: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
+            return builder.sext(builder.load(builder.gep(pointer, [arguments[1]])), _WORD)
+
+        return types.int64(types.int64, types.int64), generate
+
+    return get
+
+
+def _putter(bits: int) -> Any:
+    """put(array, index, value) of a signed integer into the array at an address."""
+
+    @intrinsic
+    def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
+            builder.store(builder.trunc(arguments[2], ir.IntType(bits)), builder.gep(pointer, [arguments[1]]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    return put
+
+
+def _trailing_zeros(_typing_context: Any, _word: Any) -> Any:
+    """trailing_zeros(word): number of zero bits below the lowest one bit; 64 for zero."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(_BOOL, 0))
+
+    return types.int64(types.uint64), generate
+
+
+def _ones(_typing_context: Any, _word: Any) -> Any:
+    """ones(word): number of one bits."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), generate
+
+
+def _prefetch(_typing_context: Any, _address: Any) -> Any:
+    """prefetch(address): bring the cache line in, without waiting for it. Any address will do."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _BYTE.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
+        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # To be read, with the highest locality, from the data cache: LLVM Language Reference, llvm.prefetch.
+        builder.call(hint, [pointer, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+def _byte_masks(_typing_context: Any, _address: Any) -> Any:
+    """byte_masks(address): of the 64 bytes there, lowest bit first, (ASCII letters, ASCII digits, ASCII white space,
+    blanks, apostrophes, bytes above 127) as words."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = builder.load(builder.inttoptr(arguments[0], _BLOCK.as_pointer()), align=1)
+
+        def every(value: int) -> Any:
+            return ir.Constant(_BLOCK, [value] * BLOCK_BYTES)
+
+        def within(source: Any, first: int, count: int) -> Any:
+            return builder.icmp_unsigned("<", builder.sub(source, every(first)), every(count))
+
+        blanks = builder.icmp_unsigned("==", data, every(0x20))
+        flags = (
+            within(builder.or_(data, every(0x20)), 0x61, 26),
+            within(data, 0x30, 10),
+            builder.or_(within(data, 0x09, 5), blanks),
+            blanks,
+            builder.icmp_unsigned("==", data, every(0x27)),
+            builder.icmp_signed("<", data, every(0)),
+        )
+        words = [builder.bitcast(flag, _WORD) for flag in flags]
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint64, 6)(types.int64), generate
+
+
+load_byte = _loader(8, types.int64)
+load_word = _loader(64, types.uint64)
+store_byte = _storer(8)
+store_16 = _storer(16)
+store_32 = _storer(32)
+store_word = _storer(64)
+get_32 = _getter(32)
+get_64 = _getter(64)
+put_32 = _putter(32)
+put_64 = _putter(64)
+trailing_zeros: Any = intrinsic(_trailing_zeros)
+ones: Any = intrinsic(_ones)
+prefetch: Any = intrinsic(_prefetch)
+byte_masks: Any = intrinsic(_byte_masks)
+
+
+@helper
+def signed(word: np.uint64) -> int:
+    """A word as an int64."""
+    return np.int64(word)  # type: ignore[return-value]  # numba's integers are numpy's
+
+
+@helper
+def low_bits(count: int) -> np.uint64:
+    """A word with its count lowest bits set, count from 0 to 63."""
+    return (ONE << np.uint64(count)) - ONE
