@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow check format ui clean
+.PHONY: setup demo test test-slow check format bench ui clean
 
 setup: $(INSTALLED)
 
@@ -35,6 +35,14 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+CORPUS ?= ../shared/corpus
+GPT2 ?= ../shared/gpt2
+
+# make bench SECTIONS="encode texts": the tokenizer against its peers, some minutes
+bench: setup
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmark]'
+	@$(BIN)/python benchmarks/bpe.py $(SECTIONS) --corpus $(CORPUS) --vocab $(GPT2)/vocab.json --merges $(GPT2)/merges.txt
 
 ui: setup
 	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C stops it)"

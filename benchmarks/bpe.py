@@ -1,134 +1,139 @@
-"""Speed of the tokenizer against tiktoken and `tokenizers`, one thread each, in the same run.
+"""Speed of the tokenizer against gigatoken, tiktoken, `tokenizers` and rustbpe, all in this process, one core each.
 
-    python benchmarks/bpe.py data/part-000.parquet --vocab vocab.json --merges merges.txt
+    python benchmarks/bpe.py [SECTION...] --corpus FOLDER --vocab vocab.json --merges merges.txt [--json FILE]
 
-Prints MB (10^6 bytes of UTF-8) per CPU-second, ours also for the first pass, in which every piece is new. With --vocab
-and --merges (GPT-2's files) that vocabulary encodes, else one trained on the text. All three must give the same ids.
-Reading parquet and compiling kernels are not counted; compiling is printed by itself.
+Sections: encode, threads, corpus, texts, training, compile; all of them if none is named. The folder holds files of
+parquet with a column of texts. With --vocab and --merges (GPT-2's files) that vocabulary encodes, else one trained on
+the first part. The process stays on one core (not in `threads`), the peers take one thread, and every id that a peer
+gives is compared with ours: a difference ends the run. MB is 10^6 bytes of UTF-8, speeds are per CPU-second; a figure
+is a median, behind it the lowest and the highest. `make bench` installs the peers and runs it.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import json
 import os
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["RAYON_NUM_THREADS"] = "1"  # before tokenizers starts its threads
+os.environ["RAYON_NUM_THREADS"] = "1"  # before the peers start their threads
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import tiktoken
-import tokenizers
 
-from pipeline.bpe import PATTERN, Tokenizer
-from pipeline.bpe_training import count_pretokens, train_bpe, warm_up
+from benchmarks import bpe_encoding, bpe_learning, bpe_peers, bpe_pipeline
+from benchmarks.bpe_report import Section, machine, measure
+from benchmarks.bpe_texts import other_texts
+from pipeline.bpe import Tokenizer
+from pipeline.bpe_training import train_bpe, warm_up
+
+SECTIONS = ("encode", "threads", "corpus", "texts", "training", "compile")
+MAX_PARTS = 6
 
 
 def main() -> None:
     arguments = parse()
-    texts = pa.chunked_array(
-        [chunk for path in arguments.parquet for chunk in pq.read_table(path, columns=[arguments.column])[0].chunks]
-    )
-    megabytes = int(pc.sum(pc.binary_length(texts)).as_py() or 0) / 1e6
-    print(f"{len(texts):,} documents, {megabytes:.1f} MB")
-    seconds, _ = cpu(warm_up)
-    print(f"compile or load kernels: {seconds:.1f} s")
-    tokenizer = training(texts, megabytes, arguments.vocab_size, arguments.peer_bytes)
+    cores = os.sched_getaffinity(0)
+    core = max(cores) if arguments.core is None else arguments.core
+    described = {**machine(), "pinned to": f"core {core}"}
+    print(*(f"{name}: {value}" for name, value in described.items()), sep="\n", flush=True)
+    pin({core})
+    paths = sorted(arguments.corpus.glob("*.parquet"))[: arguments.parts]
+    if len(paths) < 2:
+        raise SystemExit(f"error: {arguments.corpus} has {len(paths)} files of parquet; at least two parts are needed")
+    parts = [read(path, arguments.column, arguments.megabytes) for path in paths]
+    seconds, _ = measure(warm_up)
+    print(f"kernels compiled or loaded: {seconds.cpu:.1f} CPU s", flush=True)
     if arguments.vocab:
         tokenizer = Tokenizer.from_gpt2(arguments.vocab, arguments.merges)
-    encoding(tokenizer, texts, megabytes, arguments.peer_bytes)
+    else:
+        tokenizer = train_bpe(parts[0], arguments.vocab_sizes[0])
+    done: list[Section] = []
+    for name, make in sections(arguments, tokenizer, paths, parts, cores).items():
+        if arguments.sections and name not in arguments.sections:
+            continue
+        pin(cores if name == "threads" else {core})
+        done.append(make())
+        print(done[-1], flush=True)
+    finish(done, described, arguments.json)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parquet", nargs="+", type=Path, help="files with a column of texts")
-    parser.add_argument("--column", default="text")
-    parser.add_argument("--vocab", type=Path, help="GPT-2's vocab.json")
-    parser.add_argument("--merges", type=Path, help="GPT-2's merges.txt")
-    parser.add_argument("--vocab_size", type=int, default=50257, help="ids to train")
-    parser.add_argument("--peer_bytes", type=int, default=5_000_000, help="bytes of text that the slower peers get")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION", help=f"which to run: {', '.join(SECTIONS)} (default: all)")
+    add("--corpus", type=Path, required=True, help="folder of parquet files, two at least")
+    add("--column", default="text")
+    add("--vocab", type=Path, help="GPT-2's vocab.json")
+    add("--merges", type=Path, help="GPT-2's merges.txt")
+    add("--parts", type=int, default=MAX_PARTS, help="files to read; the first warms up, the others are measured")
+    add("--megabytes", type=float, default=float("inf"), help="of each part, for a short run; not in section corpus")
+    add("--sample_megabytes", type=float, default=4.0, help="of each part for tiktoken and tokenizers")
+    add("--text_megabytes", type=float, default=24.0, help="of each other text, cut into --parts parts")
+    add("--vocab_sizes", type=int, nargs=2, default=(50257, 32000), help="ids to train on one part, on all parts")
+    add("--repeats", type=int, default=5, help="of corpus, training, compile")
+    add("--peer_repeats", type=int, default=1, help="of the peers in training: they take minutes")
+    add("--locale", type=Path, default=Path("/usr/share/locale"), help="folder of gettext catalogues")
+    add("--core", type=int, help="the core to stay on (default: the last one)")
+    add("--json", type=Path, help="write the figures to this file too")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.sections) - set(SECTIONS))
+    if unknown:
+        parser.error(f"no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+    if (arguments.vocab is None) != (arguments.merges is None):
+        parser.error("--vocab and --merges are GPT-2's two files; give both or none")
+    return arguments
 
 
-def cpu(call: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of this process, all threads, and the result."""
-    start = time.process_time()
-    result = call()
-    return time.process_time() - start, result
+def pin(cores: set[int]) -> None:
+    """Keep this process on these cores."""
+    os.sched_setaffinity(0, cores)
 
 
-def sample(texts: pa.ChunkedArray, num_bytes: int) -> list[str]:
-    """The first documents, num_bytes of them together."""
-    chosen: list[str] = []
-    for text in texts:
-        if num_bytes <= 0:
-            break
-        chosen.append(text.as_py())
-        num_bytes -= len(chosen[-1].encode())
-    return chosen
+def read(path: Path, column: str, megabytes: float) -> Any:
+    """The texts of a part, in chunks as parquet gives them."""
+    texts = bpe_peers.without_nulls(pq.read_table(path, columns=[column], use_threads=False)[0])
+    return bpe_peers.first_documents(texts, megabytes * 1e6)
 
 
-def training(texts: pa.ChunkedArray, megabytes: float, vocab_size: int, peer_bytes: int) -> Tokenizer:
-    """Train on everything, and against `tokenizers` on the sample."""
-    seconds, counts = cpu(lambda: count_pretokens(texts))
-    merging, tokenizer = cpu(lambda: train_bpe(counts, vocab_size))
-    print(f"train {vocab_size} on {megabytes:.1f} MB: count {seconds:.2f} s ({megabytes / seconds:.0f} MB/s), ", end="")
-    print(f"learn {merging:.2f} s, {counts.table.num_rows:,} distinct pieces")
-    part = sample(texts, peer_bytes)
-    size = min(vocab_size, 10_000)
-    ours, _ = cpu(lambda: train_bpe(part, size))
-    theirs, _ = cpu(lambda: peer_training(part, size))
-    print(
-        f"train {size} on {peer_bytes / 1e6:.1f} MB: "
-        f"ours {ours:.2f} s, tokenizers {theirs:.2f} s: {theirs / ours:.1f} x"
-    )
-    return tokenizer
+def sections(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, paths: list[Path], parts: list[Any], cores: set[int]
+) -> dict[str, Callable[[], Section]]:
+    """name -> the measurement."""
+    sample_bytes, text_bytes = arguments.sample_megabytes * 1e6, int(arguments.text_megabytes * 1e6)
+    repeats = arguments.repeats
+    return {
+        "encode": lambda: bpe_encoding.encode(tokenizer, parts, sample_bytes),
+        "threads": lambda: bpe_encoding.threads(tokenizer, parts, cores),
+        "corpus": lambda: bpe_pipeline.corpus(tokenizer, paths, arguments.column, repeats),
+        "texts": lambda: bpe_encoding.texts(
+            tokenizer,
+            other_texts(english(parts, text_bytes), text_bytes, arguments.locale),
+            len(parts),
+            sample_bytes / 4,
+        ),
+        "training": lambda: bpe_learning.training(parts, tuple(arguments.vocab_sizes), repeats, arguments.peer_repeats),
+        "compile": lambda: bpe_pipeline.compilation(tokenizer, repeats),
+    }
 
 
-def peer_training(part: list[str], size: int) -> None:
-    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    peer.train_from_iterator(part, trainer)
+def english(parts: list[Any], num_bytes: int) -> list[str]:
+    """Documents of the corpus, about num_bytes of them."""
+    texts = pa.chunked_array([chunk for part in parts for chunk in part.chunks])
+    return bpe_peers.first_documents(texts, num_bytes).to_pylist()
 
 
-def encoding(tokenizer: Tokenizer, texts: pa.ChunkedArray, megabytes: float, peer_bytes: int) -> None:
-    """Everything with ours; the sample with the peers, which must give the same ids."""
-    part = sample(texts, peer_bytes)
-    part_megabytes = sum(len(text.encode()) for text in part) / 1e6
-    passes = [cpu(lambda: tokenizer.encode_batch(texts)) for _ in range(4)]
-    ids, offsets = passes[0][1]
-    expected = ids[: offsets[len(part)]].tolist()
-    first, best = megabytes / passes[0][0], megabytes / min(seconds for seconds, _ in passes)
-    print(f"encode: ours {first:.0f} MB/s first pass, {best:.0f} best of four")
-    for name, encode in peers(tokenizer):
-        seconds, found = cpu(functools.partial(encode, part))
-        speed = part_megabytes / seconds
-        if [token for document in found for token in document] != expected:
-            raise SystemExit(f"{name} gives other ids")
-        print(f"encode: {name} {speed:.1f} MB/s: ours is {first / speed:.1f} x first pass, {best / speed:.1f} x best")
-
-
-def peers(tokenizer: Tokenizer) -> Iterator[tuple[str, Callable[[list[str]], list[list[int]]]]]:
-    ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_tokens.values()]
-    ranks = {tokenizer.decode_bytes([i]): i for i in ordinary}  # ids are ranks, in GPT-2's vocabulary as in ours
-    tik = tiktoken.Encoding("peer", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens)
-    yield "tiktoken", lambda part: [tik.encode_ordinary(text) for text in part]
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder) / "tokenizer.json")
-        fast = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    fast.encode_special_tokens = True
-    yield "tokenizers", lambda part: [encoding.ids for encoding in fast.encode_batch_fast(part)]
+def finish(done: list[Section], described: dict[str, str], file: Path | None) -> None:
+    """All targets together, and the file."""
+    print("\n== Targets", *(target for section in done for target in section.targets), sep="\n")
+    if file:
+        content = {"machine": described, "sections": [section.to_json() for section in done]}
+        file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

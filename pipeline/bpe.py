@@ -29,7 +29,7 @@ from pipeline.bpe_workspace import Arrays, new_scanner, new_table, zeroed
 from pipeline.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_TOKENS = 1 << 24  # a rank has 24 bits in the keys of bpe_merge_kernels.merge_long
+MAX_TOKENS = 1 << 20  # so that two ids and a rank fit into a word: bpe_merge_kernels.Merges
 MAX_UINT16_TOKENS = 1 << 16
 PATTERN_NUMBERS: dict[Pattern, int] = {"gpt2": bpe_kernels.GPT2, "cl100k": bpe_kernels.CL100K}
 
@@ -266,7 +266,7 @@ class Tokenizer:
         )
         scanner, scanner_arrays = new_scanner(bpe_kernels.MAX_PIECES)
         batch = np.empty(bpe_table_kernels.BATCH_WORDS, np.uint64)
-        ids, pairs = (np.empty(bpe_merge_kernels.HEAP_BYTES, dtype) for dtype in (np.uint32, np.uint64))
+        ids, ranks = (np.empty(bpe_merge_kernels.SHORT_MERGE_BYTES, np.uint32) for _ in range(2))
         merges, merge_arrays = self._merges
         encoder = bpe_kernels.Encoder(
             pattern=PATTERN_NUMBERS[self.pattern],
@@ -277,28 +277,28 @@ class Tokenizer:
             prefix=-1,
             batch=batch.ctypes.data,
             ids=ids.ctypes.data,
-            pairs=pairs.ctypes.data,
+            ranks=ranks.ctypes.data,
         )
-        return _Workspace(encoder, [*table_arrays, *scanner_arrays, batch, ids, pairs, *merge_arrays])
+        return _Workspace(encoder, [*table_arrays, *scanner_arrays, batch, ids, ranks, *merge_arrays])
 
     @functools.cached_property
     def _merges(self) -> tuple[bpe_merge_kernels.Merges, Arrays]:
         """The merges as the kernels look them up, a table at most half full, and the arrays it consists of."""
         num_merges = len(self._vocabulary.merges)
         num_slots = 1 << (2 * num_merges + 1).bit_length()
-        byte_ids, byte_pairs = np.array(self._byte_ids, np.uint32), np.empty(1 << 16, np.uint64)
-        slots = zeroed(16 * num_slots)
+        byte_ids, merged_ids = np.array(self._byte_ids, np.uint32), np.array(self._merged_ids, np.uint32)
+        byte_ranks, slots = np.empty(1 << 16, np.uint32), zeroed(8 * num_slots)
         slots[:] = 255
         merges = bpe_merge_kernels.Merges(
             byte_ids=byte_ids.ctypes.data,
-            byte_pairs=byte_pairs.ctypes.data,
+            byte_ranks=byte_ranks.ctypes.data,
+            merged_ids=merged_ids.ctypes.data,
             slots=slots.ctypes.data,
             shift=65 - num_slots.bit_length(),
             mask=num_slots - 1,
         )
-        pairs = np.array(self._vocabulary.merges, np.uint32).reshape(num_merges, 2)
-        bpe_merge_kernels.build_merges(pairs, np.array(self._merged_ids, np.uint32), merges)
-        return merges, [byte_ids, byte_pairs, slots]
+        bpe_merge_kernels.build_merges(np.array(self._vocabulary.merges, np.uint32).reshape(num_merges, 2), merges)
+        return merges, [byte_ids, byte_ranks, merged_ids, slots]
 
 
 class _Workspace(NamedTuple):

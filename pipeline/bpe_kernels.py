@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from pipeline.bpe_cl100k_kernels import scan_cl100k
 from pipeline.bpe_memory_kernels import get_32, get_64, load_word, put_64, signed, store_16, store_32, store_word
-from pipeline.bpe_merge_kernels import HEAP_BYTES, Merges, merge_long, merge_short
+from pipeline.bpe_merge_kernels import SHORT_MERGE_BYTES, Merges, merge_long, merge_short
 from pipeline.bpe_scan_kernels import Scanner, scan_gpt2
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
@@ -59,8 +59,8 @@ class Encoder(NamedTuple):
     id_shift: int  # log2 of the bytes of an id: 1 or 2
     prefix: int  # id in front of every document, -1 for none
     batch: int  # uint64 of BATCH_WORDS
-    ids: int  # uint32 of HEAP_BYTES
-    pairs: int  # uint64 of HEAP_BYTES
+    ids: int  # uint32 of SHORT_MERGE_BYTES
+    ranks: int  # uint32 of SHORT_MERGE_BYTES
 
 
 @helper
@@ -177,14 +177,14 @@ def write_ids(ids: int, count: int, target: int, id_shift: int) -> int:
     return target
 
 
-@helper
+@inlined
 def write_spilled(entry: int, encoder: Encoder, target: int) -> int:
     """Write the ids of an entry that has too many to hold them; returns the address behind them."""
     ids = encoder.table.spilled + 4 * signed(load_word(entry + 16))
     return write_ids(ids, signed(load_word(entry + 24)), target, encoder.id_shift)
 
 
-@helper
+@inlined
 def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: int) -> int:
     """Write the ids of a piece whose key is not in the first entry of its search; returns the address behind them."""
     table = encoder.table
@@ -203,21 +203,29 @@ def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: i
     return target + (signed(high >> HALF) << encoder.id_shift)
 
 
-@helper
+@inlined
 def encode_new(address: int, length: int, key: int, encoder: Encoder, target: int) -> int:
     """Merge a piece that is not in the table and write its ids; enter it if it is short enough to come again."""
-    if length <= HEAP_BYTES:
-        count = merge_short(address, length, encoder.merges, encoder.ids, encoder.pairs)
+    if length <= SHORT_MERGE_BYTES:
+        count = merge_short(address, length, encoder.merges, encoder.ids, encoder.ranks)
         enter(address, length, key, encoder.ids, count, encoder)
         return write_ids(encoder.ids, count, target, encoder.id_shift)
-    ids = np.empty(length, np.uint32)
-    count = merge_long(address, length, encoder.merges, ids)
-    if length <= MAX_CACHED_BYTES:
-        enter(address, length, key, ids.ctypes.data, count, encoder)
-    return write_ids(ids.ctypes.data, count, target, encoder.id_shift)
+    return encode_long(address, length, key, encoder, target, np.empty(length, np.uint32))
 
 
 @helper
+def encode_long(
+    address: int, length: int, key: int, encoder: Encoder, target: int, array: npt.NDArray[np.uint32]
+) -> int:
+    """encode_new for a piece above SHORT_MERGE_BYTES; array (length,) is working space."""
+    ids = array.ctypes.data
+    count = merge_long(address, length, encoder.merges, ids)
+    if length <= MAX_CACHED_BYTES:
+        enter(address, length, key, ids, count, encoder)
+    return write_ids(ids, count, target, encoder.id_shift)
+
+
+@inlined
 def enter(address: int, length: int, key: int, ids: int, count: int, encoder: Encoder) -> None:
     """Enter a piece and its ids into the table; a table that is full, or has no room for it, is emptied first."""
     table = encoder.table
@@ -239,7 +247,7 @@ def enter(address: int, length: int, key: int, ids: int, count: int, encoder: En
     enter_payload(entry, ids, count, encoder)
 
 
-@helper
+@inlined
 def enter_payload(entry: int, ids: int, count: int, encoder: Encoder) -> None:
     """Fill the two payload words: up to 12 bytes of ids as they go to the output, and their number in the upper half of
     the second word; or 0 there, below it their number, and in the first word where in table.spilled they are."""

@@ -4,8 +4,9 @@ Memory is read and written through addresses (int64): arrays in tuples would cos
 and every index a look whether it is negative. Words are uint64 throughout: numba turns a sum of int64 and uint64 into
 float64 without a word.
 
-``byte_masks`` is the one vector instruction here: 64 bytes are compared at a time and the answers packed into words,
-one bit a byte. It is written in LLVM's own terms, which become AVX-512, AVX2, SSE2 or NEON, as the machine has them.
+Two vector operations: ``byte_masks`` compares 64 bytes at a time and packs the answers into words, one bit a byte;
+``least`` finds the least of 16 numbers. They are written in LLVM's own terms, which become AVX-512, AVX2, SSE2 or NEON,
+as the machine has them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ TOP_BIT = np.uint64(63)
 
 _BYTE, _INT32, _WORD, _BOOL = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.IntType(1)
 _BLOCK = ir.VectorType(_BYTE, BLOCK_BYTES)
+_SIXTEEN = ir.VectorType(_INT32, 16)
 
 
 def _loader(bits: int, result: Any) -> Any:
@@ -105,6 +107,15 @@ def _ones(_typing_context: Any, _word: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
+def _leading_zeros(_typing_context: Any, _word: Any) -> Any:
+    """leading_zeros(word): number of zero bits above the highest one bit; 64 for zero."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.ctlz(arguments[0], ir.Constant(_BOOL, 0))
+
+    return types.int64(types.uint64), generate
+
+
 def _prefetch(_typing_context: Any, _address: Any) -> Any:
     """prefetch(address): bring the cache line in, without waiting for it. Any address will do."""
 
@@ -147,6 +158,23 @@ def _byte_masks(_typing_context: Any, _address: Any) -> Any:
     return types.UniTuple(types.uint64, 6)(types.int64), generate
 
 
+def _least(_typing_context: Any, _address: Any) -> Any:
+    """least(address): the least of the 16 uint32 there, and the first place where it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = builder.load(builder.inttoptr(arguments[0], _SIXTEEN.as_pointer()), align=1)
+        kind = ir.FunctionType(_INT32, [_SIXTEEN])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.umin.v16i32")
+        value = builder.call(reduce, [data])
+        every = builder.insert_element(ir.Constant(_SIXTEEN, ir.Undefined), value, _INT32(0))
+        every = builder.shuffle_vector(every, ir.Constant(_SIXTEEN, ir.Undefined), ir.Constant(_SIXTEEN, [0] * 16))
+        equal = builder.bitcast(builder.icmp_unsigned("==", data, every), ir.IntType(16))
+        place = builder.cttz(builder.zext(equal, _WORD), ir.Constant(_BOOL, 1))
+        return context.make_tuple(builder, signature.return_type, [builder.zext(value, _WORD), place])
+
+    return types.UniTuple(types.int64, 2)(types.int64), generate
+
+
 load_byte = _loader(8, types.int64)
 load_word = _loader(64, types.uint64)
 store_byte = _storer(8)
@@ -158,9 +186,11 @@ get_64 = _getter(64)
 put_32 = _putter(32)
 put_64 = _putter(64)
 trailing_zeros: Any = intrinsic(_trailing_zeros)
+leading_zeros: Any = intrinsic(_leading_zeros)
 ones: Any = intrinsic(_ones)
 prefetch: Any = intrinsic(_prefetch)
 byte_masks: Any = intrinsic(_byte_masks)
+least: Any = intrinsic(_least)
 
 
 @helper

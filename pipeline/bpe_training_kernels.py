@@ -193,6 +193,7 @@ class Learner(NamedTuple):
     by_left: int  # int32, V: pair (new token, v) of this step; NONE between steps
     by_right: int  # int32, V: pair (v, new token) of this step; NONE between steps
     used: int  # int64, 4: tokens, pairs, places, heap entries in use
+    min_frequency: int  # no address: a pair that occurs less often is not merged; at least 1
 
 
 class Pairs(NamedTuple):
@@ -274,8 +275,8 @@ def touch(learner: Learner, pairs: Pairs, node: int, pair: int, num_touched: int
 @helper
 def list_places(learner: Learner, pairs: Pairs, first_pair: int, num_touched: int) -> None:
     """Turn the touched nodes, which are in ascending order, into one run of places per pair from first_pair on, and put
-    these pairs into the heap. A node whose pair changed twice in the step appears twice in the run of the later one:
-    harmless, as its second visit finds the pair gone."""
+    these pairs into the heap, unless they are too rare: their counts cannot rise. A node whose pair changed twice in
+    the step appears twice in the run of the later one: harmless, as its second visit finds the pair gone."""
     num_pairs = in_use(learner, NUM_PAIRS)
     for pair in range(first_pair, num_pairs):
         put_32(pairs.length, pair, 0)
@@ -295,7 +296,7 @@ def list_places(learner: Learner, pairs: Pairs, first_pair: int, num_touched: in
         put_32(learner.places, get_64(pairs.start, pair) + length, node)
         put_32(pairs.length, pair, length + 1)
     for pair in range(first_pair, num_pairs):
-        if get_64(pairs.total, pair) > 0:
+        if get_64(pairs.total, pair) >= learner.min_frequency:
             push(learner, pairs, pair)
 
 
@@ -303,13 +304,13 @@ def list_places(learner: Learner, pairs: Pairs, first_pair: int, num_touched: in
 def learn(learner: Learner, pairs: Pairs, merged: npt.NDArray[np.int32], num_merged: int, limit: int) -> int:
     """Write merges (left, right) to the rows num_merged:limit of merged; returns how many rows are filled then.
 
-    Fewer than limit: no pair is left (the heap is empty), or the pairs need more room than there is.
+    Fewer than limit: no pair occurs often enough (the heap is empty), or the pairs need more room than there is.
     """
     while num_merged < limit and in_use(learner, HEAP_SIZE) > 0:
         pair = get_32(pairs.heap_pair, 0)
         if get_64(pairs.heap_count, 0) != get_64(pairs.total, pair):
             pop(learner, pairs)
-            if get_64(pairs.total, pair) > 0:
+            if get_64(pairs.total, pair) >= learner.min_frequency:
                 push(learner, pairs, pair)
             continue
         most_new = 2 * min(get_32(pairs.length, pair), in_use(learner, NUM_TOKENS) + 1)

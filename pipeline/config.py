@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from model.config import ModelConfig
+from pipeline.bpe_files import Pattern
 from pipeline.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
@@ -38,7 +39,7 @@ _POSITIVE = (
     "keep_checkpoints",
     "num_workers",
 )
-SECTIONS = ("tokenize", "pretrain", "evaluate", "generate")
+SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,56 @@ class TokenizeConfig:
             257 <= self.vocab_size <= 2**31,
             f"vocab_size is {self.vocab_size}; it must be at least 257: 256 bytes and <|endoftext|>",
         )
-        _require(0 <= self.val_fraction < 1, f"val_fraction is {self.val_fraction}; it must lie in [0, 1)")
-        _require(self.item_bytes > 0, f"item_bytes is {self.item_bytes}; it must be positive")
-        _require(self.sample_bytes > 0, f"sample_bytes is {self.sample_bytes}; it must be positive")
+        _check_reading(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig:
+    """From a source of raw text to a tokenizer (jobs/train_tokenizer.py)."""
+
+    source: str = "installed-docs"
+    """What to read: a file, folder or glob of .parquet, .jsonl, .txt (plain, .gz, .zst);
+    hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the docstrings of this machine's packages."""
+    output: str = "data/tokenizer"
+    """Folder for tokenizer.json and summary.json."""
+    text_column: str = "text"
+    """Column of a parquet file, or key of a JSON line, that holds the text."""
+    vocab_size: int = 50257
+    """Ids, the 256 bytes and the special tokens included."""
+    min_frequency: int = 1
+    """A pair of tokens that occurs less often is not merged; above 1 the vocabulary may get smaller than asked."""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """Names of the last ids; jobs/tokenize.py needs <|endoftext|>."""
+    pattern: Pattern = "gpt2"
+    """What cuts text into pieces before merging: GPT-2's pattern, or cl100k, which GPT-4 and Llama 3 have."""
+    sample_bytes: int = 1_000_000_000
+    """Bytes of text, spread over the whole source, that are counted."""
+    val_fraction: float = 0.0
+    """Share of documents left out: with the val_fraction of jobs/tokenize.py, exactly those it holds out."""
+    item_bytes: int = 128_000_000
+    """Bytes of text that one work item reads, about: memory of a worker grows with it."""
+    num_workers: int | None = None
+    """Counting tasks at a time. Not given: one per CPU of the cluster."""
+    tracking_uri: str | None = None
+    """MLflow server or store. Not given: MLFLOW_TRACKING_URI, else sqlite in the working folder."""
+    experiment: str = "gpt-2.5"
+    """MLflow experiment."""
+    dry_run: bool = False
+    """Print the resolved settings, then stop."""
+
+    def __post_init__(self) -> None:
+        num_fixed = 256 + len(self.special_tokens)
         _require(
-            self.num_workers is None or self.num_workers > 0, f"num_workers is {self.num_workers}; it must be positive"
+            num_fixed <= self.vocab_size <= 2**31,
+            f"vocab_size is {self.vocab_size}; it must be at least {num_fixed}: 256 bytes and "
+            f"{len(self.special_tokens)} special tokens",
         )
+        _require(self.min_frequency > 0, f"min_frequency is {self.min_frequency}; it must be positive")
+        _require(
+            len(set(self.special_tokens)) == len(self.special_tokens) and "" not in self.special_tokens,
+            f"special_tokens are {list(self.special_tokens)}; they must differ, and none may be empty",
+        )
+        _check_reading(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +331,16 @@ class GenerateConfig:
         _require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
+def _check_reading(config: TokenizeConfig | TrainTokenizerConfig) -> None:
+    _require(0 <= config.val_fraction < 1, f"val_fraction is {config.val_fraction}; it must lie in [0, 1)")
+    for name in ("item_bytes", "sample_bytes"):
+        _require(getattr(config, name) > 0, f"{name} is {getattr(config, name)}; it must be positive")
+    _require(
+        config.num_workers is None or config.num_workers > 0,
+        f"num_workers is {config.num_workers}; it must be positive",
+    )
+
+
 def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str], *, program: str) -> ConfigT:
     """Fill ``config_class`` from its defaults, then the preset's ``section`` (--config FILE), then the flags.
 
@@ -355,6 +410,8 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list | tuple):
+            flags += [f"--{name}", *map(str, value)]
         else:
             flags += [f"--{name}", str(value)]
     return flags

@@ -74,12 +74,12 @@ def settings_of(config: TokenizeConfig, tokenizer_fingerprint: str | None) -> di
     }
 
 
-def find_source(config: TokenizeConfig, output: Path) -> Source:
-    """The config's source, at the revision that this output folder was begun with."""
+def find_source(source: str, output: Path) -> Source:
+    """The source, at the revision that this output folder was begun with."""
     record = read_run(output)
-    if record is not None and record.pinned and record.source == config.source:
+    if record is not None and record.pinned and record.source == source:
         return find(record.pinned)
-    return find(config.source)
+    return find(source)
 
 
 def finished(config: TokenizeConfig, output: Path, settings: dict[str, Any]) -> Manifest | None:
@@ -87,14 +87,9 @@ def finished(config: TokenizeConfig, output: Path, settings: dict[str, Any]) -> 
 
     Raises UserError where the folder holds shards of other settings or of other input.
     """
-    record = read_run(output)
-    if record is None:
+    if not is_complete(output, config.source, settings, names=(MANIFEST_NAME,)):
         return None
-    _require_same_settings(output, record, settings)
-    unmoved = record.pinned is not None and record.source == config.source
-    if not unmoved and (output / MANIFEST_NAME).exists():
-        _require_same_inputs(output, record, find(config.source).inputs())
-    if not (output / MANIFEST_NAME).exists() or not (output / TOKENIZER_NAME).exists():
+    if not (output / TOKENIZER_NAME).exists():
         return None
     try:
         for split in SPLITS:
@@ -103,6 +98,22 @@ def finished(config: TokenizeConfig, output: Path, settings: dict[str, Any]) -> 
         logger.warning("%s; it is made again", error)
         return None
     return Manifest.load(output)
+
+
+def is_complete(output: Path, source: str, settings: dict[str, Any], *, names: tuple[str, ...]) -> bool:
+    """Whether a job has written the files ``names`` to its folder, with these settings and from this source.
+
+    Raises UserError where the folder was begun with other settings, or finished from other input.
+    """
+    record = read_run(output)
+    if record is None:
+        return False
+    _require_same_settings(output, record, settings)
+    if not all((output / name).exists() for name in names):
+        return False
+    if record.pinned is None or record.source != source:
+        _require_same_inputs(output, record, find(source).inputs())
+    return True
 
 
 def claim(output: Path, run: RunRecord) -> None:
@@ -131,7 +142,7 @@ def read_run(output: Path) -> RunRecord | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; delete {output} and run jobs/tokenize.py again") from error
+        raise UserError(f"{path} is damaged; delete {output} and run the job again") from error
 
 
 def _begin(output: Path, run: RunRecord) -> None:
@@ -214,6 +225,11 @@ def _to_json(record: RunRecord | ItemRecord) -> bytes:
 
 
 def _require_same_settings(output: Path, record: RunRecord, settings: dict[str, Any]) -> None:
+    if settings.keys() != record.settings.keys():
+        raise UserError(
+            f"output folder {output} was begun by another job, or by another version of this one; "
+            "choose another --output"
+        )
     for name in sorted(settings.keys() | record.settings.keys()):
         old, new = record.settings.get(name), settings.get(name)
         if old != new:

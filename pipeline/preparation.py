@@ -107,7 +107,11 @@ def _track(config: TokenizeConfig, run: MLflowRun, output: Path, report: DataRep
 
 def _with_absolute_inputs(config: TokenizeConfig) -> TokenizeConfig:
     """Local paths made absolute, because workers run in other folders; addresses and installed-docs stay."""
-    is_local = "://" not in config.source and config.source != "installed-docs"
-    source = str(cluster.resolve_path(config.source)) if is_local else config.source
     tokenizer = str(cluster.resolve_path(config.tokenizer)) if config.tokenizer else None
-    return dataclasses.replace(config, source=source, tokenizer=tokenizer)
+    return dataclasses.replace(config, source=absolute_source(config.source), tokenizer=tokenizer)
+
+
+def absolute_source(source: str) -> str:
+    """A source as every worker finds it."""
+    is_local = "://" not in source and source != "installed-docs"
+    return str(cluster.resolve_path(source)) if is_local else source

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import bpe, bpe_training, ledger
-from pipeline.config import TokenizeConfig
+from pipeline.bpe_files import Pattern
+from pipeline.config import TokenizeConfig, TrainTokenizerConfig
 from pipeline.documents import encode_documents, split_by_hash
 from pipeline.errors import UserError
 from pipeline.ledger import ItemRecord, RunRecord
@@ -61,6 +62,22 @@ class Summary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the training of a tokenizer did."""
+
+    tokenizer: bpe.Tokenizer
+    documents: int
+    """Counted; those held out for validation are not."""
+    text_bytes: int
+    distinct_pretokens: int
+    skipped: dict[str, int]
+    """Reason -> documents left out."""
+    count_seconds: float
+    """Reading and counting, with the seconds that Ray takes to start the first tasks."""
+    merge_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncodeJob:
     """What every task of a run is told."""
 
@@ -93,7 +110,7 @@ def tokenize(config: TokenizeConfig, output: Path) -> Summary:
     start = time.perf_counter()
     _quiet_ray_data()
     settings = ledger.settings_of(config, _given_fingerprint(config))
-    source = ledger.find_source(config, output)
+    source = ledger.find_source(config.source, output)
     run = RunRecord(source=config.source, pinned=source.pinned, settings=settings, inputs=tuple(source.inputs()))
     ledger.claim(output, run)
     items = plan(source, text_column=config.text_column, item_bytes=config.item_bytes)
@@ -117,6 +134,35 @@ def tokenize(config: TokenizeConfig, output: Path) -> Summary:
         tokens=tokens,
         seconds=time.perf_counter() - start,
         encode_seconds=encode_seconds,
+    )
+
+
+def train_tokenizer(config: TrainTokenizerConfig, source: Source, output: Path) -> Training:
+    """Learn a tokenizer from a sample of ``source``: equal for any number of workers and any size of work items.
+
+    ``output`` (absolute) has been claimed by the caller (``ledger.claim``), who also saves the tokenizer.
+    """
+    bpe_training.warm_up()  # compiled here once, not in every worker at the same time
+    start = time.perf_counter()
+    _quiet_ray_data()
+    counts, figures, skipped = _count_items(config, source, output)
+    merge_start = time.perf_counter()
+    logger.info("learning a tokenizer of %d ids from %d distinct pre-tokens", config.vocab_size, counts.table.num_rows)
+    progress = _MergeProgress()
+    try:
+        tokenizer = bpe_training.train_bpe(
+            counts, config.vocab_size, config.special_tokens, progress, min_frequency=config.min_frequency
+        )
+    finally:
+        progress.close()
+    return Training(
+        tokenizer=tokenizer,
+        documents=figures["documents"],
+        text_bytes=figures["text_bytes"],
+        distinct_pretokens=counts.table.num_rows,
+        skipped=dict(sorted(skipped.items())),
+        count_seconds=merge_start - start,
+        merge_seconds=time.perf_counter() - merge_start,
     )
 
 
@@ -197,17 +243,19 @@ def write(row: pa.Table, job: EncodeJob, vocab_size: int) -> pa.Table:
 
 
 @_stage
-def count(row: pa.Table, output: str, val_fraction: float) -> pa.Table:
+def count(row: pa.Table, output: str, val_fraction: float, pattern: Pattern) -> pa.Table:
     """Texts -> how often each pre-token occurs in the train documents."""
     item = WorkItem.from_json(row["item"][0].as_py())
     train, _ = split_by_hash(_values(row["texts"]), val_fraction)
-    counts = bpe_training.count_pretokens(train).table
+    counts = bpe_training.count_pretokens(train, pattern=pattern).table
     ledger.end_attempt(Path(output), f"count-{item.index:06d}")
     return pa.table(
         {
             "size_bytes": [item.size_bytes],
             "text_bytes": [_text_bytes(train)],
             "tokens": [0],
+            "documents": [len(train)],
+            "skipped": row["skipped"],
             "counts": _in_one_row(counts.to_struct_array().combine_chunks()),
         }
     )
@@ -266,28 +314,42 @@ def _prepare_tokenizer(config: TokenizeConfig, source: Source, output: Path) -> 
         tokenizer = bpe.Tokenizer.from_file(path)
         logger.info("tokenizer %s is there from an earlier run", path)
     else:
-        tokenizer = _train_tokenizer(config, source, output)
+        training = TrainTokenizerConfig(
+            source=config.source,
+            text_column=config.text_column,
+            vocab_size=config.vocab_size,
+            sample_bytes=config.sample_bytes,
+            val_fraction=config.val_fraction,
+            item_bytes=config.item_bytes,
+            num_workers=config.num_workers,
+        )
+        tokenizer = train_tokenizer(training, source, output).tokenizer
         tokenizer.save(path)
     bpe.warm_up()
     return tokenizer
 
 
-def _train_tokenizer(config: TokenizeConfig, source: Source, output: Path) -> bpe.Tokenizer:
+def _count_items(
+    config: TrainTokenizerConfig, source: Source, output: Path
+) -> tuple[bpe_training.PretokenCounts, Counter[str], Counter[str]]:
+    """How often each pre-token occurs in the sample; documents and bytes of text; documents skipped, by reason."""
     pieces = spread(source.pieces(config.text_column), config.sample_bytes)
     items = pack(pieces, text_column=config.text_column, item_bytes=config.item_bytes)
     stages: Stages = [
         (download, {"output": str(output), "verb": "count"}),
-        (count, {"output": str(output), "val_fraction": config.val_fraction}),
+        (count, {"output": str(output), "val_fraction": config.val_fraction, "pattern": config.pattern}),
     ]
-    bpe_training.warm_up()  # compiled here once, not in every worker at the same time
+    figures: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     parts: list[bpe_training.PretokenCounts] = []
     for row in _run_stages(items, stages, config.num_workers, title="count"):
-        table = pa.Table.from_struct_array(_values(row["counts"]))
-        parts.append(bpe_training.PretokenCounts(table=table.cast(bpe_training.COUNTS_SCHEMA)))
+        figures.update({name: row[name][0].as_py() for name in ("documents", "text_bytes")})
+        skipped.update(json.loads(row["skipped"][0].as_py()))
+        table = pa.Table.from_struct_array(_values(row["counts"])).cast(bpe_training.COUNTS_SCHEMA)
+        parts.append(bpe_training.PretokenCounts(table=table, pattern=config.pattern))
         if len(parts) == MERGED_AT_ONCE:
             parts = [bpe_training.merge_counts(parts)]
-    logger.info("training a tokenizer of %d ids", config.vocab_size)
-    return bpe_training.train_bpe(bpe_training.merge_counts(parts), config.vocab_size)
+    return bpe_training.merge_counts(parts), figures, skipped
 
 
 def _given_fingerprint(config: TokenizeConfig) -> str | None:
@@ -388,6 +450,27 @@ class _Progress:
         rate = megabytes / max(1e-9, time.perf_counter() - self._start)
         tokens = f", {self._tokens / 1e6:,.1f} M tokens" if self._tokens else ""
         return f"{megabytes:,.1f} MB of text{tokens}, {rate:,.1f} MB/s"
+
+
+class _MergeProgress:
+    """A bar on a terminal, else a log line every few seconds: merges learned of those wanted."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc="merge", unit=" merges", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
+        self._logged = time.perf_counter()
+
+    def __call__(self, done: int, wanted: int) -> None:
+        self._bar.total = wanted
+        self._bar.update(done - self._bar.n)
+        now = time.perf_counter()
+        if self._bar.disable and (now - self._logged >= _LOG_SECONDS or done == wanted):
+            self._logged = now
+            logger.info("merge: %d of %d (%.0f %%)", done, wanted, 100 * done / wanted)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _quiet_ray_data() -> None:

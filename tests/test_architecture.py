@@ -22,8 +22,8 @@ FORBIDDEN = {
     "bpe": {name for name in PIPELINE if not name.startswith(("bpe", "unicode", "kernel", "errors"))},
     "bpe_training": {name for name in PIPELINE if not name.startswith(("bpe", "unicode", "kernel", "errors"))},
     "batches": PIPELINE - {"errors", "shards"},
-    "trainer": {"stages", "launch", "sources", "cluster", "bpe_training"},
-    "stages": {"launch", "trainer", "checkpoint", "batches", "parallel", "evaluation"},
+    "trainer": {"stages", "launch", "sources", "cluster", "bpe_training", "tokenizer_training"},
+    "stages": {"launch", "trainer", "checkpoint", "batches", "parallel", "evaluation", "tokenizer_training"},
 }
 ONLY_IN = {"ray.data": {"stages"}, "ray.train": {"launch"}, "mlflow": {"tracking"}}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 import yaml
 
@@ -58,7 +59,7 @@ def test_help_from_another_folder(name: str, tmp_path: Path) -> None:
     assert "usage:" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["tokenize.py", "pretrain.py", "evaluate.py", "generate.py"])
+@pytest.mark.parametrize("name", ["tokenize.py", "train_tokenizer.py", "pretrain.py", "evaluate.py", "generate.py"])
 def test_dry_run_prints_the_resolved_settings(name: str, tmp_path: Path) -> None:
     section = name.removesuffix(".py")
     result = job(name, "--config", str(ROOT / "configs/demo.yaml"), "--dry-run", cwd=tmp_path)
@@ -100,6 +101,21 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
     sentence = error_of("tokenize.py", "--source", "other.parquet", "--output", "out", cwd=tmp_path)
     assert "text" in sentence and "body" in sentence and "id" in sentence
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_train_tokenizer(tmp_path: Path) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "pipeline").glob("[a-z]*.py"))]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "code.parquet")
+    flags = ["--source", "code.parquet", "--output", "out", "--vocab-size", "400", "--num_workers", "1"]
+    first = job("train_tokenizer.py", *flags, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "train_tokenizer: done\n" in first.stdout and f"{len(texts)} (" in first.stdout
+    assert "400 ids: 256 bytes, 143 merges, <|endoftext|>" in first.stdout
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert theirs.get_vocab_size() == 400 and theirs.token_to_id("<|endoftext|>") == 399
+    assert theirs.decode(theirs.encode(texts[0]).ids) == texts[0]
+    again = job("train_tokenizer.py", *flags, cwd=tmp_path)
+    assert again.stdout == first.stdout.replace("train_tokenizer: done", "train_tokenizer: done before"), again.stderr
 
 
 def test_generate(run_folder: Path, tmp_path: Path) -> None:

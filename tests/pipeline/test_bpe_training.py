@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import bpe_training
 from pipeline.bpe import Tokenizer
+from pipeline.bpe_files import Pattern, show
 from pipeline.bpe_training import PretokenCounts, count_pretokens, merge_counts, train_bpe
 from pipeline.errors import UserError
-from tests.pipeline.bpe_references import NASTY, as_tiktoken, documents, naive_merges, pieces
+from tests.pipeline.bpe_references import BOTH, NASTY, as_tiktoken, documents, naive_merges, pieces
 
 nasty_text = st.lists(st.sampled_from(NASTY), max_size=40).map("".join)
 
@@ -54,6 +60,13 @@ def test_few_letters_many_ties(texts: list[str], num_merges: int) -> None:
 def test_nasty_text(texts: list[str], num_merges: int) -> None:
     expected = naive_merges(texts, num_merges)
     assert learn(texts, len(expected)) == expected
+
+
+@settings(max_examples=60)
+@given(st.lists(nasty_text, max_size=8), st.integers(0, 60))
+def test_nasty_text_cut_by_the_other_pattern(texts: list[str], num_merges: int) -> None:
+    expected = naive_merges(texts, num_merges, "cl100k")
+    assert merges(train_bpe(texts, 257 + len(expected), pattern="cl100k")) == expected
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 7, 8, 15, 16, 31, 100])
@@ -96,6 +109,46 @@ def test_a_trained_tokenizer_encodes_as_tiktoken_does() -> None:
         assert tokenizer.encode(text) == theirs.encode_ordinary(text)
 
 
+@settings(max_examples=150)
+@given(st.lists(st.text(alphabet="abc ", max_size=30), max_size=8), st.integers(1, 6))
+def test_rare_pairs_are_not_merged(texts: list[str], min_frequency: int) -> None:
+    expected = naive_merges(texts, 200, min_frequency=min_frequency)
+    enough = 257 + len(expected)
+    assert merges(train_bpe(texts, enough, min_frequency=min_frequency)) == expected
+    if min_frequency > 1:
+        assert merges(train_bpe(texts, enough + 50, min_frequency=min_frequency)) == expected
+
+
+@pytest.mark.parametrize("min_frequency", [1, 2, 3, 4, 9, 10])
+def test_min_frequency_means_what_it_does_in_tokenizers(min_frequency: int) -> None:
+    text = " ".join(["ab"] * 3 + ["abc"] * 4 + ["de"] * 2 + ["f-g"])  # counts 7, 4, 2 and 1 at the start, no ties
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1000,
+        min_frequency=min_frequency,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([text], trainer)
+    expected = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
+    ours = train_bpe([text], 257 + len(expected), min_frequency=min_frequency)
+    assert [(show(left), show(right)) for left, right in merges(ours)] == expected
+    with pytest.raises(UserError) if min_frequency == 1 else contextlib.nullcontext():
+        assert train_bpe([text], 1000, min_frequency=min_frequency).vocab_size == 257 + len(expected)
+
+
+def test_a_vocabulary_that_stays_small_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        tokenizer = train_bpe(["abab abab cd"], 300, ["<|endoftext|>", "<|pad|>"], min_frequency=2)
+    assert merges(tokenizer) == [(b"a", b"b"), (b"ab", b"ab")]
+    assert tokenizer.special_tokens == {"<|endoftext|>": 258, "<|pad|>": 259}
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the vocabulary has 260 ids, not 300: after 2 merges no pair of tokens occurs 2 times (min_frequency)"
+    )
+
+
 def test_progress_is_reported() -> None:
     seen: list[tuple[int, int]] = []
     train_bpe(documents(5), 257 + 250, progress=lambda done, wanted: seen.append((done, wanted)))
@@ -133,11 +186,12 @@ def test_what_cannot_be_trained_is_said(texts: list[str], vocab_size: int, speci
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@pytest.mark.parametrize("pattern", BOTH)
+@settings(max_examples=200)
 @given(st.lists(nasty_text, max_size=10))
-def test_counts_are_those_of_the_pattern(texts: list[str]) -> None:
-    counts = count_pretokens(texts)
-    assert as_dict(counts) == Counter(piece for text in texts for piece in pieces(text.encode()))
+def test_counts_are_those_of_the_pattern(pattern: Pattern, texts: list[str]) -> None:
+    counts = count_pretokens(texts, pattern=pattern)
+    assert as_dict(counts) == Counter(piece for text in texts for piece in pieces(text.encode(), pattern))
     assert list(as_dict(counts)) == sorted(as_dict(counts))
 
 
@@ -156,6 +210,23 @@ def test_any_division_of_the_work_gives_the_same_counts(texts: list[str], worker
     assert merge_counts([merge_counts(parts[:2]), *parts[2:]]).table.equals(whole.table)
 
 
+@settings(max_examples=60)
+@given(st.lists(nasty_text, max_size=12), st.integers(2, 5), st.integers(0, 5))
+def test_any_number_of_threads_gives_the_same_counts(texts: list[str], num_threads: int, cut: int) -> None:
+    chunks = [
+        pa.array(["before", *texts[:cut]]).slice(1),
+        pa.array([]).cast(pa.string()),
+        pa.array(texts[cut:], "string"),
+    ]
+    whole = count_pretokens(texts)
+    assert count_pretokens(pa.chunked_array(chunks), num_threads=num_threads).table.equals(whole.table)
+
+
+def test_threads_on_real_text() -> None:
+    texts = documents(200)
+    assert count_pretokens(texts, num_threads=3).table.equals(count_pretokens(texts).table)
+
+
 def test_training_from_parts_is_training_from_the_whole() -> None:
     texts = documents(60)
     whole = train_bpe(pa.array(texts, pa.large_string()), 1000)
@@ -168,6 +239,34 @@ def test_training_from_parts_is_training_from_the_whole() -> None:
 def test_nothing_to_count() -> None:
     assert count_pretokens([]).table.num_rows == 0 and count_pretokens(["", ""]).table.num_rows == 0
     assert merge_counts([]).table.equals(count_pretokens([]).table)
+
+
+def test_counts_know_their_pattern() -> None:
+    counts = count_pretokens(["abab"], pattern="cl100k")
+    assert counts.pattern == "cl100k" and merge_counts([counts, counts]).pattern == "cl100k"
+    assert train_bpe(counts, 258).pattern == train_bpe(["abab"], 258, pattern="cl100k").pattern == "cl100k"
+    assert train_bpe(["abab"], 258).pattern == count_pretokens([]).pattern == "gpt2"
+    with pytest.raises(UserError, match="counts of the patterns cl100k and gpt2 cannot be added up"):
+        merge_counts([counts, count_pretokens(["abab"])])
+    with pytest.raises(UserError, match="pattern is gpt2, but the counts are of the pattern cl100k"):
+        train_bpe(counts, 258, pattern="gpt2")
+
+
+unknown: Any = "gpt3"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: count_pretokens(["a"], pattern=unknown), "pattern is 'gpt3'; it must be one of gpt2, cl100k"),
+        (lambda: train_bpe(["a"], 257, pattern=unknown), "pattern is 'gpt3'"),
+        (lambda: count_pretokens(["a"], num_threads=0), "num_threads is 0; it must be positive"),
+        (lambda: train_bpe(["a"], 257, min_frequency=0), "min_frequency is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
 
 
 def test_counts_of_another_shape_are_refused() -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import EvaluateConfig, GenerateConfig, PretrainConfig, TokenizeConfig, resolve, to_dict
+from pipeline.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    PretrainConfig,
+    TokenizeConfig,
+    TrainTokenizerConfig,
+    resolve,
+    to_dict,
+)
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,6 +48,7 @@ def test_defaults_are_the_recipe() -> None:
     ("section", "config_class"),
     [
         ("tokenize", TokenizeConfig),
+        ("train_tokenizer", TrainTokenizerConfig),
         ("pretrain", PretrainConfig),
         ("evaluate", EvaluateConfig),
         ("generate", GenerateConfig),
@@ -108,6 +117,40 @@ def test_mistakes_in_a_preset_name_it(tmp_path: Path, text: str, sentence: str) 
 
 def test_a_flag_may_mend_what_the_preset_gets_wrong(tmp_path: Path) -> None:
     assert pretrain("--config", preset(tmp_path, "pretrain: {d_model: 100}"), "--d_model", "96").d_model == 96
+
+
+def train_tokenizer(*flags: str) -> TrainTokenizerConfig:
+    return resolve(TrainTokenizerConfig, "train_tokenizer", flags, program="jobs/train_tokenizer.py")
+
+
+def test_special_tokens_are_a_list_in_flags_and_presets(tmp_path: Path) -> None:
+    assert train_tokenizer().special_tokens == ("<|endoftext|>",)
+    path = preset(tmp_path, "train_tokenizer: {special_tokens: [<|a|>, b c], pattern: cl100k}")
+    assert train_tokenizer("--config", path).special_tokens == ("<|a|>", "b c")
+    flags = train_tokenizer("--config", path, "--special-tokens", "x", "y", "--vocab_size", "300")
+    assert (flags.special_tokens, flags.pattern, flags.vocab_size) == (("x", "y"), "cl100k", 300)
+    none = train_tokenizer("--config", preset(tmp_path, "train_tokenizer: {special_tokens: []}"), "--vocab_size", "256")
+    assert none.special_tokens == ()
+    assert TrainTokenizerConfig(**to_dict(flags)) == flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--vocab_size", "256"], "vocab_size is 256; it must be at least 257: 256 bytes and 1 special tokens"),
+        (["--min_frequency", "0"], "min_frequency is 0; it must be positive"),
+        (["--special_tokens", "x", "x"], "special_tokens are ['x', 'x']; they must differ"),
+        (["--pattern", "gpt4"], "invalid choice 'gpt4'"),
+        (["--val_fraction", "1"], "val_fraction is 1.0; it must lie in [0, 1)"),
+        (["--sample_bytes", "0"], "sample_bytes is 0; it must be positive"),
+        (["--item_bytes", "-1"], "item_bytes is -1; it must be positive"),
+        (["--num_workers", "0"], "num_workers is 0; it must be positive"),
+    ],
+)
+def test_mistakes_of_tokenizer_training(flags: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        train_tokenizer(*flags)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_settings_round_trip() -> None:

@@ -1,0 +1,37 @@
+"""Raw text to a tokenizer: ``python jobs/train_tokenizer.py --source FILES --output FOLDER``; --help lists the flags.
+
+The same command again says that the tokenizer is there. It is for ``python jobs/tokenize.py --tokenizer FILE``.
+"""
+
+import os
+import sys
+
+# Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from jobs._run import print_table, run
+from pipeline.config import TrainTokenizerConfig
+
+
+def main(config: TrainTokenizerConfig) -> None:
+    from pipeline import cluster, tokenizer_training
+
+    report, mlflow_run, was_there = tokenizer_training.train_tokenizer(config)
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items()) or "none"
+    special_tokens = ", ".join(config.special_tokens) or "none"
+    print_table(
+        f"train_tokenizer: {'done before' if was_there else 'done'}",
+        [
+            ("documents", f"{report.documents:,} ({report.text_megabytes:,.1f} MB; skipped: {skipped})"),
+            ("distinct pre-tokens", f"{report.distinct_pretokens:,}, cut by the {config.pattern} pattern"),
+            ("vocabulary", f"{report.vocab_size:,} ids: 256 bytes, {report.merges:,} merges, {special_tokens}"),
+            ("counting", f"{report.count_seconds:,.1f} s, {report.megabytes_per_second:,.1f} MB/s from source on"),
+            ("merging", f"{report.merge_seconds:,.1f} s"),
+            ("output", str(cluster.resolve_path(config.output))),
+            ("MLflow", mlflow_run.location),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    run(TrainTokenizerConfig, main, section="train_tokenizer")
