@@ -9,14 +9,18 @@ from typing import TypeVar
 
 import yaml
 
-from pipeline.config import resolve, to_dict
+from pipeline.command_line import resolve
+from pipeline.config import to_dict
 from pipeline.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
 
-def run(config_class: type[ConfigT], action: Callable[[ConfigT], None], *, section: str) -> None:
-    """Resolve the settings from sys.argv and call ``action``; with --dry_run print them instead."""
+def run(config_class: type[ConfigT], action: Callable[[ConfigT], None], *, section: str, resume: str) -> None:
+    """Resolve the settings from sys.argv and call ``action``; with --dry_run print them instead.
+
+    resume: what the same command does after an interruption, the end of a sentence.
+    """
 
     def job() -> None:
         config = resolve(config_class, section, sys.argv[1:], program=f"jobs/{section}.py")
@@ -25,10 +29,10 @@ def run(config_class: type[ConfigT], action: Callable[[ConfigT], None], *, secti
         else:
             action(config)
 
-    guarded(job)
+    guarded(job, resume=resume)
 
 
-def guarded(job: Callable[[], None]) -> None:
+def guarded(job: Callable[[], None], *, resume: str) -> None:
     """Run ``job`` with progress lines on; end the process with one sentence where a user can mend the cause."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -37,7 +41,7 @@ def guarded(job: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where this one stopped")
+        sys.exit(f"interrupted; the same command {resume}")
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:

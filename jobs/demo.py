@@ -13,7 +13,8 @@ import argparse
 from typing import NoReturn
 
 from jobs._run import guarded, print_table
-from pipeline.config import EvaluateConfig, PretrainConfig, TokenizeConfig, resolve
+from pipeline.command_line import resolve
+from pipeline.config import EvaluateConfig, PretrainConfig, TokenizeConfig
 from pipeline.errors import UserError
 
 
@@ -69,4 +70,4 @@ def _say(stage: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, resume="goes on with what is not done yet")

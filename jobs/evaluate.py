@@ -29,4 +29,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(EvaluateConfig, main, section="evaluate")
+    run(EvaluateConfig, main, section="evaluate", resume="begins again")

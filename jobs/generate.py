@@ -20,4 +20,4 @@ def main(config: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(GenerateConfig, main, section="generate")
+    run(GenerateConfig, main, section="generate", resume="begins again")

@@ -35,4 +35,4 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(PretrainConfig, main, section="pretrain")
+    run(PretrainConfig, main, section="pretrain", resume="goes on from the newest checkpoint, if there is one")

@@ -32,4 +32,4 @@ def main(config: TokenizeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(TokenizeConfig, main, section="tokenize")
+    run(TokenizeConfig, main, section="tokenize", resume="goes on with the work items that are not finished")

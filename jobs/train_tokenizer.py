@@ -34,4 +34,4 @@ def main(config: TrainTokenizerConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(TrainTokenizerConfig, main, section="train_tokenizer")
+    run(TrainTokenizerConfig, main, section="train_tokenizer", resume="counts the text again")

@@ -24,21 +24,26 @@ import pyarrow as pa
 
 from pipeline import bpe_kernels, bpe_merge_kernels, bpe_table_kernels
 from pipeline.bpe_files import PATTERNS, Pattern, Vocabulary, read_gpt2, read_tokenizer_json, write_tokenizer_json
-from pipeline.bpe_texts import TextBuffer, Texts, bytes_buffer, refuse_nulls, shares, text_buffers, utf8
-from pipeline.bpe_workspace import Arrays, new_scanner, new_table, zeroed
+from pipeline.bpe_texts import TextBuffer, Texts, bytes_buffer, guess_bytes, require_texts, shares, text_buffers, utf8
+from pipeline.bpe_workspace import Arrays, PieceTable, new_scanner
 from pipeline.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_TOKENS = 1 << 20  # so that two ids and a rank fit into a word: bpe_merge_kernels.Merges
+MAX_TOKENS = bpe_merge_kernels.NO_TOKEN  # two ids and a rank fit into a word: bpe_merge_kernels.Merges
 MAX_UINT16_TOKENS = 1 << 16
 PATTERN_NUMBERS: dict[Pattern, int] = {"gpt2": bpe_kernels.GPT2, "cl100k": bpe_kernels.CL100K}
 
 # The cache of pieces, one per thread that encodes. A slot takes 44 bytes: its entry, and shares of the bytes of long
-# pieces and of the ids that do not fit into an entry. When 0.6 of them are used, it is emptied and fills again. The
-# default, 44 MiB, holds 629,145 distinct pieces, about what 0.9 GB of English have.
+# pieces and of the ids that do not fit into an entry. It begins with FIRST_SLOTS, and
+# then has all; when 0.6 of CACHE_SLOTS are
+# used, it is emptied and fills again. The default, 44 MiB, holds 629,145 distinct pieces, about as many as 0.9 GB of
+# English have.
 CACHE_SLOTS = 1 << 20
+FIRST_SLOTS = 1 << 16
+CACHE_LOAD = 0.6
 KEPT_BYTES_PER_SLOT = 8
 SPILLED_IDS_PER_SLOT = 1
+MIN_CACHE_SLOTS = 1 << 12  # room for what one scan may find
 
 SLACK_IDS = 8  # the kernel writes 16 bytes at a time
 BYTES_PER_TOKEN = 3  # guess for the first size of the output; English has 4
@@ -69,8 +74,8 @@ class Tokenizer:
         """
         if pattern not in PATTERN_NUMBERS:
             raise ValueError(f"has the pattern {pattern!r}, not one of {', '.join(PATTERN_NUMBERS)}")
-        if cache_slots < 2 or cache_slots & (cache_slots - 1):
-            raise ValueError(f"is to have {cache_slots} cache_slots, not a power of two")
+        if cache_slots < MIN_CACHE_SLOTS or cache_slots & (cache_slots - 1):
+            raise ValueError(f"is to have {cache_slots} cache_slots, not a power of two from {MIN_CACHE_SLOTS} on")
         self._vocabulary = Vocabulary(list(tokens), list(merges), dict(special_tokens), pattern)
         self._cache_slots = cache_slots
         self._byte_ids, self._merged_ids = _check(self._vocabulary)
@@ -171,7 +176,7 @@ class Tokenizer:
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of bytes that need not be UTF-8: a byte of no character counts as one that is neither letter, number nor
         white space."""
-        ids, _ = self._encode([bytes_buffer(data)], None)
+        ids, _ = self._encode([bytes_buffer(data)], 1, len(data), None)
         return ids.tolist()
 
     def encode_batch(self, texts: Texts, *, num_threads: int = 1) -> tuple[Ids, npt.NDArray[np.int64]]:
@@ -180,7 +185,7 @@ class Tokenizer:
         texts: a list of str, or an Arrow array as for encode_arrow; a null is refused with a UserError. Returns ids
         (uint16, or uint32 above 65,536 ids) and offsets (int64, one more than documents).
         """
-        refuse_nulls(texts)
+        require_texts(texts)
         return self._encode_parallel(texts, None, num_threads)
 
     def encode_arrow(
@@ -218,34 +223,45 @@ class Tokenizer:
     def _encode_parallel(self, texts: Texts, prefix: int | None, num_threads: int) -> tuple[Ids, npt.NDArray[np.int64]]:
         if num_threads < 1:
             raise UserError(f"num_threads is {num_threads}; it must be positive")
-        parts = shares(text_buffers(texts), num_threads)
-        if len(parts) <= 1:
-            return self._encode(parts[0] if parts else [], prefix)
-        with ThreadPoolExecutor(len(parts)) as pool:
-            results = list(pool.map(lambda part: self._encode(part, prefix), parts))
+        if num_threads == 1:
+            return self._encode(text_buffers(texts), len(texts), guess_bytes(texts), prefix)
+
+        def encode(part: list[TextBuffer]) -> tuple[Ids, npt.NDArray[np.int64]]:
+            num_documents = sum(buffer.stops.size for buffer in part)
+            return self._encode(part, num_documents, sum(buffer.num_bytes for buffer in part), prefix)
+
+        with ThreadPoolExecutor(num_threads) as pool:
+            results = list(pool.map(encode, shares(text_buffers(texts), num_threads)))
         sizes = itertools.accumulate((ids.size for ids, _ in results), initial=0)
         offsets = [part[1:] + size for (_, part), size in zip(results, sizes, strict=False)]
-        return np.concatenate([ids for ids, _ in results]), np.concatenate([np.zeros(1, np.int64), *offsets])
+        no_ids = np.empty(0, self.id_dtype)
+        return np.concatenate([no_ids, *(ids for ids, _ in results)]), np.concatenate([np.zeros(1, np.int64), *offsets])
 
-    def _encode(self, buffers: Sequence[TextBuffer], prefix: int | None) -> tuple[Ids, npt.NDArray[np.int64]]:
-        id_offsets = np.zeros(1 + sum(buffer.stops.size for buffer in buffers), np.int64)
-        num_bytes = sum(buffer.num_bytes for buffer in buffers)
-        ids = np.empty(num_bytes // BYTES_PER_TOKEN + id_offsets.size + 64 + SLACK_IDS, self.id_dtype)
+    def _encode(
+        self, buffers: Iterable[TextBuffer], num_documents: int, guessed_bytes: int, prefix: int | None
+    ) -> tuple[Ids, npt.NDArray[np.int64]]:
+        id_offsets = np.zeros(1 + num_documents, np.int64)
+        ids = np.empty(guessed_bytes // BYTES_PER_TOKEN + num_documents + 64 + SLACK_IDS, self.id_dtype)
         cursor = np.zeros(3, np.int64)
         workspace = self._borrow_workspace()
-        encoder = workspace.encoder._replace(prefix=-1 if prefix is None else prefix)
         first = 0
         for buffer in buffers:
             cursor[bpe_kernels.DOCUMENT], cursor[bpe_kernels.POSITION] = 0, -1
             part = id_offsets[first : first + buffer.stops.size + 1]
             while True:
+                encoder = workspace.encoder._replace(
+                    table=workspace.pieces.view, prefix=-1 if prefix is None else prefix
+                )
                 output = (ids.ctypes.data, ids.size - SLACK_IDS)
                 missing = bpe_kernels.encode_documents(
                     buffer.address, buffer.starts, buffer.stops, encoder, cursor, output, part
                 )
-                if not missing:
+                if missing == 0:
                     break
-                ids.resize(ids.size + max(ids.size // 2, missing), refcheck=False)
+                if missing == bpe_kernels.TABLE_IS_FULL:
+                    workspace.make_room(self._cache_slots)
+                else:
+                    ids.resize(ids.size + max(ids.size // 2, missing), refcheck=False)
             first += buffer.stops.size
         self._workspaces.append(workspace)
         ids.resize(int(cursor[bpe_kernels.WRITTEN]), refcheck=False)
@@ -260,58 +276,81 @@ class Tokenizer:
 
     def _new_workspace(self) -> _Workspace:
         """Empty cache and working space of one thread; the merges are shared by all."""
-        slots = self._cache_slots
-        table, table_arrays = new_table(
-            slots, slots * 3 // 5, slots * KEPT_BYTES_PER_SLOT + 512, slots * SPILLED_IDS_PER_SLOT + 512
+        pieces = PieceTable(
+            min(FIRST_SLOTS, self._cache_slots),
+            load=CACHE_LOAD,
+            kept_room=max(self._cache_slots * KEPT_BYTES_PER_SLOT, bpe_kernels.MOST_CACHED_BYTES),
+            spilled_room=max(self._cache_slots * SPILLED_IDS_PER_SLOT, bpe_kernels.MOST_CACHED_BYTES),
         )
         scanner, scanner_arrays = new_scanner(bpe_kernels.MAX_PIECES)
         batch = np.empty(bpe_table_kernels.BATCH_WORDS, np.uint64)
-        ids, ranks = (np.empty(bpe_merge_kernels.SHORT_MERGE_BYTES, np.uint32) for _ in range(2))
+        guard = bpe_merge_kernels.GUARD
+        ids, ranks = (
+            np.full(bpe_merge_kernels.SHORT_MERGE_BYTES + 2 * guard, bpe_merge_kernels.NO_TOKEN, np.uint32)
+            for _ in range(2)
+        )
         merges, merge_arrays = self._merges
         encoder = bpe_kernels.Encoder(
             pattern=PATTERN_NUMBERS[self.pattern],
             scanner=scanner,
             merges=merges,
-            table=table,
+            table=pieces.view,
             id_shift=self.id_dtype.itemsize.bit_length() - 1,
             prefix=-1,
             batch=batch.ctypes.data,
-            ids=ids.ctypes.data,
-            ranks=ranks.ctypes.data,
+            ids=ids.ctypes.data + guard * ids.itemsize,
+            ranks=ranks.ctypes.data + guard * ranks.itemsize,
         )
-        return _Workspace(encoder, [*table_arrays, *scanner_arrays, batch, ids, ranks, *merge_arrays])
+        return _Workspace(encoder, pieces, [*scanner_arrays, batch, ids, ranks, *merge_arrays])
 
     @functools.cached_property
     def _merges(self) -> tuple[bpe_merge_kernels.Merges, Arrays]:
-        """The merges as the kernels look them up, a table at most half full, and the arrays it consists of."""
-        num_merges = len(self._vocabulary.merges)
-        num_slots = 1 << (2 * num_merges + 1).bit_length()
+        """The merges as the kernels look them up, and the arrays that they consist of."""
+        pairs = np.array(self._vocabulary.merges, np.uint32).reshape(len(self._vocabulary.merges), 2)
         byte_ids, merged_ids = np.array(self._byte_ids, np.uint32), np.array(self._merged_ids, np.uint32)
-        byte_ranks, slots = np.empty(1 << 16, np.uint32), zeroed(8 * num_slots)
-        slots[:] = 255
-        merges = bpe_merge_kernels.Merges(
-            byte_ids=byte_ids.ctypes.data,
-            byte_ranks=byte_ranks.ctypes.data,
-            merged_ids=merged_ids.ctypes.data,
-            slots=slots.ctypes.data,
-            shift=65 - num_slots.bit_length(),
-            mask=num_slots - 1,
-        )
-        bpe_merge_kernels.build_merges(np.array(self._vocabulary.merges, np.uint32).reshape(num_merges, 2), merges)
-        return merges, [byte_ids, byte_ranks, merged_ids, slots]
+        byte_ranks = np.empty(1 << 16, np.uint32)
+        log_slots = max(4, (len(pairs) * 5 // 4).bit_length())
+        while True:
+            log_buckets = log_slots - 2
+            displacements, slots = np.zeros(1 << log_buckets, np.uint16), np.full(1 << log_slots, 2**64 - 1, np.uint64)
+            merges = bpe_merge_kernels.Merges(
+                byte_ids=byte_ids.ctypes.data,
+                byte_ranks=byte_ranks.ctypes.data,
+                merged_ids=merged_ids.ctypes.data,
+                displacements=displacements.ctypes.data,
+                slots=slots.ctypes.data,
+                bucket_shift=64 - log_buckets,
+                mask=slots.size - 1,
+            )
+            if bpe_merge_kernels.build_merges(pairs, merges):
+                return merges, [byte_ids, byte_ranks, merged_ids, displacements, slots]
+            log_slots += 1
 
 
 class _Workspace(NamedTuple):
-    """What one thread encodes with: addresses for the kernels, and the arrays that they point into."""
+    """What one thread encodes with: addresses for the kernels, and what they point into."""
 
     encoder: bpe_kernels.Encoder
+    pieces: PieceTable
     arrays: Arrays
+
+    def make_room(self, most_slots: int) -> None:
+        """The whole cache, or an empty one where it was the whole.
+
+        It grows in one step, while few pieces are in it: these are the frequent ones, and in a table almost empty they
+        get the first place where they are looked for.
+        """
+        if self.pieces.num_slots < most_slots:
+            self.pieces.grow(most_slots // self.pieces.num_slots)
+        else:
+            self.pieces.clear()
 
 
 def warm_up() -> None:
     """Compile the kernels of encoding, or find them compiled. For a driver to call before its workers start."""
     tokens = [bytes([byte]) for byte in range(256)]
-    Tokenizer([*tokens, b"ab"], [(97, 98)], {}, cache_slots=64).encode("ab " + 200 * "a" + " " + 300 * "b")
+    Tokenizer([*tokens, b"ab"], [(97, 98)], {}).encode("ab " + 200 * "a" + " " + 300 * "b")
+    PieceTable(MIN_CACHE_SLOTS, load=CACHE_LOAD, kept_room=0, spilled_room=0).grow(2)
 
 
 def cut(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:

@@ -19,15 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.bpe_cl100k_kernels import scan_cl100k
-from pipeline.bpe_memory_kernels import get_32, get_64, load_word, put_64, signed, store_16, store_32, store_word
+from pipeline.bpe_memory_kernels import BLOCK_BYTES, get_32, get_64, load_word, signed, store_16, store_32, store_word
 from pipeline.bpe_merge_kernels import SHORT_MERGE_BYTES, Merges, merge_long, merge_short
 from pipeline.bpe_scan_kernels import Scanner, scan_gpt2
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
     EMPTY,
-    ENTRIES,
     HALF,
-    KEPT_BYTES,
     SHORT_BYTES,
     SPILLED,
     Table,
@@ -35,7 +33,7 @@ from pipeline.bpe_table_kernels import (
     enter_key,
     find_long,
     find_short,
-    home,
+    has_room,
     use,
     used,
 )
@@ -43,7 +41,10 @@ from pipeline.kernel_cache import helper, inlined, kernel
 
 GPT2, CL100K = 0, 1  # patterns
 MAX_PIECES = 1024  # found before they are looked up: their ends stay in the L1 cache
+MOST_PIECES = MAX_PIECES + BLOCK_BYTES  # that a scan may find
 MAX_CACHED_BYTES = 256  # longer pieces hardly ever come twice
+MOST_CACHED_BYTES = MOST_PIECES * (MAX_CACHED_BYTES + 8)  # that the pieces of a scan may take
+TABLE_IS_FULL = -1
 INLINE_BYTES = 12  # of ids in an entry's payload; below the count
 
 DOCUMENT, POSITION, WRITTEN = 0, 1, 2  # indices of a cursor
@@ -95,7 +96,8 @@ def encode_documents(
     output: tuple[int, int],
     id_offsets: npt.NDArray[np.int64],
 ) -> int:
-    """Encode documents from the cursor on; returns 0 when done, else the room (in ids) that it needs to go on.
+    """Encode documents from the cursor on; returns 0 when done, else the room (in ids) that it needs to go on, or
+    TABLE_IS_FULL if it needs a table that has MOST_PIECES entries and MOST_CACHED_BYTES free.
 
     text: address of the buffer whose bytes starts[i]:stops[i] are document i; the last stop is its end. output: address
     and room in ids; 16 bytes behind the room may be written. id_offsets (documents + 1,) is filled from index 1 on.
@@ -119,6 +121,10 @@ def encode_documents(
             if room - written < stop - position:
                 cursor[DOCUMENT], cursor[POSITION], cursor[WRITTEN] = document, position, written
                 return stop - position
+            cached_bytes = min(stop - position + 8 * count, MOST_CACHED_BYTES)
+            if not has_room(encoder.table, count, cached_bytes, cached_bytes):
+                cursor[DOCUMENT], cursor[POSITION], cursor[WRITTEN] = document, position, written
+                return TABLE_IS_FULL
             target = address + (written << encoder.id_shift)
             ends = encoder.scanner.ends
             while count > 0:
@@ -194,7 +200,7 @@ def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: i
     elif length <= MAX_CACHED_BYTES:
         entry = find_long(table, entry, first, address, length)
     if length > MAX_CACHED_BYTES or load_word(entry + 8) == EMPTY:
-        return encode_new(address, length, key, encoder, target)
+        return encode_new(address, length, key, entry, encoder, target)
     high = load_word(entry + 24)
     if high >> HALF == EMPTY:
         return write_spilled(entry, encoder, target)
@@ -204,46 +210,32 @@ def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: i
 
 
 @inlined
-def encode_new(address: int, length: int, key: int, encoder: Encoder, target: int) -> int:
-    """Merge a piece that is not in the table and write its ids; enter it if it is short enough to come again."""
+def encode_new(address: int, length: int, key: int, entry: int, encoder: Encoder, target: int) -> int:
+    """Merge a piece that is not in the table and write its ids; enter it if it is short enough to come again. entry is
+    the empty one where it belongs."""
     if length <= SHORT_MERGE_BYTES:
         count = merge_short(address, length, encoder.merges, encoder.ids, encoder.ranks)
-        enter(address, length, key, encoder.ids, count, encoder)
+        enter(address, length, key, entry, encoder.ids, count, encoder)
         return write_ids(encoder.ids, count, target, encoder.id_shift)
-    return encode_long(address, length, key, encoder, target, np.empty(length, np.uint32))
+    return encode_long(address, length, key, entry, encoder, target, np.empty(length, np.uint32))
 
 
 @helper
 def encode_long(
-    address: int, length: int, key: int, encoder: Encoder, target: int, array: npt.NDArray[np.uint32]
+    address: int, length: int, key: int, entry: int, encoder: Encoder, target: int, array: npt.NDArray[np.uint32]
 ) -> int:
     """encode_new for a piece above SHORT_MERGE_BYTES; array (length,) is working space."""
     ids = array.ctypes.data
     count = merge_long(address, length, encoder.merges, ids)
     if length <= MAX_CACHED_BYTES:
-        enter(address, length, key, ids, count, encoder)
+        enter(address, length, key, entry, ids, count, encoder)
     return write_ids(ids, count, target, encoder.id_shift)
 
 
 @inlined
-def enter(address: int, length: int, key: int, ids: int, count: int, encoder: Encoder) -> None:
-    """Enter a piece and its ids into the table; a table that is full, or has no room for it, is emptied first."""
-    table = encoder.table
-    if (
-        used(table, ENTRIES) >= table.most_entries
-        or used(table, SPILLED) + count > table.spilled_room
-        or used(table, KEPT_BYTES) + length + 8 > table.kept_room
-    ):
-        for word in range(table.entries, table.entries_end, 8):
-            store_word(word, EMPTY)
-        for which in range(3):
-            put_64(table.used, which, 0)
-    first, second = load_word(key), load_word(key + 8)
-    if length <= SHORT_BYTES:
-        entry = find_short(table, home(table, first, second), first, second)
-    else:
-        entry = find_long(table, home(table, first, EMPTY), first, address, length)
-    enter_key(table, entry, first, second, address, length)
+def enter(address: int, length: int, key: int, entry: int, ids: int, count: int, encoder: Encoder) -> None:
+    """Fill the empty entry of a piece and its ids; there is room."""
+    enter_key(encoder.table, entry, load_word(key), load_word(key + 8), address, length)
     enter_payload(entry, ids, count, encoder)
 
 

@@ -176,6 +176,7 @@ def _least(_typing_context: Any, _address: Any) -> Any:
 
 
 load_byte = _loader(8, types.int64)
+load_16 = _loader(16, types.int64)
 load_word = _loader(64, types.uint64)
 store_byte = _storer(8)
 store_16 = _storer(16)

@@ -9,7 +9,7 @@ none is left:
     starts    1   0   1   1   0        "lo", and so on
 
 Up to 64 bytes, the least of the ranks is found by looking at all of them, 16 at a time. A longer piece keeps them in a
-tree, in which every node is the least of the 16 below: a run of a million letters takes n log n steps and not n squared.
+tree, in which every node is the least of the 16 below: a run of n letters takes n log n steps and not n squared.
 """
 
 # ruff: noqa: PLR0917  numba calls by position
@@ -27,17 +27,21 @@ from pipeline.bpe_memory_kernels import (
     get_32,
     leading_zeros,
     least,
+    load_16,
     load_byte,
     load_word,
     low_bits,
     put_32,
     signed,
+    store_16,
     store_word,
     trailing_zeros,
 )
 from pipeline.kernel_cache import helper, inlined, kernel
 
 SHORT_MERGE_BYTES = 64  # a word of bits
+GUARD = 8  # entries in front of the working space of merge_short, and behind: what is left and right of a piece
+NO_TOKEN = (1 << 20) - 1  # an id that no token has
 NO_RANK = 0xFFFFFFFF
 MAX_TREE_LEVELS = 16
 NOTHING = np.uint64(0)
@@ -45,53 +49,112 @@ RANK_BITS = np.uint64(24)
 RANK_MASK = np.uint64((1 << 24) - 1)
 TOKEN_BITS = np.uint64(20)  # so that two ids and a rank make a word
 WORD_SHIFT = np.uint64(3)
-HASH_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
+HALF = np.uint64(32)
+STEP_BITS = np.uint64(16)
+STEP_MASK = np.uint64((1 << 16) - 1)
+MAX_DISPLACEMENTS = 1 << 16
+MULTIPLIER_1 = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIER_2 = np.uint64(0xD6E8FEB86659FD93)
 
 
 class Merges(NamedTuple):
-    """Which pairs of ids are merged, and to what. Addresses, but for the last two."""
+    """Which pairs of ids are merged, and to what. Addresses, but for the last two.
+
+    Pairs are found by a perfect hash ("hash and displace"): a pair's bucket has a displacement, which sends all its
+    pairs to slots of their own. So a look-up is two reads and one comparison whether the pair is there or not; there is
+    no search whose length the processor would have to guess.
+    """
 
     byte_ids: int  # uint32 of 256: id of every byte
     byte_ranks: int  # uint32 of 65,536: rank of every two bytes, at first << 8 | second, NO_RANK where not merged
     merged_ids: int  # uint32: id that the merge of a rank makes
-    slots: int  # uint64, an open hash table of all merges: left << 44 | right << 24 | rank; all ones where empty
-    shift: int  # 64 - log2(slots)
+    displacements: int  # uint16 of every bucket
+    slots: int  # uint64: left << 44 | right << 24 | rank of every merge; all ones where empty
+    bucket_shift: int  # 64 - log2(buckets)
     mask: int  # slots - 1
 
 
 @inlined
-def slot_of(key: np.uint64, merges: Merges) -> np.uint64:
-    """Where the search for a pair begins."""
-    return key * HASH_MULTIPLIER >> np.uint64(merges.shift)
+def pair_key(left: int, right: int) -> np.uint64:
+    """A pair of ids as a word."""
+    return np.uint64(left) << TOKEN_BITS | np.uint64(right)
+
+
+@inlined
+def pair_hash(key: np.uint64) -> np.uint64:
+    """Hash of a pair; its top bits are the bucket."""
+    mixed = key * MULTIPLIER_1
+    return (mixed ^ (mixed >> HALF)) * MULTIPLIER_2
+
+
+@inlined
+def slot_address(hashed: np.uint64, displacement: int, merges: Merges) -> int:
+    """Where the pair is, if it is there."""
+    slot = (hashed >> STEP_BITS) + np.uint64(displacement) * (hashed & STEP_MASK | ONE)
+    return merges.slots + signed((slot & np.uint64(merges.mask)) << WORD_SHIFT)
 
 
 @inlined
 def rank_of(merges: Merges, left: int, right: int) -> int:
     """Rank of a pair of ids, NO_RANK where it is not merged."""
-    key = np.uint64(left) << TOKEN_BITS | np.uint64(right)
-    slot = slot_of(key, merges)
-    while True:
-        found = load_word(merges.slots + signed(slot << WORD_SHIFT))
-        if found >> RANK_BITS == key:
-            return signed(found & RANK_MASK)
-        if found == ALL_ONES:
-            return NO_RANK
-        slot = (slot + ONE) & np.uint64(merges.mask)
+    key = pair_key(left, right)
+    hashed = pair_hash(key)
+    displacement = load_16(merges.displacements + signed(hashed >> np.uint64(merges.bucket_shift) << ONE))
+    found = load_word(slot_address(hashed, displacement, merges))
+    return signed(found & RANK_MASK) if found >> RANK_BITS == key else NO_RANK
 
 
 @kernel
-def build_merges(pairs: npt.NDArray[np.uint32], merges: Merges) -> None:
-    """Enter every row (left, right) of pairs, whose rank is its number, and the pairs of bytes; slots are empty."""
+def build_merges(pairs: npt.NDArray[np.uint32], merges: Merges) -> bool:
+    """Enter every row (left, right) of pairs, whose rank is its number, and the pairs of bytes; slots are empty.
+
+    Large buckets come first, when slots are free. False: a bucket found no displacement, more slots are needed.
+    """
+    num_buckets = 1 << (64 - merges.bucket_shift)
+    bucket_ends = np.zeros(num_buckets + 1, np.int64)
     for rank in range(len(pairs)):
-        key = np.uint64(pairs[rank, 0]) << TOKEN_BITS | np.uint64(pairs[rank, 1])
-        slot = slot_of(key, merges)
-        while load_word(merges.slots + signed(slot << WORD_SHIFT)) != ALL_ONES:
-            slot = (slot + ONE) & np.uint64(merges.mask)
-        store_word(merges.slots + signed(slot << WORD_SHIFT), key << RANK_BITS | np.uint64(rank))
+        bucket = signed(pair_hash(pair_key(pairs[rank, 0], pairs[rank, 1])) >> np.uint64(merges.bucket_shift))
+        bucket_ends[bucket + 1] += 1
+    largest = bucket_ends.max()
+    for bucket in range(num_buckets):
+        bucket_ends[bucket + 1] += bucket_ends[bucket]
+    ranks = np.empty(len(pairs), np.int64)
+    for rank in range(len(pairs) - 1, -1, -1):
+        bucket = signed(pair_hash(pair_key(pairs[rank, 0], pairs[rank, 1])) >> np.uint64(merges.bucket_shift))
+        bucket_ends[bucket + 1] -= 1  # begins here, when all are entered
+        ranks[bucket_ends[bucket + 1]] = rank
+    for size in range(largest, 0, -1):
+        for bucket in range(num_buckets):
+            start = bucket_ends[bucket + 1]
+            stop = bucket_ends[bucket + 2] if bucket + 1 < num_buckets else len(pairs)
+            if stop - start == size and not place_bucket(pairs, ranks[start:stop], bucket, merges):
+                return False
     for first in range(256):
         for second in range(256):
             rank = rank_of(merges, get_32(merges.byte_ids, first), get_32(merges.byte_ids, second))
             put_32(merges.byte_ranks, first << 8 | second, rank)
+    return True
+
+
+@helper
+def place_bucket(pairs: npt.NDArray[np.uint32], ranks: npt.NDArray[np.int64], bucket: int, merges: Merges) -> bool:
+    """Find the least displacement that sends all pairs of a bucket to empty slots, and enter them."""
+    for displacement in range(MAX_DISPLACEMENTS):
+        entered = 0
+        while entered < ranks.size:
+            key = pair_key(pairs[ranks[entered], 0], pairs[ranks[entered], 1])
+            address = slot_address(pair_hash(key), displacement, merges)
+            if load_word(address) != ALL_ONES:
+                break
+            store_word(address, key << RANK_BITS | np.uint64(ranks[entered]))
+            entered += 1
+        if entered == ranks.size:
+            store_16(merges.displacements + 2 * bucket, np.uint64(displacement))
+            return True
+        for index in range(entered):
+            key = pair_key(pairs[ranks[index], 0], pairs[ranks[index], 1])
+            store_word(slot_address(pair_hash(key), displacement, merges), ALL_ONES)
+    return False
 
 
 @inlined
@@ -108,13 +171,17 @@ def begin(address: int, length: int, merges: Merges, ids: int, ranks: int) -> No
 
 @helper
 def merge_short(address: int, length: int, merges: Merges, ids: int, ranks: int) -> int:
-    """Ids of a piece of at most SHORT_MERGE_BYTES into ids; returns how many. ids, ranks: uint32 of so many."""
-    blocks = (length + 14) >> 4  # of 16; the last byte has no rank
+    """Ids of a piece of at most SHORT_MERGE_BYTES into ids; returns how many.
+
+    ids, ranks: uint32 of so many, with GUARD more on both sides: ids[-1] and ids[SHORT_MERGE_BYTES] are NO_TOKEN, which
+    merges with nothing, so that the first and the last token are like all others.
+    """
+    blocks = (length + 15) >> 4  # of 16
     for pair in range(8 * blocks):
         store_word(ranks + 8 * pair, ALL_ONES)
     begin(address, length, merges, ids, ranks)
-    starts = ALL_ONES >> np.uint64(64 - length)
-    while starts & (starts - ONE) != NOTHING:
+    starts = ALL_ONES >> np.uint64(SHORT_MERGE_BYTES - length)
+    while True:
         rank, place = least(ranks)
         for block in range(1, blocks):
             other_rank, other_place = least(ranks + 64 * block)
@@ -123,19 +190,14 @@ def merge_short(address: int, length: int, merges: Merges, ids: int, ranks: int)
         if rank == NO_RANK:
             break
         token = get_32(merges.merged_ids, rank)
-        put_32(ids, place, token)
         behind = starts & (ALL_ONES << ONE << np.uint64(place))
         gone = trailing_zeros(behind)
         starts ^= ONE << np.uint64(gone)
-        behind &= starts
+        left, right = 63 - leading_zeros(starts & low_bits(place)), trailing_zeros(behind & starts)
+        put_32(ids, place, token)
         put_32(ranks, gone, NO_RANK)
-        put_32(ranks, place, NO_RANK)
-        if behind != NOTHING:
-            put_32(ranks, place, rank_of(merges, token, get_32(ids, trailing_zeros(behind))))
-        before = starts & low_bits(place)
-        if before != NOTHING:
-            left = 63 - leading_zeros(before)
-            put_32(ranks, left, rank_of(merges, get_32(ids, left), token))
+        put_32(ranks, place, rank_of(merges, token, get_32(ids, right)))
+        put_32(ranks, left, rank_of(merges, get_32(ids, left), token))
     count = 0
     while starts != NOTHING:
         put_32(ids, count, get_32(ids, trailing_zeros(starts)))

@@ -92,9 +92,9 @@ def character(text: int, position: int, end: int, classes: int) -> int:
         if byte & 0xC0 != 0x80:
             return 4
         code = code << 6 | byte & 0x3F
-    if code < least or code > 0x10FFFF:
+    if code < least or code > 0x10FFFF or 0xD800 <= code < 0xE000:  # too long, beyond Unicode, a surrogate
         return 4
-    return width << 2 | load_byte(classes + code)  # a surrogate is OTHER in the table, as its three bad bytes are
+    return width << 2 | load_byte(classes + code)
 
 
 @inlined

@@ -29,7 +29,7 @@ from pipeline.bpe_memory_kernels import (
     store_byte,
     store_word,
 )
-from pipeline.kernel_cache import helper, inlined
+from pipeline.kernel_cache import helper, inlined, kernel
 
 SHORT_BYTES = 15  # longest piece that is its own key
 ENTRY_BYTES = 32
@@ -197,6 +197,16 @@ def use(table: Table, which: int, more: int) -> None:
     put_64(table.used, which, used(table, which) + more)
 
 
+@inlined
+def has_room(table: Table, entries: int, kept_bytes: int, spilled: int) -> bool:
+    """Whether so many more of each fit in."""
+    return (
+        used(table, ENTRIES) + entries <= table.most_entries
+        and used(table, KEPT_BYTES) + kept_bytes <= table.kept_room
+        and used(table, SPILLED) + spilled <= table.spilled_room
+    )
+
+
 @helper
 def enter_key(table: Table, entry: int, first: np.uint64, second: np.uint64, address: int, length: int) -> None:
     """Fill the key of an empty entry; for a long piece there must be room in kept_bytes."""
@@ -211,3 +221,18 @@ def enter_key(table: Table, entry: int, first: np.uint64, second: np.uint64, add
     store_word(entry, first)
     store_word(entry + 8, second)
     use(table, ENTRIES, 1)
+
+
+@kernel
+def rehash(old: Table, new: Table) -> None:
+    """Enter all entries of a table into a larger, empty one; kept bytes and spilled ids stay where they are."""
+    for source in range(old.entries, old.entries_end, ENTRY_BYTES):
+        second = load_word(source + 8)
+        if second == EMPTY:
+            continue
+        is_long = second >> TOP_BYTE == np.uint64(LONG_TAG)
+        target = home(new, load_word(source), EMPTY if is_long else second)
+        while load_word(target + 8) != EMPTY:
+            target = next_entry(new, target)
+        for word in range(0, ENTRY_BYTES, 8):
+            store_word(target + word, load_word(source + word))

@@ -1,6 +1,6 @@
 """Documents as the kernels take them: an address, and where each begins and stops; from lists and Arrow arrays.
 
-Nothing is copied but the offsets, and a list of str once, by Arrow.
+Nothing is copied but the offsets, and a list of str, some MB at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import UserError
+
+SLICE_CHARS = 1_000_000
+SAMPLED_TEXTS = 64
 
 Texts: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
 
@@ -32,22 +35,41 @@ class TextBuffer(NamedTuple):
 
 
 def text_buffers(texts: Texts) -> Iterator[TextBuffer]:
-    """The memory of texts, Arrow chunk by Arrow chunk; a null is an empty text. UserError on what is not text."""
-    array = texts if isinstance(texts, pa.Array | pa.ChunkedArray) else _arrow_texts(texts)
-    for chunk in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
-        if len(chunk):
-            yield _arrow_buffer(chunk)
-
-
-def refuse_nulls(texts: Texts) -> None:
-    """UserError if one of the texts is null."""
-    is_arrow = isinstance(texts, pa.Array | pa.ChunkedArray)
-    num_nulls = texts.null_count if is_arrow else sum(text is None for text in texts)  # type: ignore[union-attr]
-    if not num_nulls:
+    """The memory of texts, Arrow chunk by Arrow chunk, a list in slices. A null in Arrow is an empty text. Arrays of
+    another type are refused here, lists by require_texts."""
+    if isinstance(texts, pa.Array | pa.ChunkedArray):
+        for chunk in texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]:
+            if len(chunk):
+                yield _arrow_buffer(chunk)
         return
-    is_null = (not valid.as_py() for valid in texts.is_valid()) if is_arrow else (text is None for text in texts)  # type: ignore[union-attr]
-    first = next(row for row, null in enumerate(is_null) if null)
-    raise UserError(f"{num_nulls} of {len(texts)} texts are null, the first in row {first}; drop or fill them before")
+    # Slices that stay in the processor's cache, each encoded when its turn comes and then forgotten.
+    first = texts[:SAMPLED_TEXTS]
+    step = max(1, SLICE_CHARS * len(first) // max(guess_bytes(first), 1))
+    for start in range(0, len(texts), step):
+        yield _list_buffer(texts[start : start + step])
+
+
+def require_texts(texts: Texts) -> None:
+    """UserError if one of the texts is null, or if a list holds anything but str."""
+    if isinstance(texts, str):
+        raise UserError("one str was given where a list of texts is needed; put it into a list")
+    if isinstance(texts, pa.Array | pa.ChunkedArray):
+        rows = [row for row, valid in enumerate(texts.is_valid()) if not valid.as_py()] if texts.null_count else []
+    else:
+        kinds = set(map(type, texts))
+        rows = [row for row, text in enumerate(texts) if text is None] if type(None) in kinds else []
+        strange = sorted(kind.__name__ for kind in kinds - {type(None)} if not issubclass(kind, str))
+        if strange:
+            raise UserError(f"the texts are not all str, but {', '.join(strange)} too; give a list of str")
+    if rows:
+        raise UserError(
+            f"{len(rows)} of {len(texts)} texts are null, the first in row {rows[0]}; drop or fill them before"
+        )
+
+
+def guess_bytes(texts: Texts) -> int:
+    """About how many bytes the texts have: all of them in Arrow, their characters in a list."""
+    return int(texts.nbytes) if isinstance(texts, pa.Array | pa.ChunkedArray) else sum(map(len, texts))
 
 
 def bytes_buffer(data: bytes) -> TextBuffer:
@@ -85,16 +107,14 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
-def _arrow_texts(texts: Sequence[str]) -> pa.Array:
-    if isinstance(texts, str):
-        raise UserError("one str was given where a list of texts is needed; put it into a list")
-    texts = list(texts)
+def _list_buffer(texts: Sequence[str]) -> TextBuffer:
     try:
-        return pa.array(texts, pa.large_string())
+        encoded = [text.encode() for text in texts]
     except UnicodeEncodeError:  # a lone surrogate in one of them
-        return pa.array([None if text is None else utf8(text) for text in texts], pa.large_binary())
-    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise UserError(f"the texts are not all str ({error}); give a list of str or an Arrow string array") from error
+        encoded = list(map(utf8, texts))
+    data = np.frombuffer(b"".join(encoded), np.uint8)
+    stops = np.fromiter(map(len, encoded), np.int64, len(encoded)).cumsum()
+    return TextBuffer(data.ctypes.data, np.concatenate([np.zeros(1, np.int64), stops[:-1]]), stops, data)
 
 
 def _arrow_buffer(array: pa.Array) -> TextBuffer:
@@ -102,7 +122,7 @@ def _arrow_buffer(array: pa.Array) -> TextBuffer:
         array = array.cast(pa.large_string())
     if pa.types.is_string(array.type):
         width: Any = np.int32
-    elif pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
+    elif pa.types.is_large_string(array.type):
         width = np.int64
     else:
         raise UserError(f"the texts are an Arrow array of {array.type}; give one of string or large_string")

@@ -34,10 +34,9 @@ from pipeline import bpe, bpe_kernels
 from pipeline import bpe_training_kernels as kernels
 from pipeline.bpe import END_OF_TEXT, PATTERN_NUMBERS, Tokenizer
 from pipeline.bpe_files import PATTERNS, Pattern
-from pipeline.bpe_memory_kernels import BLOCK_BYTES
-from pipeline.bpe_table_kernels import BATCH_WORDS, ENTRIES, ENTRY_BYTES, KEPT_BYTES, Table
-from pipeline.bpe_texts import TextBuffer, Texts, refuse_nulls, shares, text_buffers
-from pipeline.bpe_workspace import Arrays, new_scanner, new_table
+from pipeline.bpe_table_kernels import BATCH_WORDS, ENTRIES
+from pipeline.bpe_texts import TextBuffer, Texts, require_texts, shares, text_buffers
+from pipeline.bpe_workspace import PieceTable, new_scanner
 from pipeline.errors import UserError
 
 NUM_BYTES = 256
@@ -137,7 +136,6 @@ def warm_up() -> None:
     """Compile the kernels of counting, learning and encoding, or find them compiled."""
     bpe.warm_up()
     train_bpe(["aa ab " + 20 * "c"] * 2, NUM_BYTES + 4)
-    kernels.rehash(_new_table(2)[0], _new_table(2)[0])
 
 
 def _require_known(pattern: str) -> None:
@@ -153,15 +151,15 @@ def _count(texts: Texts, pattern: Pattern, num_threads: int) -> pa.Table:
     _require_known(pattern)
     if num_threads < 1:
         raise UserError(f"num_threads is {num_threads}; it must be positive")
-    refuse_nulls(texts)
+    require_texts(texts)
+    if num_threads == 1:
+        return _count_share(pattern, text_buffers(texts))
     parts = shares(text_buffers(texts), num_threads)
-    if len(parts) < 2:
-        return _count_share(pattern, parts[0] if parts else [])
-    with ThreadPoolExecutor(len(parts)) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         return _sum(list(pool.map(functools.partial(_count_share, pattern), parts)))
 
 
-def _count_share(pattern: Pattern, buffers: list[TextBuffer]) -> pa.Table:
+def _count_share(pattern: Pattern, buffers: Iterable[TextBuffer]) -> pa.Table:
     """Counts of a thread's documents, in no particular order; the counting table is gone when it returns."""
     counter = _Counter(pattern)
     for buffer in buffers:
@@ -171,7 +169,7 @@ def _count_share(pattern: Pattern, buffers: list[TextBuffer]) -> pa.Table:
 
 def _sum(tables: list[pa.Table]) -> pa.Table:
     """Counts added up, in no particular order."""
-    whole = pa.concat_tables(tables)
+    whole = pa.concat_tables([COUNTS_SCHEMA.empty_table(), *tables])
     pretokens: Any = _joined(whole["pretoken"]).dictionary_encode()  # faster than group_by, which hashes whole rows
     counts = np.zeros(len(pretokens.dictionary), np.int64)
     np.add.at(counts, pretokens.indices.to_numpy(), whole["count"].to_numpy())
@@ -194,47 +192,29 @@ class _Counter:
         self._scanner, self._scanner_arrays = new_scanner(bpe_kernels.MAX_PIECES)
         self._batch = np.empty(BATCH_WORDS, np.uint64)
         self._pattern = PATTERN_NUMBERS[pattern]
-        self._kept_bytes = np.empty(FIRST_KEPT_BYTES, np.uint8)
-        self._table, self._arrays = _new_table(FIRST_SLOTS)
-        self._used = np.zeros(3, np.int64)
+        self._pieces = PieceTable(FIRST_SLOTS, load=0.5, kept_room=FIRST_KEPT_BYTES, spilled_room=0)
 
     def add(self, buffer: TextBuffer) -> None:
         """Count the pieces of a buffer."""
         cursor = np.array([0, -1], np.int64)
-        while missing := kernels.count_documents(
-            buffer.address, buffer.starts, buffer.stops, self._arguments(), cursor
-        ):
-            self._grow(missing)
+        while True:
+            counter = kernels.Counter(self._pattern, self._scanner, self._pieces.view, self._batch.ctypes.data)
+            missing = kernels.count_documents(buffer.address, buffer.starts, buffer.stops, counter, cursor)
+            if not missing:
+                return
+            while self._pieces.used[ENTRIES] + bpe_kernels.MOST_PIECES > self._pieces.view.most_entries:
+                self._pieces.grow(2)
+            self._pieces.keep_room(missing)
 
     def table(self) -> pa.Table:
         """What has been counted, in no particular order."""
-        table = self._arguments().table
-        num_pieces = int(self._used[ENTRIES])
-        content = np.empty(kernels.content_bytes(table), np.uint8)
+        num_pieces = int(self._pieces.used[ENTRIES])
+        content = np.empty(kernels.content_bytes(self._pieces.view), np.uint8)
         offsets, counts = np.zeros(num_pieces + 1, np.int64), np.empty(num_pieces, np.int64)
-        kernels.list_pieces(table, content, offsets, counts)
+        kernels.list_pieces(self._pieces.view, content, offsets, counts)
         buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(content.data)]
         pretokens = pa.Array.from_buffers(pa.large_binary(), num_pieces, buffers)
         return pa.table([pretokens, pa.array(counts)], schema=COUNTS_SCHEMA)
-
-    def _grow(self, missing_bytes: int) -> None:
-        """Make room for missing_bytes more and for what a scan finds."""
-        while self._used[ENTRIES] + bpe_kernels.MAX_PIECES + BLOCK_BYTES > self._table.most_entries:
-            larger, arrays = _new_table(2 * (self._table.entries_end - self._table.entries) // ENTRY_BYTES)
-            kernels.rehash(self._table, larger)
-            self._table, self._arrays = larger, arrays
-        if self._used[KEPT_BYTES] + missing_bytes > self._kept_bytes.size:
-            self._kept_bytes = _larger(self._kept_bytes, 2 * self._kept_bytes.size + missing_bytes)
-
-    def _arguments(self) -> kernels.Counter:
-        table = self._table._replace(
-            kept_bytes=self._kept_bytes.ctypes.data, kept_room=self._kept_bytes.size, used=self._used.ctypes.data
-        )
-        return kernels.Counter(self._pattern, self._scanner, table, self._batch.ctypes.data)
-
-
-def _new_table(num_slots: int) -> tuple[Table, Arrays]:
-    return new_table(num_slots, num_slots // 2, kept_room=0, spilled_room=0)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

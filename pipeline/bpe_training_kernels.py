@@ -23,7 +23,6 @@ from pipeline.bpe_scan_kernels import Scanner
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
     EMPTY,
-    ENTRIES,
     ENTRY_BYTES,
     KEPT_BYTES,
     LONG_TAG,
@@ -35,8 +34,7 @@ from pipeline.bpe_table_kernels import (
     enter_key,
     find_long,
     find_short,
-    home,
-    next_entry,
+    has_room,
     used,
 )
 from pipeline.kernel_cache import helper, inlined, kernel
@@ -63,8 +61,8 @@ def count_documents(
 ) -> int:
     """Count pieces from the cursor on (text, starts, stops as in bpe_kernels.encode_documents).
 
-    Returns 0 when done, else the kept bytes that must be free to go on; the entries must then have room for so many
-    pieces as a scan finds.
+    Returns 0 when done, else the kept bytes that must be free to go on; the table must then also have room for the
+    MOST_PIECES entries that a scan may find.
     """
     table, ends = counter.table, counter.scanner.ends
     readable_end = text + stops[-1]
@@ -75,10 +73,10 @@ def count_documents(
             position = starts[document]
         while position < end:
             count = scan(text, position, end, readable_end, counter.pattern, counter.scanner)
-            room = get_64(ends, count - 1) - position + 8 * count
-            if used(table, ENTRIES) + count > table.most_entries or used(table, KEPT_BYTES) + room > table.kept_room:
+            kept_bytes = get_64(ends, count - 1) - position + 8 * count
+            if not has_room(table, count, kept_bytes, 0):
                 cursor[DOCUMENT], cursor[POSITION] = document, position
-                return room
+                return kept_bytes
             for first in range(0, count, BATCH_PIECES):
                 pieces = min(count - first, BATCH_PIECES)
                 count_batch(text, position, ends + 8 * first, pieces, readable_end, counter)
@@ -116,21 +114,6 @@ def find_or_enter(address: int, length: int, key: int, table: Table) -> int:
     if load_word(entry + 8) == EMPTY:
         enter_key(table, entry, first, second, address, length)
     return entry
-
-
-@kernel
-def rehash(old: Table, new: Table) -> None:
-    """Move all entries into a larger table, which is empty."""
-    for source in range(old.entries, old.entries_end, ENTRY_BYTES):
-        second = load_word(source + 8)
-        if second == EMPTY:
-            continue
-        is_long = second >> TOP_BYTE == np.uint64(LONG_TAG)
-        target = home(new, load_word(source), EMPTY if is_long else second)
-        while load_word(target + 8) != EMPTY:
-            target = next_entry(new, target)
-        for word in range(0, ENTRY_BYTES, 8):
-            store_word(target + word, load_word(source + word))
 
 
 @kernel

@@ -51,6 +51,15 @@ def resolve_path(path: str) -> Path:
     return expanded if expanded.is_absolute() else working_folder() / expanded
 
 
+def make_output(folder: Path) -> None:
+    """Make the folder that a job writes to, before anything else is made for it; UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"output folder {folder} cannot be made: {reason}; choose another --output") from error
+
+
 def connect(*, num_cpus: int) -> None:
     """Join the cluster that the environment names, or start a local Ray with ``num_cpus`` logical CPUs."""
     starts_one = not (submitted() or os.environ.get("RAY_ADDRESS"))

@@ -1,30 +1,19 @@
-"""What a run is told: one frozen dataclass per job, filled from a YAML preset and then from flags.
+"""What a run is told: one frozen dataclass per job. command_line.py fills them from a YAML preset and then from flags.
 
-A preset (``configs/*.yaml``) has one section per job; its keys, the fields below and the command line's flags are the
-same names. Everything wrong with a setting is a UserError that shows the offending values; an unknown key or flag is
-answered with the nearest known one. Dimensions and recipe: docs/design.md.
+The fields are the keys of a preset's section (``configs/*.yaml``) and the flags of the command line. A value that makes
+no sense is a UserError that shows it. Dimensions and recipe: docs/design.md.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Any, Literal
 
 from model.config import ModelConfig
 from pipeline.bpe_files import Pattern
 from pipeline.errors import UserError
-
-ConfigT = TypeVar("ConfigT")
 
 _POSITIVE = (
     "train_steps",
@@ -39,7 +28,9 @@ _POSITIVE = (
     "keep_checkpoints",
     "num_workers",
 )
-SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate")
+
+
+MAX_VOCAB_SIZE = (1 << 20) - 1  # bpe.MAX_TOKENS; bpe takes numba, and a trainer reads this file too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +64,7 @@ class TokenizeConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        _require(
-            257 <= self.vocab_size <= 2**31,
-            f"vocab_size is {self.vocab_size}; it must be at least 257: 256 bytes and <|endoftext|>",
-        )
+        _check_vocab_size(self.vocab_size, 257, "256 bytes and <|endoftext|>")
         _check_reading(self)
 
 
@@ -115,17 +103,10 @@ class TrainTokenizerConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        num_fixed = 256 + len(self.special_tokens)
-        _require(
-            num_fixed <= self.vocab_size <= 2**31,
-            f"vocab_size is {self.vocab_size}; it must be at least {num_fixed}: 256 bytes and "
-            f"{len(self.special_tokens)} special tokens",
-        )
+        num_special = len(self.special_tokens)
+        _check_vocab_size(self.vocab_size, 256 + num_special, f"256 bytes and {num_special} special tokens")
         _require(self.min_frequency > 0, f"min_frequency is {self.min_frequency}; it must be positive")
-        _require(
-            len(set(self.special_tokens)) == len(self.special_tokens) and "" not in self.special_tokens,
-            f"special_tokens are {list(self.special_tokens)}; they must differ, and none may be empty",
-        )
+        _check_special_tokens(self.special_tokens)
         _check_reading(self)
 
 
@@ -331,6 +312,31 @@ class GenerateConfig:
         _require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
+def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:
+    _require(vocab_size >= lowest, f"vocab_size is {vocab_size}; it must be at least {lowest}: {needed}")
+    _require(vocab_size <= MAX_VOCAB_SIZE, f"vocab_size is {vocab_size}; it must be at most {MAX_VOCAB_SIZE}")
+
+
+def _check_special_tokens(names: tuple[str, ...]) -> None:
+    """What can be known before any text is counted; a name that the merges make too is found afterwards."""
+    _require(len(set(names)) == len(names), f"special_tokens are {list(names)}; they must differ")
+    for name in names:
+        _require(name != "", f"special_tokens are {list(names)}; none may be empty")
+        _require(
+            len(name) > 1 or not name.isascii(),
+            f"special token {name!r} is a single byte, which is a token already; choose a longer name",
+        )
+        _require(_is_utf8(name), f"special token {name!r} is not UTF-8 text; choose another name")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as Python reads bytes of the command line that are not UTF-8
+        return False
+    return True
+
+
 def _check_reading(config: TokenizeConfig | TrainTokenizerConfig) -> None:
     _require(0 <= config.val_fraction < 1, f"val_fraction is {config.val_fraction}; it must lie in [0, 1)")
     for name in ("item_bytes", "sample_bytes"):
@@ -339,57 +345,6 @@ def _check_reading(config: TokenizeConfig | TrainTokenizerConfig) -> None:
         config.num_workers is None or config.num_workers > 0,
         f"num_workers is {config.num_workers}; it must be positive",
     )
-
-
-def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str], *, program: str) -> ConfigT:
-    """Fill ``config_class`` from its defaults, then the preset's ``section`` (--config FILE), then the flags.
-
-    A preset's values take the same way as flags, so both are checked by the same parser. Prints the help and exits
-    with code 0 on --help; every mistake is a UserError of one sentence.
-    """
-    path, flags = _split_config_flag(list(arguments))
-    preset = load_preset(path, section, config_class) if path else {}
-    if preset and not flags:
-        try:
-            return _parse_flags(config_class, _as_flags(preset), program)
-        except UserError as error:
-            raise UserError(f"{path}, section {section}: {error}") from error
-    return _parse_flags(config_class, [*_as_flags(preset), *flags], program)
-
-
-def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    path, rest = None, []
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, equals, value = argument.partition("=")
-        if name != "--config":
-            rest.append(argument)
-            continue
-        path = value if equals else next(remaining, "")
-        if not path:
-            raise UserError("--config needs the path of a YAML preset, for example configs/demo.yaml")
-    return (Path(path) if path else None), rest
-
-
-def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
-    """One section of a YAML preset, its keys checked against the fields of ``config_class``."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no preset {path}; the project's own lie in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"preset {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict) or not all(isinstance(value, dict) for value in document.values()):
-        raise UserError(f"preset {path} must have one section per job ({', '.join(SECTIONS)}), each of keys and values")
-    for name in document:
-        if name not in SECTIONS:
-            raise UserError(f"preset {path}: unknown section {name!r}{_nearest(name, SECTIONS)}")
-    values: dict[str, Any] = document.get(section, {})
-    names = [field.name for field in dataclasses.fields(config_class)]
-    for name in values:
-        if name not in names:
-            raise UserError(f"preset {path}, section {section}: unknown key {name!r}{_nearest(str(name), names)}")
-    return values
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -403,55 +358,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 def without_password(text: str) -> str:
     """``text`` without the user and password of any scheme://user:password@host in it."""
     return re.sub(r"([a-z][a-z0-9+.-]*://)[^/@\s]*@", r"\1", text)
-
-
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list | tuple):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
-
-
-def _parse_flags(config_class: type[ConfigT], flags: list[str], program: str) -> ConfigT:
-    import tyro  # heavy for the workers, which never parse
-
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            config, unknown = tyro.cli(
-                config_class, args=flags, prog=program, return_unknown_args=True, use_underscores=True
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(f"{_first_sentence(messages.getvalue())}; {program} --help lists the flags") from None
-    if unknown:
-        names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        kind = "flag" if unknown[0].startswith("-") else "argument"
-        raise UserError(
-            f"unknown {kind} {unknown[0]}{_nearest(name, [*names, 'config'])}; {program} --help lists the flags"
-        )
-    return config
-
-
-def _first_sentence(box: str) -> str:
-    """The words of the first paragraph in the parser's framed message."""
-    lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
-    paragraph = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
-    return " ".join(paragraph).rstrip(".") or "the flags cannot be parsed"
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if matches:
-        return f", did you mean {matches[0]!r}?"
-    return f" (known: {', '.join(known)})" if len(known) < 10 else ""
 
 
 def _require(condition: bool, message: str) -> None:

@@ -40,6 +40,7 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
     """
     data, output = cluster.resolve_path(config.data), cluster.resolve_path(config.output)
     summary = finished_summary(config, data=data, output=output)
+    cluster.make_output(output)
     run = open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,

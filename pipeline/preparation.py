@@ -48,6 +48,7 @@ def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
     report_file = output / SUMMARY_FILE
     manifest = stages.finished(config, output)
     done = manifest is not None and report_file.is_file()
+    cluster.make_output(output)
     run = open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,9 +31,9 @@ from pipeline.ledger import ItemRecord, RunRecord
 from pipeline.readers import read_item
 from pipeline.shards import SPLITS, Manifest, ShardEntry, write_shard
 from pipeline.sources import Source, WorkItem, pack, plan, spread
+from pipeline.stage_progress import ItemProgress, MergeProgress
 
 MERGED_AT_ONCE = 16  # counts of so many items, some MB each, wait in the driver
-_LOG_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ def train_tokenizer(config: TrainTokenizerConfig, source: Source, output: Path) 
     counts, figures, skipped = _count_items(config, source, output)
     merge_start = time.perf_counter()
     logger.info("learning a tokenizer of %d ids from %d distinct pre-tokens", config.vocab_size, counts.table.num_rows)
-    progress = _MergeProgress()
+    progress = MergeProgress()
     try:
         tokenizer = bpe_training.train_bpe(
             counts, config.vocab_size, config.special_tokens, progress, min_frequency=config.min_frequency
@@ -267,9 +266,8 @@ def _in_one_row(values: pa.Array) -> pa.Array:
 
 
 def _values(column: pa.ChunkedArray) -> Any:
-    """What ``_in_one_row`` was given."""
-    lists: Any = column.combine_chunks()
-    return lists.flatten()
+    """What ``_in_one_row`` was given, not copied: combine_chunks would copy it, one chunk or many."""
+    return column[0].values
 
 
 def _text_bytes(texts: Any) -> int:
@@ -372,7 +370,7 @@ def _run_stages(items: list[WorkItem], stages: Stages, num_workers: int | None, 
             compute=strategy,
             fn_kwargs=arguments,
         )
-    progress = _Progress(title, sum(item.size_bytes for item in items), len(items))
+    progress = ItemProgress(title, sum(item.size_bytes for item in items), len(items))
     try:
         row: Any
         for row in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -406,71 +404,6 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: P
     ledger.remove_others(output, {entry.name for entry in manifest.shards})
     manifest.save(output)
     return manifest
-
-
-class _Progress:
-    """A bar on a terminal, else a log line every few seconds."""
-
-    def __init__(self, title: str, total_bytes: int, num_items: int) -> None:
-        from tqdm import tqdm
-
-        self._title, self._total_bytes, self._num_items = title, total_bytes, num_items
-        self._items = self._read_bytes = self._text_bytes = self._tokens = 0
-        self._start = self._logged = time.perf_counter()
-        self._bar = tqdm(
-            total=total_bytes,
-            desc=title,
-            unit="B",
-            unit_scale=True,
-            bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        )
-
-    def add(self, size_bytes: int, text_bytes: int, tokens: int) -> None:
-        self._items += 1
-        self._read_bytes += size_bytes
-        self._text_bytes += text_bytes
-        self._tokens += tokens
-        self._bar.set_postfix_str(self._speed(), refresh=False)
-        self._bar.update(size_bytes)
-        now = time.perf_counter()
-        if self._bar.disable and (now - self._logged >= _LOG_SECONDS or self._items == self._num_items):
-            self._logged = now
-            share = self._read_bytes / max(1, self._total_bytes)
-            logger.info(
-                "%s: item %d of %d (%.0f %%), %s", self._title, self._items, self._num_items, 100 * share, self._speed()
-            )
-
-    def close(self) -> None:
-        self._bar.close()
-
-    def _speed(self) -> str:
-        megabytes = self._text_bytes / 1e6
-        rate = megabytes / max(1e-9, time.perf_counter() - self._start)
-        tokens = f", {self._tokens / 1e6:,.1f} M tokens" if self._tokens else ""
-        return f"{megabytes:,.1f} MB of text{tokens}, {rate:,.1f} MB/s"
-
-
-class _MergeProgress:
-    """A bar on a terminal, else a log line every few seconds: merges learned of those wanted."""
-
-    def __init__(self) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc="merge", unit=" merges", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
-        self._logged = time.perf_counter()
-
-    def __call__(self, done: int, wanted: int) -> None:
-        self._bar.total = wanted
-        self._bar.update(done - self._bar.n)
-        now = time.perf_counter()
-        if self._bar.disable and (now - self._logged >= _LOG_SECONDS or done == wanted):
-            self._logged = now
-            logger.info("merge: %d of %d (%.0f %%)", done, wanted, 100 * done / wanted)
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def _quiet_ray_data() -> None:

@@ -62,6 +62,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
     done = ledger.is_complete(output, config.source, _settings_of(config), names=names)
     if ledger.read_run(output) is None and any((output / name).exists() for name in names):
         raise UserError(f"output folder {output} holds files of unknown origin; choose another --output")
+    cluster.make_output(output)
     run = open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,

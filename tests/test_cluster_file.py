@@ -9,7 +9,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.config import PretrainConfig, resolve
+from pipeline.command_line import resolve
+from pipeline.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,7 +72,7 @@ def test_dry_run_prints_the_resolved_settings(name: str, tmp_path: Path) -> None
     assert not any(tmp_path.iterdir()), "a dry run leaves nothing behind"
 
 
-@pytest.mark.parametrize("name", ["tokenize.py", "pretrain.py", "evaluate.py", "generate.py"])
+@pytest.mark.parametrize("name", ["tokenize.py", "train_tokenizer.py", "pretrain.py", "evaluate.py", "generate.py"])
 def test_an_unknown_flag_names_the_nearest(name: str, tmp_path: Path) -> None:
     assert "did you mean 'dry_run'?" in error_of(name, "--dry_rum", cwd=tmp_path)
 
@@ -101,6 +103,40 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
     sentence = error_of("tokenize.py", "--source", "other.parquet", "--output", "out", cwd=tmp_path)
     assert "text" in sentence and "body" in sentence and "id" in sentence
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenize.py", "train_tokenizer.py", "pretrain.py"])
+def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    flags = ["--data", str(tiny_data)] if name == "pretrain.py" else ["--source", "file"]
+    sentence = error_of(name, *flags, "--output", "file", cwd=tmp_path)
+    assert f"output folder {tmp_path}/file cannot be made: there is a file of that name; choose another" in sentence
+    sentence = error_of(name, *flags, "--output", "file/folder", cwd=tmp_path)
+    assert f"output folder {tmp_path}/file/folder cannot be made: Not a directory; choose another --output" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "what_next"),
+    [
+        ("tokenize.py", "preparation.tokenize", "goes on with the work items that are not finished"),
+        ("train_tokenizer.py", "tokenizer_training.train_tokenizer", "counts the text again"),
+        ("pretrain.py", "launch.pretrain", "goes on from the newest checkpoint, if there is one"),
+        ("evaluate.py", "launch.evaluate", "begins again"),
+        ("generate.py", "sampling.generate_texts", "begins again"),
+        ("demo.py", "preparation.tokenize", "goes on with what is not done yet"),
+    ],
+)
+def test_interruption(monkeypatch: pytest.MonkeyPatch, name: str, function: str, what_next: str) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"pipeline.{function}", interrupted)
+    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "jobs" / name), run_name="__main__")
+    assert stopped.value.code == f"interrupted; the same command {what_next}"
 
 
 def test_train_tokenizer(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bpe import MAX_TOKENS
+from pipeline.command_line import resolve
 from pipeline.config import (
+    MAX_VOCAB_SIZE,
     EvaluateConfig,
     GenerateConfig,
     PretrainConfig,
     TokenizeConfig,
     TrainTokenizerConfig,
-    resolve,
     to_dict,
 )
 from pipeline.errors import UserError
@@ -127,8 +129,8 @@ def test_special_tokens_are_a_list_in_flags_and_presets(tmp_path: Path) -> None:
     assert train_tokenizer().special_tokens == ("<|endoftext|>",)
     path = preset(tmp_path, "train_tokenizer: {special_tokens: [<|a|>, b c], pattern: cl100k}")
     assert train_tokenizer("--config", path).special_tokens == ("<|a|>", "b c")
-    flags = train_tokenizer("--config", path, "--special-tokens", "x", "y", "--vocab_size", "300")
-    assert (flags.special_tokens, flags.pattern, flags.vocab_size) == (("x", "y"), "cl100k", 300)
+    flags = train_tokenizer("--config", path, "--special-tokens", "xx", "ż", "--vocab_size", "300")
+    assert (flags.special_tokens, flags.pattern, flags.vocab_size) == (("xx", "ż"), "cl100k", 300)
     none = train_tokenizer("--config", preset(tmp_path, "train_tokenizer: {special_tokens: []}"), "--vocab_size", "256")
     assert none.special_tokens == ()
     assert TrainTokenizerConfig(**to_dict(flags)) == flags
@@ -139,7 +141,11 @@ def test_special_tokens_are_a_list_in_flags_and_presets(tmp_path: Path) -> None:
     [
         (["--vocab_size", "256"], "vocab_size is 256; it must be at least 257: 256 bytes and 1 special tokens"),
         (["--min_frequency", "0"], "min_frequency is 0; it must be positive"),
-        (["--special_tokens", "x", "x"], "special_tokens are ['x', 'x']; they must differ"),
+        (["--vocab_size", "1048576"], "vocab_size is 1048576; it must be at most 1048575"),
+        (["--special_tokens", "xx", "xx"], "special_tokens are ['xx', 'xx']; they must differ"),
+        (["--special_tokens", "xx", ""], "special_tokens are ['xx', '']; none may be empty"),
+        (["--special_tokens", "xx", "x"], "special token 'x' is a single byte, which is a token already; choose a"),
+        (["--special_tokens", "xx", "\udcff"], r"special token '\udcff' is not UTF-8 text; choose another name"),
         (["--pattern", "gpt4"], "invalid choice 'gpt4'"),
         (["--val_fraction", "1"], "val_fraction is 1.0; it must lie in [0, 1)"),
         (["--sample_bytes", "0"], "sample_bytes is 0; it must be positive"),
@@ -151,6 +157,12 @@ def test_mistakes_of_tokenizer_training(flags: list[str], sentence: str) -> None
     with pytest.raises(UserError) as caught:
         train_tokenizer(*flags)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_vocabulary_is_larger_than_the_tokenizer_takes() -> None:
+    assert MAX_VOCAB_SIZE == MAX_TOKENS
+    with pytest.raises(UserError, match="vocab_size is 1048576; it must be at most 1048575"):
+        TokenizeConfig(vocab_size=MAX_TOKENS + 1)
 
 
 def test_settings_round_trip() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import bpe_kernels, bpe_merge_kernels, bpe_training_kernels, kernel_cache
+from pipeline import bpe_kernels, bpe_merge_kernels, bpe_table_kernels, bpe_training_kernels, kernel_cache
 from pipeline.bpe_training import count_pretokens, merge_counts, train_bpe, warm_up
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def test_the_stamp_knows_the_machine() -> None:
 
 
 def test_a_kernel_has_one_signature_and_warming_up_compiles_it() -> None:
-    modules = [bpe_kernels, bpe_merge_kernels, bpe_training_kernels]
+    modules = [bpe_kernels, bpe_merge_kernels, bpe_table_kernels, bpe_training_kernels]
     found = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "_cache")}
     kernels = {name: value for name, value in found.items() if isinstance(value._cache, kernel_cache.StampedCache)}
     warm_up()

@@ -4,56 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import random
-import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import ray
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlflow import MlflowClient
 
 from pipeline import bpe_training, ledger, stages, tokenizer_training
+from pipeline import documents as documents_module
 from pipeline.bpe import END_OF_TEXT, Tokenizer
 from pipeline.config import TokenizeConfig, TrainTokenizerConfig
 from pipeline.documents import encode_documents, split_by_hash
 from pipeline.errors import UserError
 from pipeline.shards import Manifest, open_shard, open_split, verify
 from pipeline.sources import WorkItem
+from pipeline.stage_progress import ItemProgress
+from tests.pipeline.conftest import contents
 from tests.pipeline.fake_hub import NAME, running_hub
 
-ROOT = Path(__file__).resolve().parents[2]
-ALPHABET = "etaoinshrdlu"
+SHARE_OF_0_005 = int(0.005 * 2**64).to_bytes(8, "big")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        variables = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hub")}
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
-        yield
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[str]:
-    choose = random.Random(7)
-    words = ["".join(choose.choices(ALPHABET, k=choose.randrange(1, 9))) for _ in range(60)]
-    texts = [" ".join(choose.choices(words, k=choose.randrange(1, 60))) for _ in range(400)]
-    return [*texts, "żółw ½ 日本語 🙂", "<|endoftext|> is no token here", texts[0], texts[1]]
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +40,6 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory, documents: list[str
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     bpe_training.train_bpe(documents, 300).save(path)
     return path
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, documents: list[str]) -> Path:
-    """Three files, five work items with ``config``'s settings."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for name, part in [("a.parquet", documents[:160]), ("b.parquet", documents[160:320])]:
-        pq.write_table(pa.table({"text": part}), folder / name, row_group_size=80, write_statistics=False)
-    lines = [json.dumps({"text": text}) for text in documents[320:]]
-    (folder / "c.jsonl").write_text("\n".join([*lines, '{"text": null}', '{"text": " "}', ""]))
-    return folder
 
 
 @pytest.fixture
@@ -90,12 +57,6 @@ def read_split(output: Path, split: str) -> list[str]:
     starts = np.flatnonzero(ids == tokenizer.eot_id)
     assert starts[0] == 0
     return [tokenizer.decode(part[1:]) for part in np.split(ids, starts[1:])]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file -> hash of its bytes."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def mistake(config: TokenizeConfig, output: Path) -> str:
@@ -183,9 +144,13 @@ def test_stages_of_an_item_are_one_task(tmp_path: Path) -> None:
 # ---- the split -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=8)), fraction=st.floats(0, 1, exclude_max=True), shuffle=st.randoms())
-def test_split_depends_on_the_text_alone(texts: list[str], fraction: float, shuffle: random.Random) -> None:
+@pytest.mark.parametrize("slice_bytes", [0, 10**9], ids=["slices", "copies"])
+def test_split_depends_on_the_text_alone(
+    monkeypatch: pytest.MonkeyPatch, slice_bytes: int, texts: list[str], fraction: float, shuffle: random.Random
+) -> None:
+    monkeypatch.setattr(documents_module, "_SLICE_BYTES", slice_bytes)
     copies = texts + texts
     shuffle.shuffle(copies)
     padded = pa.array(["before", *copies, "behind"], pa.large_string()).slice(1, len(copies))
@@ -203,118 +168,20 @@ def test_split_has_the_asked_share() -> None:
     assert set(split_by_hash(texts, 0.05)[1].to_pylist()) < set(val.to_pylist())
 
 
+def test_split_copies_no_train_document_where_few_are_val() -> None:
+    texts = pa.array([f"{i:06d}" * 700 for i in range(2_000)], pa.large_string())
+    train, val = split_by_hash(texts, 0.005)
+    held_out = {text for text in texts.to_pylist() if hashlib.sha256(text.encode()).digest()[:8] < SHARE_OF_0_005}
+    assert val.to_pylist() == [text for text in texts.to_pylist() if text in held_out] and len(val) > 0
+    assert train.to_pylist() == [text for text in texts.to_pylist() if text not in held_out]
+    assert {chunk.buffers()[2].address for chunk in train.chunks} == {texts.buffers()[2].address}
+
+
 def test_documents_begin_with_end_of_text(tokenizer_path: Path, documents: list[str]) -> None:
     tokenizer = Tokenizer.from_file(tokenizer_path)
     expected = [id_ for text in ["", *documents, ""] for id_ in (tokenizer.eot_id, *tokenizer.encode(text))]
     assert encode_documents(tokenizer, pa.array(["", *documents, ""], pa.large_string())).tolist() == expected
     assert len(encode_documents(tokenizer, pa.array([], pa.large_string()))) == 0
-
-
-# ---- training a tokenizer by itself ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def training(corpus: Path) -> TrainTokenizerConfig:
-    return TrainTokenizerConfig(source=str(corpus), vocab_size=320, item_bytes=12_000, num_workers=2)
-
-
-def test_tokenizer_does_not_depend_on_workers_and_items(
-    training: TrainTokenizerConfig, documents: list[str], tmp_path: Path
-) -> None:
-    expected = bpe_training.train_bpe(documents, 320)
-    for num_workers, item_bytes in [(1, 12_000), (2, 2_000), (4, 10**9)]:
-        output = tmp_path / f"{num_workers}"
-        config = dataclasses.replace(training, num_workers=num_workers, item_bytes=item_bytes)
-        report, _ = tokenizer_training.train_into(config, output)
-        saved = Tokenizer.from_file(output / "tokenizer.json")
-        assert saved.fingerprint == report.fingerprint == expected.fingerprint
-        assert (report.documents, report.skipped) == (len(documents), {"blank": 1, "null": 1})
-        assert report.text_megabytes == sum(len(text.encode()) for text in documents) / 1e6
-        assert report.distinct_pretokens == bpe_training.count_pretokens(documents).table.num_rows
-        assert (report.merges, report.vocab_size) == (63, 320)
-        assert not list(output.rglob(".tmp-*"))
-
-
-def test_tokenizer_of_all_settings(training: TrainTokenizerConfig, documents: list[str], tmp_path: Path) -> None:
-    special_tokens = ("<|endoftext|>", "<|pad|>")
-    config = dataclasses.replace(
-        training, special_tokens=special_tokens, min_frequency=40, val_fraction=0.2, pattern="cl100k", vocab_size=5000
-    )
-    report, _ = tokenizer_training.train_into(config, tmp_path)
-    train, val = split_by_hash(pa.array(documents, pa.large_string()), 0.2)
-    expected = bpe_training.train_bpe(train, 5000, special_tokens, min_frequency=40, pattern="cl100k")
-    assert report.fingerprint == expected.fingerprint
-    assert report.vocab_size == expected.vocab_size == 258 + report.merges < 5000
-    assert report.documents == len(train) == len(documents) - len(val)
-
-
-def test_trained_before(
-    training: TrainTokenizerConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GPT25_HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = dataclasses.replace(training, source="corpus", output="out")
-    report, run, was_there = tokenizer_training.train_tokenizer(config)
-    before = contents(tmp_path / "out")
-    assert not was_there
-    logged = MlflowClient(run.tracking_uri).get_run(run.run_id)
-    assert logged.data.params["vocab_size"] == "320" and logged.data.tags["job"] == "train_tokenizer"
-    assert logged.data.tags["tokenizer_fingerprint"] == report.fingerprint and "data_fingerprint" in logged.data.tags
-    figures = {"documents", "text_megabytes", "distinct_pretokens", "merges", "count_seconds", "merge_seconds"}
-    assert figures < logged.data.metrics.keys() and logged.data.metrics["vocab_size"] == 320
-    assert [file.path for file in MlflowClient(run.tracking_uri).list_artifacts(run.run_id)] == ["tokenizer.json"]
-
-    monkeypatch.setattr(stages, "train_tokenizer", None)  # nothing is trained from here on
-    again = tokenizer_training.train_tokenizer(dataclasses.replace(config, num_workers=1, item_bytes=5))
-    assert again == (report, run, True)
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"min_frequency": 2}, "was begun with min_frequency 1, not 2; delete it or choose another --output"),
-        ({"special_tokens": ("x",)}, "was begun with special_tokens ['<|endoftext|>'], not ['x']"),
-        ({"sample_bytes": 9}, "was begun with sample_bytes 1000000000, not 9"),
-    ]
-    for change, message in changes:
-        with pytest.raises(UserError, match=re.escape(message)):
-            tokenizer_training.train_tokenizer(dataclasses.replace(config, **change))
-    (corpus / "d.txt").write_text("more")
-    with pytest.raises(UserError, match=r"d\.txt is new in the source since output folder .* was begun"):
-        tokenizer_training.train_tokenizer(config)
-    assert contents(tmp_path / "out") == before
-
-
-def test_folder_of_another_job(
-    training: TrainTokenizerConfig, config: TokenizeConfig, expected: dict[str, str], tmp_path: Path
-) -> None:
-    shards, mine = tmp_path / "undisturbed", tmp_path / "mine"
-    with pytest.raises(UserError, match="was begun by another job, or by another version of this one; choose another"):
-        tokenizer_training.train_tokenizer(dataclasses.replace(training, output=str(shards)))
-    assert contents(shards) == expected
-    tokenizer_training.train_into(training, mine)
-    assert "was begun by another job" in mistake(config, mine)
-    (tmp_path / "found").mkdir()
-    (tmp_path / "found" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="found holds files of unknown origin; choose another --output"):
-        tokenizer_training.train_tokenizer(dataclasses.replace(training, output=str(tmp_path / "found")))
-    assert [path.name for path in (tmp_path / "found").iterdir()] == ["tokenizer.json"]
-
-
-def test_training_that_stopped_before_its_summary_begins_again(
-    training: TrainTokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected, _ = tokenizer_training.train_into(training, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tokenizer_training, "write_atomically", raise_interrupt)
-        tokenizer_training.train_into(training, tmp_path / "out")
-    settings_used = tokenizer_training._settings_of(training)
-    names = ("tokenizer.json", "summary.json")
-    assert (tmp_path / "out" / "tokenizer.json").exists()
-    assert not ledger.is_complete(tmp_path / "out", training.source, settings_used, names=names)
-    again, _ = tokenizer_training.train_into(training, tmp_path / "out")
-    assert again.fingerprint == expected.fingerprint
-    assert ledger.is_complete(tmp_path / "out", training.source, settings_used, names=names)
-
-
-def raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 # ---- crashes and resumes ---------------------------------------------------------------------------------------------
@@ -375,14 +242,14 @@ def test_worker_killed_every_time(config: TokenizeConfig, tmp_path: Path, monkey
 def test_interrupted_run_goes_on(
     config: TokenizeConfig, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = stages._Progress.add
+    add = ItemProgress.add
 
-    def interrupted_add(self: stages._Progress, *figures: int) -> None:
+    def interrupted_add(self: ItemProgress, *figures: int) -> None:
         add(self, *figures)
         if self._items == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages._Progress, "add", interrupted_add)
+    monkeypatch.setattr(ItemProgress, "add", interrupted_add)
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         stages.tokenize(dataclasses.replace(config, num_workers=1), output)
@@ -507,6 +374,21 @@ def test_folder_that_is_not_ours(config: TokenizeConfig, tmp_path: Path) -> None
     (tmp_path / "items" / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json is damaged"):
         stages.finished(config, tmp_path)
+
+
+def test_folder_of_another_job(config: TokenizeConfig, corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    training = TrainTokenizerConfig(source=str(corpus), vocab_size=320, num_workers=2)
+    shards, mine = tmp_path / "undisturbed", tmp_path / "mine"
+    with pytest.raises(UserError, match="was begun by another job, or by another version of this one; choose another"):
+        tokenizer_training.train_tokenizer(dataclasses.replace(training, output=str(shards)))
+    assert contents(shards) == expected
+    tokenizer_training.train_into(training, mine)
+    assert "was begun by another job" in mistake(config, mine)
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="found holds files of unknown origin; choose another --output"):
+        tokenizer_training.train_tokenizer(dataclasses.replace(training, output=str(tmp_path / "found")))
+    assert [path.name for path in (tmp_path / "found").iterdir()] == ["tokenizer.json"]
 
 
 def test_no_document_at_all(config: TokenizeConfig, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Settings from a YAML preset and from flags, into the dataclasses of config.py.
+
+A preset (``configs/*.yaml``) has one section per job; its keys, the fields of the dataclass and the flags are the same
+names. Every mistake is a UserError of one sentence; an unknown section, key or flag is answered with the nearest known
+one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pipeline.errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate")
+
+
+def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str], *, program: str) -> ConfigT:
+    """Fill ``config_class`` from its defaults, then the preset's ``section`` (--config FILE), then the flags.
+
+    A preset's values take the same way as flags, so both are checked by the same parser. Prints the help and exits
+    with code 0 on --help; every mistake is a UserError of one sentence.
+    """
+    path, flags = _split_config_flag(list(arguments))
+    preset = load_preset(path, section, config_class) if path else {}
+    if preset and not flags:
+        try:
+            return _parse_flags(config_class, _as_flags(preset), program)
+        except UserError as error:
+            raise UserError(f"{path}, section {section}: {error}") from error
+    return _parse_flags(config_class, [*_as_flags(preset), *flags], program)
+
+
+def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    path, rest = None, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            rest.append(argument)
+            continue
+        path = value if equals else next(remaining, "")
+        if not path:
+            raise UserError("--config needs the path of a YAML preset, for example configs/demo.yaml")
+    return (Path(path) if path else None), rest
+
+
+def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
+    """One section of a YAML preset, its keys checked against the fields of ``config_class``."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no preset {path}; the project's own lie in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"preset {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict) or not all(isinstance(value, dict) for value in document.values()):
+        raise UserError(f"preset {path} must have one section per job ({', '.join(SECTIONS)}), each of keys and values")
+    for name in document:
+        if name not in SECTIONS:
+            raise UserError(f"preset {path}: unknown section {name!r}{_nearest(name, SECTIONS)}")
+    values: dict[str, Any] = document.get(section, {})
+    names = [field.name for field in dataclasses.fields(config_class)]
+    for name in values:
+        if name not in names:
+            raise UserError(f"preset {path}, section {section}: unknown key {name!r}{_nearest(str(name), names)}")
+    return values
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list | tuple):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def _parse_flags(config_class: type[ConfigT], flags: list[str], program: str) -> ConfigT:
+    import tyro  # heavy for the workers, which never parse
+
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            config, unknown = tyro.cli(
+                config_class, args=flags, prog=program, return_unknown_args=True, use_underscores=True
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_first_sentence(messages.getvalue())}; {program} --help lists the flags") from None
+    if unknown:
+        names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        kind = "flag" if unknown[0].startswith("-") else "argument"
+        raise UserError(
+            f"unknown {kind} {unknown[0]}{_nearest(name, [*names, 'config'])}; {program} --help lists the flags"
+        )
+    return config
+
+
+def _first_sentence(box: str) -> str:
+    """The words of the first paragraph in the parser's framed message."""
+    lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
+    paragraph = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
+    return " ".join(paragraph).rstrip(".") or "the flags cannot be parsed"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if matches:
+        return f", did you mean {matches[0]!r}?"
+    return f" (known: {', '.join(known)})" if len(known) < 10 else ""
