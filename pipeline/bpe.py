@@ -368,23 +368,24 @@ def _check(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
     if len(tokens) > MAX_TOKENS:
         raise ValueError(f"has {len(tokens)} tokens, more than {MAX_TOKENS}")
     special_ids = set(special_tokens.values())
-    ids = {token: token_id for token_id, token in enumerate(tokens) if token_id not in special_ids}
-    if len(ids) + len(special_ids) != len(tokens) or len(special_ids) != len(special_tokens):
-        raise ValueError("gives the same bytes two ids, or two special tokens the same id")
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
     for name, token_id in special_tokens.items():
-        if not 0 <= token_id < len(tokens) or tokens[token_id] != name.encode() or not name or name.encode() in ids:
+        is_there = name and 0 <= token_id < len(tokens) and tokens[token_id] == name.encode()
+        if not is_there or (len(ids) != len(tokens) and tokens.count(name.encode()) > 1):
             raise ValueError(f"has the special token {name!r} that is empty, an ordinary token too, or not at its id")
+    if len(ids) != len(tokens) or len(special_ids) != len(special_tokens):
+        raise ValueError("gives the same bytes two ids, or two special tokens the same id")
+    for token_id in special_ids:
+        del ids[tokens[token_id]]
     missing = [byte for byte in range(256) if bytes([byte]) not in ids]
     if missing:
         raise ValueError(f"has no token for the byte {missing[0]}")
-    merged_ids = []
-    for left, right in merges:
-        merged = ids.get(tokens[left] + tokens[right])
-        if merged is None or left in special_ids or right in special_ids:
-            raise ValueError(
-                f"merges {tokens[left]!r} and {tokens[right]!r} to something that is not in its vocabulary"
-            )
-        merged_ids.append(merged)
+    merged_ids = [ids.get(tokens[left] + tokens[right]) for left, right in merges]
+    if None in merged_ids or not special_ids.isdisjoint(itertools.chain.from_iterable(merges)):
+        left, right = next(
+            pair for pair, merged in zip(merges, merged_ids, strict=True) if merged is None or special_ids & {*pair}
+        )
+        raise ValueError(f"merges {tokens[left]!r} and {tokens[right]!r} to something that is not in its vocabulary")
     if len(set(merges)) != len(merges):
         raise ValueError("lists a merge twice")
-    return [ids[bytes([byte])] for byte in range(256)], merged_ids
+    return [ids[bytes([byte])] for byte in range(256)], [merged for merged in merged_ids if merged is not None]

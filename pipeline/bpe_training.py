@@ -264,7 +264,7 @@ def _learn(table: pa.Table, num_merges: int, min_frequency: int, progress: Progr
                 break
             for index, array in enumerate(pair_arrays):  # one after the other: old and new are never all there
                 pair_arrays[index] = _larger(array, 2 * array.size)
-    return [(left, right) for left, right in merged[:done].tolist()]
+    return list(zip(merged[:done, 0].tolist(), merged[:done, 1].tolist(), strict=True))
 
 
 def _content(table: pa.Table) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -286,14 +286,15 @@ def _new_learner(
 ) -> tuple[kernels.Learner, npt.NDArray[np.int64], list[npt.NDArray[Any]]]:
     """The state of learning, its counters, and all the arrays that it points into."""
     num_nodes, used = content.size, np.zeros(4, np.int64)
-    per_node: list[npt.NDArray[Any]] = [np.empty(num_nodes * times, np.int32) for times in (1, 1, 1, 1, 3, 1)]
+    nodes = np.empty(num_nodes * kernels.NODE_BYTES, np.uint8)
+    per_node: list[npt.NDArray[Any]] = [np.empty(num_nodes * times, np.int32) for times in (3, 1)]
     per_token: list[npt.NDArray[Any]] = [
         np.zeros(num_tokens, np.int32),
         np.zeros(num_tokens, np.int32),
         np.zeros(num_tokens, np.uint64),
     ]
     found: list[npt.NDArray[Any]] = [np.full(num_tokens, kernels.NONE, np.int32) for _ in range(2)]
-    arrays: list[npt.NDArray[Any]] = [content, np.empty(num_nodes, np.int64), *per_node, *per_token, *found, used]
+    arrays: list[npt.NDArray[Any]] = [content, nodes, *per_node, *per_token, *found, used]
     addresses = [array.ctypes.data for array in arrays]
     return kernels.Learner(*[*addresses, min_frequency]), used, arrays
 

@@ -18,7 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.bpe_kernels import DOCUMENT, POSITION, scan
-from pipeline.bpe_memory_kernels import get_32, get_64, load_byte, load_word, put_32, put_64, signed, store_word
+from pipeline.bpe_memory_kernels import (
+    get_32,
+    get_64,
+    load_byte,
+    load_word,
+    prefetch,
+    put_32,
+    put_64,
+    signed,
+    store_word,
+)
 from pipeline.bpe_scan_kernels import Scanner
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
@@ -156,6 +166,15 @@ def content_bytes(table: Table) -> int:
 NONE = -1
 NUM_TOKENS, NUM_PAIRS, NUM_PLACES, HEAP_SIZE = 0, 1, 2, 3  # indices of Learner.used
 PREFIX_BYTES = 8
+PREFETCHED_PLACES = 8
+
+# Fields of a node: together, as a step visits nodes all over memory, and each visit then costs one cache line or two.
+TOKEN = 0  # int32: token that starts at the node
+FOLLOWING = 1  # int32: next node of the piece, NONE at its end
+PRECEDING = 2  # int32: the node before, NONE at its start
+PAIR = 3  # int32: pair that starts at the node, NONE where none does
+WEIGHT = 2  # int64: how often the node's piece occurs
+NODE_BYTES = 24
 
 
 class Learner(NamedTuple):
@@ -163,11 +182,7 @@ class Learner(NamedTuple):
     tokens. Written as array: type, size, meaning."""
 
     content: int  # uint8, N: the bytes
-    weights: int  # int64, N: how often the node's piece occurs
-    following: int  # int32, N: next node of the piece, NONE at its end
-    preceding: int  # int32, N: the node before, NONE at its start
-    tokens: int  # int32, N: token that starts at the node
-    pair_at: int  # int32, N: pair that starts at the node, NONE where none does
+    nodes: int  # NODE_BYTES, N: fields of the nodes, TOKEN to WEIGHT
     places: int  # int32, 3 N: nodes, one run per pair; a merge lists 2 places and removes a node
     touched: int  # int32, N: nodes whose pair changed in this step
     token_start: int  # int32, V: a node where the token's bytes can be read
@@ -192,6 +207,24 @@ class Pairs(NamedTuple):
     room: int  # number of pairs that fit
 
 
+@inlined
+def field(learner: Learner, node: int, which: int) -> int:
+    """TOKEN, FOLLOWING, PRECEDING or PAIR of a node."""
+    return get_32(learner.nodes + NODE_BYTES * node, which)
+
+
+@inlined
+def set_field(learner: Learner, node: int, which: int, value: int) -> None:
+    """Change one of them."""
+    put_32(learner.nodes + NODE_BYTES * node, which, value)
+
+
+@inlined
+def weight(learner: Learner, node: int) -> int:
+    """How often the node's piece occurs."""
+    return get_64(learner.nodes + NODE_BYTES * node, WEIGHT)
+
+
 @helper
 def in_use(learner: Learner, which: int) -> int:
     """Tokens, pairs, places or heap entries in use."""
@@ -203,7 +236,7 @@ def prepare(learner: Learner, pairs: Pairs, offsets: npt.NDArray[np.int64], coun
     """Fill the state from learner.content, the pieces' offsets in it (the first is 256) and their counts."""
     for byte in range(256):
         set_token(learner, byte, byte, 1)
-        put_32(learner.pair_at, byte, NONE)
+        set_field(learner, byte, PAIR, NONE)
     put_64(learner.used, NUM_TOKENS, 256)
     pair_of = np.full(1 << 16, NONE, np.int64)
     num_touched = 0
@@ -211,11 +244,11 @@ def prepare(learner: Learner, pairs: Pairs, offsets: npt.NDArray[np.int64], coun
         start, stop = offsets[piece], offsets[piece + 1]
         for node in range(start, stop):
             left = load_byte(learner.content + node)
-            put_32(learner.tokens, node, left)
-            put_64(learner.weights, node, counts[piece])
-            put_32(learner.preceding, node, node - 1 if node > start else NONE)
-            put_32(learner.following, node, node + 1 if node + 1 < stop else NONE)
-            put_32(learner.pair_at, node, NONE)
+            set_field(learner, node, TOKEN, left)
+            put_64(learner.nodes + NODE_BYTES * node, WEIGHT, counts[piece])
+            set_field(learner, node, PRECEDING, node - 1 if node > start else NONE)
+            set_field(learner, node, FOLLOWING, node + 1 if node + 1 < stop else NONE)
+            set_field(learner, node, PAIR, NONE)
             if node + 1 < stop:
                 right = load_byte(learner.content + node + 1)
                 if pair_of[left << 8 | right] == NONE:
@@ -250,9 +283,9 @@ def new_pair(learner: Learner, pairs: Pairs, left: int, right: int) -> int:
 @helper
 def touch(learner: Learner, pairs: Pairs, node: int, pair: int, num_touched: int) -> None:
     """The pair now starts at the node."""
-    put_32(learner.pair_at, node, pair)
+    set_field(learner, node, PAIR, pair)
     put_32(learner.touched, num_touched, node)
-    put_64(pairs.total, pair, get_64(pairs.total, pair) + get_64(learner.weights, node))
+    put_64(pairs.total, pair, get_64(pairs.total, pair) + weight(learner, node))
 
 
 @helper
@@ -264,7 +297,7 @@ def list_places(learner: Learner, pairs: Pairs, first_pair: int, num_touched: in
     for pair in range(first_pair, num_pairs):
         put_32(pairs.length, pair, 0)
     for index in range(num_touched):
-        pair = get_32(learner.pair_at, get_32(learner.touched, index))
+        pair = field(learner, get_32(learner.touched, index), PAIR)
         put_32(pairs.length, pair, get_32(pairs.length, pair) + 1)
     end = in_use(learner, NUM_PLACES)
     for pair in range(first_pair, num_pairs):
@@ -274,7 +307,7 @@ def list_places(learner: Learner, pairs: Pairs, first_pair: int, num_touched: in
     put_64(learner.used, NUM_PLACES, end)
     for index in range(num_touched):
         node = get_32(learner.touched, index)
-        pair = get_32(learner.pair_at, node)
+        pair = field(learner, node, PAIR)
         length = get_32(pairs.length, pair)
         put_32(learner.places, get_64(pairs.start, pair) + length, node)
         put_32(pairs.length, pair, length + 1)
@@ -317,9 +350,13 @@ def merge_pair(learner: Learner, pairs: Pairs, pair: int) -> None:
     length += get_32(learner.token_length, get_32(pairs.right, pair))
     num_touched = 0
     start = get_64(pairs.start, pair)
-    for place in range(start, start + get_32(pairs.length, pair)):
+    stop = start + get_32(pairs.length, pair)
+    for place in range(start, min(start + PREFETCHED_PLACES, stop)):
+        prefetch(learner.nodes + NODE_BYTES * get_32(learner.places, place))
+    for place in range(start, stop):
+        prefetch(learner.nodes + NODE_BYTES * get_32(learner.places, min(place + PREFETCHED_PLACES, stop - 1)))
         node = get_32(learner.places, place)
-        if get_32(learner.pair_at, node) == pair:
+        if field(learner, node, PAIR) == pair:
             if get_32(learner.token_length, token) == 0:
                 set_token(learner, token, node, length)
             num_touched = merge_at(learner, pairs, node, token, num_touched)
@@ -333,14 +370,14 @@ def merge_pair(learner: Learner, pairs: Pairs, pair: int) -> None:
 @helper
 def merge_at(learner: Learner, pairs: Pairs, node: int, token: int, num_touched: int) -> int:
     """Merge the node with the one that follows, and give both neighbours their new pair; returns the nodes touched."""
-    gone = get_32(learner.following, node)
-    before, after = get_32(learner.preceding, node), get_32(learner.following, gone)
-    put_32(learner.tokens, node, token)
-    put_32(learner.following, node, after)
-    put_32(learner.pair_at, node, NONE)
+    gone = field(learner, node, FOLLOWING)
+    before, after = field(learner, node, PRECEDING), field(learner, gone, FOLLOWING)
+    set_field(learner, node, TOKEN, token)
+    set_field(learner, node, FOLLOWING, after)
+    set_field(learner, node, PAIR, NONE)
     if before != NONE:
         lose(learner, pairs, before)
-        neighbour = get_32(learner.tokens, before)
+        neighbour = field(learner, before, TOKEN)
         found_in = learner.by_left if neighbour == token else learner.by_right  # (token, token) stands in one of them
         found = get_32(found_in, neighbour)
         if found == NONE:
@@ -349,24 +386,24 @@ def merge_at(learner: Learner, pairs: Pairs, node: int, token: int, num_touched:
         touch(learner, pairs, before, found, num_touched)
         num_touched += 1
     if after != NONE:
-        put_32(learner.preceding, after, node)
+        set_field(learner, after, PRECEDING, node)
         lose(learner, pairs, gone)
-        neighbour = get_32(learner.tokens, after)
+        neighbour = field(learner, after, TOKEN)
         found = get_32(learner.by_left, neighbour)
         if found == NONE:
             found = new_pair(learner, pairs, token, neighbour)
             put_32(learner.by_left, neighbour, found)
         touch(learner, pairs, node, found, num_touched)
         num_touched += 1
-    put_32(learner.pair_at, gone, NONE)
+    set_field(learner, gone, PAIR, NONE)
     return num_touched
 
 
 @helper
 def lose(learner: Learner, pairs: Pairs, node: int) -> None:
     """The pair at the node occurs there no longer."""
-    pair = get_32(learner.pair_at, node)
-    put_64(pairs.total, pair, get_64(pairs.total, pair) - get_64(learner.weights, node))
+    pair = field(learner, node, PAIR)
+    put_64(pairs.total, pair, get_64(pairs.total, pair) - weight(learner, node))
 
 
 @helper

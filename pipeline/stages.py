@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,6 +33,7 @@ from pipeline.shards import SPLITS, Manifest, ShardEntry, write_shard
 from pipeline.sources import Source, WorkItem, pack, plan, spread
 from pipeline.stage_progress import ItemProgress, MergeProgress
 
+_MAX_ARRAYS = 100  # of an item's texts are columns of a table; more, where row groups are small, are joined
 MERGED_AT_ONCE = 16  # counts of so many items, some MB each, wait in the driver
 
 logger = logging.getLogger(__name__)
@@ -189,9 +190,10 @@ def download(row: pa.Table, output: str, verb: str) -> pa.Table:
     item = WorkItem.from_json(row["item"][0].as_py())
     ledger.begin_attempt(Path(output), f"{verb}-{item.index:06d}")
     skipped: Counter[str] = Counter()
-    arrays = [texts.cast(pa.large_string()) for texts in read_item(item, skipped)]
-    texts = pa.concat_arrays(arrays) if arrays else pa.array([], pa.large_string())
-    return pa.table({"item": row["item"], "skipped": [json.dumps(skipped)], "texts": _in_one_row(texts)})
+    texts = [array.cast(pa.large_string()) for array in read_item(item, skipped)]
+    if len(texts) > _MAX_ARRAYS:
+        texts = [pa.concat_arrays(texts)]
+    return pa.table({"item": row["item"], "skipped": [json.dumps(skipped)], **_in_one_row("texts", texts)})
 
 
 @_stage
@@ -199,10 +201,10 @@ def encode(row: pa.Table, job: EncodeJob) -> pa.Table:
     """Texts -> token ids of train and val, with their figures."""
     tokenizer = _load_tokenizer(str(Path(job.output) / ledger.TOKENIZER_NAME), job.tokenizer_fingerprint)
     columns: dict[str, Any] = {"item": row["item"], "skipped": row["skipped"]}
-    for split, texts in zip(SPLITS, split_by_hash(_values(row["texts"]), job.val_fraction), strict=True):
+    for split, texts in zip(SPLITS, split_by_hash(_texts(row), job.val_fraction), strict=True):
         columns[f"{split}_documents"] = [len(texts)]
         columns[f"{split}_text_bytes"] = [_text_bytes(texts)]
-        columns[f"{split}_ids"] = _in_one_row(pa.array(encode_documents(tokenizer, texts)))
+        columns |= _in_one_row(f"{split}_ids", [pa.array(encode_documents(tokenizer, texts))])
     return pa.table(columns)
 
 
@@ -213,7 +215,8 @@ def write(row: pa.Table, job: EncodeJob, vocab_size: int) -> pa.Table:
     output = Path(job.output)
     entries = []
     for split in SPLITS:
-        ids = _values(row[f"{split}_ids"]).to_numpy(zero_copy_only=True)
+        (array,) = _from_one_row(row, f"{split}_ids")
+        ids = array.to_numpy(zero_copy_only=True)
         if len(ids) == 0:
             continue
         name = f"{split}_{item.index:06d}.bin"
@@ -245,7 +248,7 @@ def write(row: pa.Table, job: EncodeJob, vocab_size: int) -> pa.Table:
 def count(row: pa.Table, output: str, val_fraction: float, pattern: Pattern) -> pa.Table:
     """Texts -> how often each pre-token occurs in the train documents."""
     item = WorkItem.from_json(row["item"][0].as_py())
-    train, _ = split_by_hash(_values(row["texts"]), val_fraction)
+    train, _ = split_by_hash(_texts(row), val_fraction)
     counts = bpe_training.count_pretokens(train, pattern=pattern).table
     ledger.end_attempt(Path(output), f"count-{item.index:06d}")
     return pa.table(
@@ -255,19 +258,26 @@ def count(row: pa.Table, output: str, val_fraction: float, pattern: Pattern) -> 
             "tokens": [0],
             "documents": [len(train)],
             "skipped": row["skipped"],
-            "counts": _in_one_row(counts.to_struct_array().combine_chunks()),
+            **_in_one_row("counts", [counts.to_struct_array().combine_chunks()]),
         }
     )
 
 
-def _in_one_row(values: pa.Array) -> pa.Array:
-    """The array as one list: Ray may cut a table between rows, but not within one."""
-    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
+def _in_one_row(name: str, arrays: Sequence[Any]) -> dict[str, Any]:
+    """Columns of one list each, an array: Ray may cut a table between rows, but not within one. Nothing is copied."""
+    return {
+        f"{name}_{number}": pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), array)
+        for number, array in enumerate(arrays)
+    }
 
 
-def _values(column: pa.ChunkedArray) -> Any:
-    """What ``_in_one_row`` was given, not copied: combine_chunks would copy it, one chunk or many."""
-    return column[0].values
+def _from_one_row(row: pa.Table, name: str) -> list[Any]:
+    """The arrays that ``_in_one_row`` was given; combine_chunks would copy them."""
+    return [row[column][0].values for column in row.column_names if column.startswith(f"{name}_")]
+
+
+def _texts(row: pa.Table) -> pa.ChunkedArray:
+    return pa.chunked_array(_from_one_row(row, "texts"), pa.large_string())
 
 
 def _text_bytes(texts: Any) -> int:
@@ -343,7 +353,8 @@ def _count_items(
     for row in _run_stages(items, stages, config.num_workers, title="count"):
         figures.update({name: row[name][0].as_py() for name in ("documents", "text_bytes")})
         skipped.update(json.loads(row["skipped"][0].as_py()))
-        table = pa.Table.from_struct_array(_values(row["counts"])).cast(bpe_training.COUNTS_SCHEMA)
+        (array,) = _from_one_row(row, "counts")
+        table = pa.Table.from_struct_array(array).cast(bpe_training.COUNTS_SCHEMA)
         parts.append(bpe_training.PretokenCounts(table=table, pattern=config.pattern))
         if len(parts) == MERGED_AT_ONCE:
             parts = [bpe_training.merge_counts(parts)]

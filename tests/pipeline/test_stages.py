@@ -97,7 +97,7 @@ def test_any_number_of_workers_writes_the_same_bytes(config: TokenizeConfig, tmp
 def test_tokenizer_is_trained_on_train_documents(config: TokenizeConfig, documents: list[str], tmp_path: Path) -> None:
     trained = dataclasses.replace(config, tokenizer=None, vocab_size=320)
     summary = stages.tokenize(trained, tmp_path / "out")
-    train, _ = split_by_hash(pa.array(documents, pa.large_string()), 0.2)
+    train, _ = split_by_hash(large_strings(documents), 0.2)
     expected = bpe_training.train_bpe(train.to_pylist(), 320)
     assert summary.manifest.tokenizer_fingerprint == expected.fingerprint
     assert (summary.manifest.vocab_size, summary.manifest.eot_id) == (320, 319)
@@ -144,6 +144,10 @@ def test_stages_of_an_item_are_one_task(tmp_path: Path) -> None:
 # ---- the split -------------------------------------------------------------------------------------------------------
 
 
+def large_strings(*chunks: list[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(texts, pa.large_string()) for texts in chunks])
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=8)), fraction=st.floats(0, 1, exclude_max=True), shuffle=st.randoms())
 @pytest.mark.parametrize("slice_bytes", [0, 10**9], ids=["slices", "copies"])
@@ -153,35 +157,35 @@ def test_split_depends_on_the_text_alone(
     monkeypatch.setattr(documents_module, "_SLICE_BYTES", slice_bytes)
     copies = texts + texts
     shuffle.shuffle(copies)
-    padded = pa.array(["before", *copies, "behind"], pa.large_string()).slice(1, len(copies))
-    train, val = (part.to_pylist() for part in split_by_hash(padded, fraction))
-    alone = [split_by_hash(pa.array([text], pa.large_string()), fraction)[1].to_pylist() for text in copies]
+    padded = large_strings(["before", *copies[: len(texts)]], [], [*copies[len(texts) :], "behind"])
+    train, val = (part.to_pylist() for part in split_by_hash(padded.slice(1, len(copies)), fraction))
+    alone = [split_by_hash(large_strings([text]), fraction)[1].to_pylist() for text in copies]
     assert val == [text for text, found in zip(copies, alone, strict=True) if found]
     assert train == [text for text, found in zip(copies, alone, strict=True) if not found]
     assert not set(train) & set(val)
 
 
 def test_split_has_the_asked_share() -> None:
-    texts = pa.array([f"document {i}" for i in range(20_000)], pa.large_string())
+    texts = large_strings([f"document {i}" for i in range(20_000)])
     _, val = split_by_hash(texts, 0.1)
     assert abs(len(val) - 2000) < 5 * (20_000 * 0.1 * 0.9) ** 0.5  # five standard deviations of a fair choice
     assert set(split_by_hash(texts, 0.05)[1].to_pylist()) < set(val.to_pylist())
 
 
 def test_split_copies_no_train_document_where_few_are_val() -> None:
-    texts = pa.array([f"{i:06d}" * 700 for i in range(2_000)], pa.large_string())
+    texts = large_strings([f"{i:06d}" * 700 for i in range(2_000)])
     train, val = split_by_hash(texts, 0.005)
     held_out = {text for text in texts.to_pylist() if hashlib.sha256(text.encode()).digest()[:8] < SHARE_OF_0_005}
     assert val.to_pylist() == [text for text in texts.to_pylist() if text in held_out] and len(val) > 0
     assert train.to_pylist() == [text for text in texts.to_pylist() if text not in held_out]
-    assert {chunk.buffers()[2].address for chunk in train.chunks} == {texts.buffers()[2].address}
+    assert {chunk.buffers()[2].address for chunk in train.chunks} == {texts.chunk(0).buffers()[2].address}
 
 
 def test_documents_begin_with_end_of_text(tokenizer_path: Path, documents: list[str]) -> None:
     tokenizer = Tokenizer.from_file(tokenizer_path)
     expected = [id_ for text in ["", *documents, ""] for id_ in (tokenizer.eot_id, *tokenizer.encode(text))]
-    assert encode_documents(tokenizer, pa.array(["", *documents, ""], pa.large_string())).tolist() == expected
-    assert len(encode_documents(tokenizer, pa.array([], pa.large_string()))) == 0
+    assert encode_documents(tokenizer, large_strings(["", *documents], [""])).tolist() == expected
+    assert len(encode_documents(tokenizer, large_strings([]))) == 0
 
 
 # ---- crashes and resumes ---------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_tokenizer_of_all_settings(training: TrainTokenizerConfig, documents: li
         training, special_tokens=special_tokens, min_frequency=40, val_fraction=0.2, pattern="cl100k", vocab_size=5000
     )
     report, _ = tokenizer_training.train_into(config, tmp_path)
-    train, val = split_by_hash(pa.array(documents, pa.large_string()), 0.2)
+    train, val = split_by_hash(pa.chunked_array([documents], pa.large_string()), 0.2)
     expected = bpe_training.train_bpe(train, 5000, special_tokens, min_frequency=40, pattern="cl100k")
     assert report.fingerprint == expected.fingerprint
     assert report.vocab_size == expected.vocab_size == 258 + report.merges < 5000
