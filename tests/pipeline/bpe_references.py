@@ -167,6 +167,20 @@ def tokenizers_pieces(texts: Sequence[str], expression: str) -> list[list[bytes]
     return [[piece.encode() for piece, _ in split.pre_tokenize_str(text)] for text in texts]
 
 
+def naive_ids(tokenizer: Tokenizer, piece: bytes) -> list[int]:
+    """Encoding of one piece as it is defined: merge the leftmost pair of the lowest rank, begin again."""
+    tokens, merges, _, _ = tokenizer._vocabulary
+    id_of = {token: token_id for token_id, token in enumerate(tokens)}
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    ids = [id_of[bytes([byte])] for byte in piece]
+    while True:
+        found = [(ranks[pair], place) for place, pair in enumerate(itertools.pairwise(ids)) if pair in ranks]
+        if not found:
+            return ids
+        _, place = min(found)
+        ids[place : place + 2] = [id_of[tokens[ids[place]] + tokens[ids[place + 1]]]]
+
+
 def naive_merges(
     texts: Sequence[str], num_merges: int, pattern: Pattern = "gpt2", *, min_frequency: int = 1
 ) -> list[tuple[bytes, bytes]]:

@@ -9,9 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -191,108 +189,6 @@ def test_nothing_behind_the_last_document_is_read() -> None:
     code = [sys.executable, "-c", GUARDED]
     done = subprocess.run(code, cwd=Path(bpe.__file__).parents[1], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "fine"), done.stderr
-
-
-# --- what texts may be -----------------------------------------------------------------------------------------------
-
-TEXTS = ["it's", "", "  two\n", "漢字", "x" * 300, "", "end "]
-
-
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
-def test_arrow_layouts(kind: Any) -> None:
-    array = pa.array(TEXTS, kind)
-    expected = [gpt2_tiktoken().encode_ordinary(text) for text in TEXTS]
-    assert split(*gpt2().encode_batch(array)) == expected
-    assert split(*gpt2().encode_batch(array.slice(2, 4))) == expected[2:6]
-    chunked = pa.chunked_array([array.slice(1, 3), array.slice(0, 0), array.slice(3)])
-    assert split(*gpt2().encode_batch(chunked)) == expected[1:4] + expected[3:]
-    assert split(*gpt2().encode_batch(pa.chunked_array([], kind))) == []
-    assert split(*gpt2().encode_batch(pa.array(["", ""], kind))) == [[], []]
-
-
-def test_nothing_at_all() -> None:
-    ids, offsets = gpt2().encode_batch([])
-    assert ids.size == 0 and offsets.tolist() == [0]
-    assert gpt2().encode("") == [] and gpt2().decode([]) == "" and gpt2().encode_bytes(b"") == []
-
-
-def test_lone_surrogates_become_replacement_characters_as_in_tiktoken() -> None:
-    texts = ["a\ud800b", "\ud83d\ude00", "fine"]
-    expected = [gpt2_tiktoken().encode_ordinary(text) for text in texts]
-    assert [gpt2().encode(text) for text in texts] == expected
-    assert split(*gpt2().encode_batch(texts)) == expected
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (pa.array(["a", None]), "1 of 2 texts are null, the first in row 1"),
-        (pa.chunked_array([["a"], [None, "b"]]), "1 of 3 texts are null, the first in row 1"),
-        (["a", None, None], "2 of 3 texts are null"),
-        (pa.array([1, 2]), "Arrow array of int64"),
-        (pa.array(["a"]).dictionary_encode(), "dictionary"),
-        ([1, "a"], "not all str, but int too"),
-        ("abc", "one str"),
-    ],
-)
-def test_what_is_not_text_is_refused(texts: object, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        tiny_tokenizer().encode_batch(texts)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("offsets", [[0, 9, 3], [0, 2, 1, 3], [0, -1, 3]])
-def test_corrupt_offsets_are_refused(offsets: list[int]) -> None:
-    # Arrow itself looks at the first and the last only.
-    buffers = [None, pa.py_buffer(np.array(offsets, np.int32).data), pa.py_buffer(b"abc")]
-    with pytest.raises(UserError, match="corrupt"):
-        tiny_tokenizer().encode_batch(pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers))
-
-
-# --- table, threads, sizes -------------------------------------------------------------------------------------------
-
-
-def test_a_full_cache_is_emptied_and_nothing_changes() -> None:
-    texts = [*documents(40), "".join(NASTY) * 3, "x" * 200]
-    expected = split(*gpt2().encode_batch(texts))
-    tokens, merges, special_tokens, _ = gpt2()._vocabulary
-    for slots in (4096, 8192):
-        small = Tokenizer(tokens, merges, special_tokens, cache_slots=slots)
-        assert split(*small.encode_batch(texts)) == expected
-        copy: Tokenizer = pickle.loads(pickle.dumps(small))
-        assert split(*copy.encode_batch(texts[:5])) == expected[:5]
-    for slots in (0, 2048, 5000, -4096):
-        with pytest.raises(ValueError, match="power of two"):
-            Tokenizer(tokens, merges, special_tokens, cache_slots=slots)
-
-
-def test_threads_share_a_tokenizer() -> None:
-    texts = documents(200)
-    expected = gpt2().encode_batch(texts)
-    with ThreadPoolExecutor(4) as pool:
-        for ids, offsets in pool.map(gpt2().encode_batch, [texts] * 8):
-            np.testing.assert_array_equal(ids, expected[0])
-            np.testing.assert_array_equal(offsets, expected[1])
-
-
-def test_above_65536_ids_are_uint32() -> None:
-    # 20,000 special tokens come first, so that every id is GPT-2's and 20,000.
-    names = [f"<|{index}|>" for index in range(20_000)]
-    ordinary = [gpt2().decode_bytes([index]) for index in range(50_256)]
-    merges = [(left + 20_000, right + 20_000) for left, right in gpt2()._vocabulary.merges]
-    wide = Tokenizer([*map(str.encode, names), *ordinary], merges, {name: index for index, name in enumerate(names)})
-    texts = [*documents(60), "".join(NASTY) * 2, "qzx " * 40]
-    ids, offsets = wide.encode_batch(texts)
-    assert wide.vocab_size == 70_256 and ids.dtype == np.uint32 and ids.max() > 65_536
-    assert split(ids - np.uint32(20_000), offsets) == [gpt2().encode(text) for text in texts]
-
-
-def test_exactly_65536_ids_are_uint16() -> None:
-    names = [f"<|{index}|>" for index in range(65_537 - 256)]
-    tokens = [*BYTE_TOKENS, *map(str.encode, names)]
-    special = {name: 256 + index for index, name in enumerate(names)}
-    assert Tokenizer(tokens, [], special).id_dtype == np.uint32
-    del special[names[-1]]
-    assert Tokenizer(tokens[:-1], [], special).encode_batch(["ab"])[0].dtype == np.uint16
 
 
 # --- special tokens, decoding, identity ------------------------------------------------------------------------------
