@@ -129,7 +129,7 @@ def claim(output: Path, run: RunRecord) -> None:
             logger.warning("the source has changed since %s was begun; what it concerns is made again", output)
             write_atomically(output / _ITEMS / _RUN, [_to_json(run)])
     for leftover in [*output.glob(f"{TEMPORARY_PREFIX}*"), *(output / _ITEMS).glob(f"{TEMPORARY_PREFIX}*")]:
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)  # a task of the run before may still be ending
     (output / MANIFEST_NAME).unlink(missing_ok=True)  # the folder is not complete while work goes on in it
 
 

@@ -51,11 +51,10 @@ def _without_blanks(texts: Any, skipped: Counter[str]) -> Any:
     if texts.null_count:
         skipped["null"] += texts.null_count
         texts = texts.drop_null()
-    filled: Any = pc.not_equal(pc.utf8_ltrim_whitespace(texts), pa.scalar(""))
-    blanks = len(texts) - filled.true_count
-    if blanks:
-        skipped["blank"] += blanks
-        texts = texts.filter(filled)
+    is_blank: Any = pc.or_(pc.utf8_is_space(texts), pc.equal(pc.binary_length(texts), 0))  # trimming would copy all
+    if is_blank.true_count:
+        skipped["blank"] += is_blank.true_count
+        texts = texts.filter(pc.invert(is_blank))
     return texts
 
 
