@@ -1,7 +1,7 @@
 """The numba loops of encoding: cut the text, look every piece up among those seen before, merge its bytes if it is new.
 
     text --scan--> ends of pieces --address_batch--> keys, entries on their way --find--> ids --> output
-                   1,024 at a time                   64 at a time                 |
+                   1,024 at a time                   128 at a time                |
                                                                           new: merge, enter
 
 ``bpe_scan_kernels.py`` and ``bpe_cl100k_kernels.py`` cut, ``bpe_table_kernels.py`` looks up, ``bpe_merge_kernels.py``
@@ -34,6 +34,7 @@ from pipeline.bpe_table_kernels import (
     find_long,
     find_short,
     has_room,
+    holds,
     use,
     used,
 )
@@ -150,7 +151,7 @@ def encode_batch(text: int, start: int, ends: int, count: int, readable_end: int
         stop = text + get_64(ends, piece)
         key = encoder.batch + 24 * piece
         entry = get_64(key, 2)
-        if load_word(entry + 8) == load_word(key + 8) and load_word(entry) == load_word(key):
+        if holds(entry, key):
             high = load_word(entry + 24)
             store_word(target, load_word(entry + 16))
             store_word(target + 8, high)

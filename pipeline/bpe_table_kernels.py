@@ -35,7 +35,7 @@ SHORT_BYTES = 15  # longest piece that is its own key
 ENTRY_BYTES = 32
 ENTRY_SHIFT = np.uint64(5)
 LONG_TAG = 16  # top byte of word 1; 1..15 there is the length of a short piece
-BATCH_PIECES = 64
+BATCH_PIECES = 128
 BATCH_WORDS = 3 * BATCH_PIECES  # of every piece: two words of key, address of the entry
 
 MULTIPLIER_1 = np.uint64(0x9E3779B97F4A7C15)
@@ -183,6 +183,12 @@ def same_bytes(one: int, other: int, length: int) -> bool:
         if load_byte(one + index) != load_byte(other + index):
             return False
     return True
+
+
+@inlined
+def holds(entry: int, key: int) -> bool:
+    """Whether an entry is that of the key, two words of a batch; one comparison, as the answer is nearly always yes."""
+    return (load_word(entry) ^ load_word(key)) | (load_word(entry + 8) ^ load_word(key + 8)) == EMPTY
 
 
 @inlined

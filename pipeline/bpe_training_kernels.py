@@ -45,6 +45,7 @@ from pipeline.bpe_table_kernels import (
     find_long,
     find_short,
     has_room,
+    holds,
     used,
 )
 from pipeline.kernel_cache import helper, inlined, kernel
@@ -107,7 +108,7 @@ def count_batch(text: int, start: int, ends: int, count: int, readable_end: int,
         stop = text + get_64(ends, piece)
         key = counter.batch + 24 * piece
         entry = get_64(key, 2)
-        if load_word(entry + 8) != load_word(key + 8) or load_word(entry) != load_word(key):
+        if not holds(entry, key):
             entry = find_or_enter(address, stop - address, key, table)
         store_word(entry + 16, load_word(entry + 16) + np.uint64(1))
         address = stop
