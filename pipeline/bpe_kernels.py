@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from pipeline.bpe_cl100k_kernels import scan_cl100k
 from pipeline.bpe_memory_kernels import BLOCK_BYTES, get_32, get_64, load_word, signed, store_16, store_32, store_word
-from pipeline.bpe_merge_kernels import SHORT_MERGE_BYTES, Merges, merge_long, merge_short
+from pipeline.bpe_merge_kernels import Merges, merge_parts, merge_short
 from pipeline.bpe_scan_kernels import Scanner, scan_gpt2
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
@@ -214,7 +214,7 @@ def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: i
 def encode_new(address: int, length: int, key: int, entry: int, encoder: Encoder, target: int) -> int:
     """Merge a piece that is not in the table and write its ids; enter it if it is short enough to come again. entry is
     the empty one where it belongs."""
-    if length <= SHORT_MERGE_BYTES:
+    if length <= SHORT_BYTES:
         count = merge_short(address, length, encoder.merges, encoder.ids, encoder.ranks)
         enter(address, length, key, entry, encoder.ids, count, encoder)
         return write_ids(encoder.ids, count, target, encoder.id_shift)
@@ -225,9 +225,9 @@ def encode_new(address: int, length: int, key: int, entry: int, encoder: Encoder
 def encode_long(
     address: int, length: int, key: int, entry: int, encoder: Encoder, target: int, array: npt.NDArray[np.uint32]
 ) -> int:
-    """encode_new for a piece above SHORT_MERGE_BYTES; array (length,) is working space."""
+    """encode_new for a piece above SHORT_BYTES; array (length,) is working space."""
     ids = array.ctypes.data
-    count = merge_long(address, length, encoder.merges, ids)
+    count = merge_parts(address, length, encoder.merges, ids, (encoder.ids, encoder.ranks))
     if length <= MAX_CACHED_BYTES:
         enter(address, length, key, entry, ids, count, encoder)
     return write_ids(ids, count, target, encoder.id_shift)

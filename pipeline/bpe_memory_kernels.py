@@ -132,7 +132,7 @@ def _prefetch(_typing_context: Any, _address: Any) -> Any:
 
 def _byte_masks(_typing_context: Any, _address: Any) -> Any:
     """byte_masks(address): of the 64 bytes there, lowest bit first, (ASCII letters, ASCII digits, ASCII white space,
-    blanks, apostrophes, bytes above 127) as words."""
+    blanks, apostrophes, first bytes of longer characters: from 0xC0 on) as words."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = builder.load(builder.inttoptr(arguments[0], _BLOCK.as_pointer()), align=1)
@@ -150,7 +150,7 @@ def _byte_masks(_typing_context: Any, _address: Any) -> Any:
             builder.or_(within(data, 0x09, 5), blanks),
             blanks,
             builder.icmp_unsigned("==", data, every(0x27)),
-            builder.icmp_signed("<", data, every(0)),
+            builder.icmp_unsigned(">=", data, every(0xC0)),
         )
         words = [builder.bitcast(flag, _WORD) for flag in flags]
         return context.make_tuple(builder, signature.return_type, words)
@@ -177,6 +177,7 @@ def _least(_typing_context: Any, _address: Any) -> Any:
 
 load_byte = _loader(8, types.int64)
 load_16 = _loader(16, types.int64)
+load_32 = _loader(32, types.int64)
 load_word = _loader(64, types.uint64)
 store_byte = _storer(8)
 store_16 = _storer(16)

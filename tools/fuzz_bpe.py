@@ -41,7 +41,7 @@ from pipeline.bpe_training import count_pretokens, train_bpe, warm_up
 from tests.pipeline.bpe_references import BAD_BYTES, BOTH, NASTY, as_tiktoken, pieces
 
 VOCAB_SIZE = 2000
-SMALL_CACHE_SLOTS = 64
+SMALL_CACHE_SLOTS = 4096
 LARGEST_CASE = 16 * mmap.PAGESIZE
 COMPARED_BYTES = 5000  # a larger case is compared with the references one time in ten
 DIFFERENCE = 2  # exit code of the child
