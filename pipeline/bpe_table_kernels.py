@@ -4,7 +4,7 @@ An entry is 32 bytes, half a cache line, so that a look costs one access to memo
 
     word 0, 1   key: a piece of up to 15 bytes itself, zeros behind, its length in the top byte; of a longer piece a
                 hash, and 16 in the top byte above the place in ``kept_bytes`` where its bytes are
-    word 2, 3   payload: the piece's ids (bpe_kernels.py) or its count (bpe_training_kernels.py)
+    word 2, 3   payload: the piece's ids (bpe_kernels.py) or its count (bpe_counting_kernels.py)
 
 An empty entry has 0 in word 1. Looking up is done for a batch of pieces in two passes: ``address_batch`` makes the keys
 and asks for the entries' cache lines, and by the time the second pass compares them they have come: the table is larger

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import bpe, bpe_kernels
+from pipeline import bpe, bpe_counting_kernels, bpe_kernels
 from pipeline import bpe_training_kernels as kernels
 from pipeline.bpe import END_OF_TEXT, PATTERN_NUMBERS, Tokenizer
 from pipeline.bpe_files import PATTERNS, Pattern
@@ -198,8 +198,10 @@ class _Counter:
         """Count the pieces of a buffer."""
         cursor = np.array([0, -1], np.int64)
         while True:
-            counter = kernels.Counter(self._pattern, self._scanner, self._pieces.view, self._batch.ctypes.data)
-            missing = kernels.count_documents(buffer.address, buffer.starts, buffer.stops, counter, cursor)
+            counter = bpe_counting_kernels.Counter(
+                self._pattern, self._scanner, self._pieces.view, self._batch.ctypes.data
+            )
+            missing = bpe_counting_kernels.count_documents(buffer.address, buffer.starts, buffer.stops, counter, cursor)
             if not missing:
                 return
             while self._pieces.used[ENTRIES] + bpe_kernels.MOST_PIECES > self._pieces.view.most_entries:
@@ -209,9 +211,9 @@ class _Counter:
     def table(self) -> pa.Table:
         """What has been counted, in no particular order."""
         num_pieces = int(self._pieces.used[ENTRIES])
-        content = np.empty(kernels.content_bytes(self._pieces.view), np.uint8)
+        content = np.empty(bpe_counting_kernels.content_bytes(self._pieces.view), np.uint8)
         offsets, counts = np.zeros(num_pieces + 1, np.int64), np.empty(num_pieces, np.int64)
-        kernels.list_pieces(self._pieces.view, content, offsets, counts)
+        bpe_counting_kernels.list_pieces(self._pieces.view, content, offsets, counts)
         buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(content.data)]
         pretokens = pa.Array.from_buffers(pa.large_binary(), num_pieces, buffers)
         return pa.table([pretokens, pa.array(counts)], schema=COUNTS_SCHEMA)

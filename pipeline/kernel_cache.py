@@ -6,6 +6,8 @@ unpacks compiles again. Here the folder's name is a hash of everything the machi
 be, and any copy of the same sources finds the same folder. Kernels live in the files ``*_kernels.py`` beside this one,
 and use nothing of other files but what they are handed. Nothing is compiled, made or written at import.
 
+Processes that find a kernel missing at the same time wait for the one that compiles it.
+
 The folder: $GPT25_CACHE_DIR, else $XDG_CACHE_HOME/gpt-2.5, else ~/.cache/gpt-2.5; in it ``numba-<hash>``. numba keeps
 pickles there, so it must be a folder that only the user can write to. Where none can be written, kernels are compiled
 in every process and a warning says so.
@@ -13,13 +15,15 @@ in every process and a warning says so.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numba
 import numpy as np
@@ -79,6 +83,7 @@ class StampedCache(_Cache):
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._opened: FunctionCache | None = None
+        self._lock: IO[str] | None = None  # held from a miss until the compiled code is kept
         self._enabled = True
 
     def _open(self, target_context: Any) -> FunctionCache:
@@ -97,7 +102,14 @@ class StampedCache(_Cache):
         if not self._enabled:
             return None
         try:
-            return self._open(target_context).load_overload(sig, target_context)
+            cache = self._open(target_context)
+            found = cache.load_overload(sig, target_context)
+            if found is None:
+                self._lock = _wait_for_lock(Path(cache.cache_path) / f"{self._function.__name__}.lock")
+                found = cache.load_overload(sig, target_context)  # by whoever was first
+                if found is not None:
+                    self._release()
+            return found
         except OSError as error:
             logger.warning("kept kernels cannot be read, they are compiled again: %s", error)
             return None
@@ -110,6 +122,13 @@ class StampedCache(_Cache):
             self._open(data.target_context).save_overload(sig, data)
         except OSError as error:
             logger.warning("compiled kernels are not kept, every process compiles them again: %s", error)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def enable(self) -> None:
         """Use the cache (the default)."""
@@ -123,6 +142,15 @@ class StampedCache(_Cache):
         """Forget what is on disk for this kernel."""
         if self._opened:
             self._opened.flush()
+
+
+def _wait_for_lock(path: Path) -> IO[str]:
+    """Open a lock file and hold it until it is closed, or the process ends."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = path.open("w")
+    with contextlib.suppress(OSError):  # a file system without locks: every process compiles for itself
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 class _Locator(_CacheLocator):

@@ -7,12 +7,20 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from pipeline import bpe_kernels, bpe_merge_kernels, bpe_table_kernels, bpe_training_kernels, kernel_cache
+from pipeline import (
+    bpe_counting_kernels,
+    bpe_kernels,
+    bpe_merge_kernels,
+    bpe_table_kernels,
+    bpe_training_kernels,
+    kernel_cache,
+)
 from pipeline.bpe_training import count_pretokens, merge_counts, train_bpe, warm_up
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +78,14 @@ def test_found_from_another_checkout_and_never_stale(checkout: Path, tmp_path: P
     assert len(list(cache.glob("numba-*"))) == 2
 
 
+def test_processes_that_start_together_compile_once(checkout: Path, tmp_path: Path) -> None:
+    slow = KERNEL.replace("step(step(number))", "step(step(number)) + sum(sorted(list(range(number))))")
+    (checkout / "pipeline" / "outer_kernels.py").write_text(slow, encoding="utf-8")
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(run, CALL, checkout, tmp_path / "cache") for _ in range(4)]
+    assert sorted(each.result().stdout.split() for each in done) == [["2", "0", "1"], *[["2", "1", "0"]] * 3]
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run(CALL, checkout, tmp_path / "file" / "cache")
@@ -104,7 +120,7 @@ def test_the_stamp_knows_the_machine() -> None:
 
 
 def test_a_kernel_has_one_signature_and_warming_up_compiles_it() -> None:
-    modules = [bpe_kernels, bpe_merge_kernels, bpe_table_kernels, bpe_training_kernels]
+    modules = [bpe_kernels, bpe_merge_kernels, bpe_table_kernels, bpe_counting_kernels, bpe_training_kernels]
     found = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "_cache")}
     kernels = {name: value for name, value in found.items() if isinstance(value._cache, kernel_cache.StampedCache)}
     warm_up()
