@@ -41,10 +41,11 @@ from pipeline.errors import UserError
 
 NUM_BYTES = 256
 PROGRESS_STEPS = 100  # calls of progress
-FIRST_SLOTS = 1 << 16
+FIRST_SLOTS = 1 << 18
 FIRST_KEPT_BYTES = 1 << 20
 FIRST_PAIRS = 1 << 18  # at least the 65,536 pairs of bytes
 MAX_NODES = 2**31 - 1  # nodes are int32
+MAX_TEXT_BYTES = 2**40 - 1  # counts have 40 bits
 COLUMNS: dict[str, Any] = {"pretoken": pa.large_binary(), "count": pa.int64()}
 COUNTS_SCHEMA = pa.schema(COLUMNS)
 
@@ -280,6 +281,9 @@ def _content(table: pa.Table) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
     pieces = np.frombuffer(memoryview(data), np.uint8)[offsets[0] : offsets[-1]]
     if pieces.size + NUM_BYTES > MAX_NODES:
         raise UserError(f"the distinct pieces have {pieces.size} bytes, more than 2 GiB; train on a sample of the text")
+    text_bytes = float(np.diff(offsets).astype(np.float64) @ table["count"].to_numpy().astype(np.float64))
+    if text_bytes > MAX_TEXT_BYTES:
+        raise UserError(f"the counted text has {text_bytes:.3g} bytes, more than 1 TiB; train on a sample of it")
     return np.concatenate([np.arange(NUM_BYTES, dtype=np.uint8), pieces]), offsets - offsets[0] + NUM_BYTES
 
 
@@ -303,7 +307,7 @@ def _new_learner(
 
 def _new_pairs(size: int) -> list[npt.NDArray[Any]]:
     """The arrays of kernels.Pairs, in its order."""
-    types = (np.int32, np.int32, np.int64, np.int64, np.int32, np.int64, np.int32)
+    types = (np.int32, np.int32, np.int64, np.int64, np.int32, np.uint64, np.int32)
     return [np.empty(size, dtype) for dtype in types]
 
 

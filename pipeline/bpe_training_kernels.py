@@ -15,12 +15,23 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bpe_memory_kernels import get_32, get_64, load_byte, load_word, prefetch, put_32, put_64, store_word
+from pipeline.bpe_memory_kernels import (
+    get_32,
+    get_64,
+    load_byte,
+    load_word,
+    prefetch,
+    put_32,
+    put_64,
+    signed,
+    store_word,
+)
 from pipeline.kernel_cache import helper, inlined, kernel
 
 NONE = -1
 NUM_TOKENS, NUM_PAIRS, NUM_PLACES, HEAP_SIZE = 0, 1, 2, 3  # indices of Learner.used
 PREFIX_BYTES = 8
+PREFIX_BITS = np.uint64(24)  # of them in a heap's keys; counts have the other 40
 PREFETCHED_PLACES = 8
 
 # Fields of a node: together, as a step visits nodes all over memory, and each visit then costs one cache line or two.
@@ -57,7 +68,7 @@ class Pairs(NamedTuple):
     total: int  # int64: present number of occurrences
     start: int  # int64: of the pair's run in Learner.places
     length: int  # int32: of that run
-    heap_count: int  # int64: the pair's count when it was put in: never too low
+    heap_key: int  # uint64: what decides most comparisons, see heap_key(); its count is never too low
     heap_pair: int  # int32
     room: int  # number of pairs that fit
 
@@ -179,7 +190,7 @@ def learn(learner: Learner, pairs: Pairs, merged: npt.NDArray[np.int32], num_mer
     """
     while num_merged < limit and in_use(learner, HEAP_SIZE) > 0:
         pair = get_32(pairs.heap_pair, 0)
-        if get_64(pairs.heap_count, 0) != get_64(pairs.total, pair):
+        if signed(load_word(pairs.heap_key) >> PREFIX_BITS) != get_64(pairs.total, pair):
             pop(learner, pairs)
             if get_64(pairs.total, pair) >= learner.min_frequency:
                 push(learner, pairs, pair)
@@ -280,11 +291,19 @@ def compare_tokens(learner: Learner, one: int, other: int) -> int:
 
 
 @helper
-def goes_first(learner: Learner, pairs: Pairs, count: int, pair: int, other: int) -> bool:
-    """Whether a pair with its count is merged before the one in heap entry other."""
-    other_count = get_64(pairs.heap_count, other)
-    if count != other_count:
-        return count > other_count
+def heap_key(learner: Learner, pairs: Pairs, pair: int) -> np.uint64:
+    """The present count of a pair, and below it the first three bytes of its left token: rare pairs have many equals,
+    and looking at their bytes would mean going all over memory."""
+    prefix = load_word(learner.prefixes + 8 * get_32(pairs.left, pair)) >> (np.uint64(64) - PREFIX_BITS)
+    return np.uint64(get_64(pairs.total, pair)) << PREFIX_BITS | prefix
+
+
+@helper
+def goes_first(learner: Learner, pairs: Pairs, key: np.uint64, pair: int, other: int) -> bool:
+    """Whether a pair with its key is merged before the one in heap entry other."""
+    other_key = load_word(pairs.heap_key + 8 * other)
+    if key != other_key:
+        return key > other_key
     other_pair = get_32(pairs.heap_pair, other)
     order = compare_tokens(learner, get_32(pairs.left, pair), get_32(pairs.left, other_pair))
     if order == 0:
@@ -295,20 +314,20 @@ def goes_first(learner: Learner, pairs: Pairs, count: int, pair: int, other: int
 @helper
 def move(pairs: Pairs, source: int, target: int) -> None:
     """Copy a heap entry."""
-    put_64(pairs.heap_count, target, get_64(pairs.heap_count, source))
+    store_word(pairs.heap_key + 8 * target, load_word(pairs.heap_key + 8 * source))
     put_32(pairs.heap_pair, target, get_32(pairs.heap_pair, source))
 
 
 @helper
 def push(learner: Learner, pairs: Pairs, pair: int) -> None:
     """Put a pair into the heap under its present count."""
-    count = get_64(pairs.total, pair)
+    key = heap_key(learner, pairs, pair)
     hole = in_use(learner, HEAP_SIZE)
     put_64(learner.used, HEAP_SIZE, hole + 1)
-    while hole > 0 and goes_first(learner, pairs, count, pair, (hole - 1) >> 1):
+    while hole > 0 and goes_first(learner, pairs, key, pair, (hole - 1) >> 1):
         move(pairs, (hole - 1) >> 1, hole)
         hole = (hole - 1) >> 1
-    put_64(pairs.heap_count, hole, count)
+    store_word(pairs.heap_key + 8 * hole, key)
     put_32(pairs.heap_pair, hole, pair)
 
 
@@ -317,17 +336,17 @@ def pop(learner: Learner, pairs: Pairs) -> None:
     """Remove the top of the heap."""
     size = in_use(learner, HEAP_SIZE) - 1
     put_64(learner.used, HEAP_SIZE, size)
-    count, pair = get_64(pairs.heap_count, size), get_32(pairs.heap_pair, size)
+    key, pair = load_word(pairs.heap_key + 8 * size), get_32(pairs.heap_pair, size)
     hole = 0
     while 2 * hole + 1 < size:
         child = 2 * hole + 1
         if child + 1 < size:
-            right_count, right_pair = get_64(pairs.heap_count, child + 1), get_32(pairs.heap_pair, child + 1)
-            if goes_first(learner, pairs, right_count, right_pair, child):
+            right_key, right_pair = load_word(pairs.heap_key + 8 * (child + 1)), get_32(pairs.heap_pair, child + 1)
+            if goes_first(learner, pairs, right_key, right_pair, child):
                 child += 1
-        if goes_first(learner, pairs, count, pair, child):
+        if goes_first(learner, pairs, key, pair, child):
             break
         move(pairs, child, hole)
         hole = child
-    put_64(pairs.heap_count, hole, count)
+    store_word(pairs.heap_key + 8 * hole, key)
     put_32(pairs.heap_pair, hole, pair)
