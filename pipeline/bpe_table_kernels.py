@@ -26,7 +26,6 @@ from pipeline.bpe_memory_kernels import (
     prefetch,
     put_64,
     signed,
-    store_byte,
     store_word,
 )
 from pipeline.kernel_cache import helper, inlined, kernel
@@ -114,11 +113,10 @@ def short_key_at_the_end(address: int, length: int) -> tuple[np.uint64, np.uint6
 def long_hash(address: int, length: int) -> np.uint64:
     """Word 0 of a long piece: a hash of its bytes and length."""
     state = np.uint64(length)
-    words = length >> 3
-    for index in range(words):
-        state = mix(state, load_word(address + 8 * index))
+    for index in range(0, length - 7, 8):
+        state = mix(state, load_word(address + index))
         state ^= state >> HALF
-    state = mix(state, partial_word(address + 8 * words, length & 7))
+    state = mix(state, load_word(address + length - 8))  # the last 8 bytes, some of them again
     return state ^ state >> HALF
 
 
@@ -174,15 +172,11 @@ def find_long(table: Table, entry: int, first: np.uint64, address: int, length: 
 
 @helper
 def same_bytes(one: int, other: int, length: int) -> bool:
-    """Whether length bytes at two addresses are equal."""
-    words = length >> 3
-    for index in range(words):
-        if load_word(one + 8 * index) != load_word(other + 8 * index):
+    """Whether length bytes at two addresses, 8 at least, are equal."""
+    for index in range(0, length - 7, 8):
+        if load_word(one + index) != load_word(other + index):
             return False
-    for index in range(8 * words, length):  # noqa: SIM110  numba knows no generators
-        if load_byte(one + index) != load_byte(other + index):
-            return False
-    return True
+    return load_word(one + length - 8) == load_word(other + length - 8)
 
 
 @inlined
@@ -220,8 +214,9 @@ def enter_key(table: Table, entry: int, first: np.uint64, second: np.uint64, add
         offset = used(table, KEPT_BYTES)
         kept = table.kept_bytes + offset
         store_word(kept, np.uint64(length))
-        for index in range(length):
-            store_byte(kept + 8 + index, np.uint64(load_byte(address + index)))
+        for index in range(0, length - 7, 8):
+            store_word(kept + 8 + index, load_word(address + index))
+        store_word(kept + length, load_word(address + length - 8))  # the last 8 bytes, some of them again
         use(table, KEPT_BYTES, 8 + length)
         second = np.uint64(LONG_TAG) << TOP_BYTE | np.uint64(offset)
     store_word(entry, first)
