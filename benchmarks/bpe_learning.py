@@ -56,7 +56,8 @@ def _train(section: Section, texts: Any, size: int, repeats: int, peer_repeats: 
             if repeat >= (repeats if name in (LIST, ARROW) else peer_repeats):
                 continue
             prepared = prepare(texts)
-            took, merges[name] = measure(functools.partial(train, prepared))
+            took, list_merges = measure(functools.partial(train, prepared))
+            merges[name] = list_merges()
             seconds.setdefault(name, []).append(took)
         if repeat < repeats:
             counting.append(measure(lambda: count_pretokens(texts))[0].cpu)
@@ -91,8 +92,8 @@ def _ratios(name: str, seconds: dict[str, list[Seconds]]) -> dict[str, Spread]:
     }
 
 
-def _trainers(size: int) -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Merges]]]:
-    """name -> (prepare, not timed; train)."""
+def _trainers(size: int) -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Callable[[], Merges]]]]:
+    """name -> (prepare, not timed; train, which returns what lists the merges, not timed either)."""
     return {
         LIST: (peers.to_list, lambda texts: _ours(texts, size)),
         ARROW: (lambda texts: texts, lambda texts: _ours(texts, size)),
@@ -102,18 +103,20 @@ def _trainers(size: int) -> dict[str, tuple[Callable[[Any], Any], Callable[[Any]
     }
 
 
-def _ours(texts: Any, size: int) -> Merges:
+def _ours(texts: Any, size: int) -> Callable[[], Merges]:
     tokenizer = train_bpe(texts, size)
-    return [tokenizer.decode_bytes([i]) for i in range(256, tokenizer.vocab_size - 1)]
+    return lambda: [tokenizer.decode_bytes([i]) for i in range(256, tokenizer.vocab_size - 1)]
 
 
-def _rustbpe(texts: list[str], size: int) -> Merges:
+def _rustbpe(texts: list[str], size: int) -> Callable[[], Merges]:
     peer = rustbpe.Tokenizer()
     peer.train_from_iterator(iter(texts), size - 1, pattern=PATTERNS["gpt2"])  # no special token
-    return [token for token, rank in sorted(peer.get_mergeable_ranks(), key=lambda item: item[1]) if rank >= 256]
+    return lambda: [
+        token for token, rank in sorted(peer.get_mergeable_ranks(), key=lambda item: item[1]) if rank >= 256
+    ]
 
 
-def _tokenizers(texts: list[str], size: int) -> Merges:
+def _tokenizers(texts: list[str], size: int) -> Callable[[], Merges]:
     peer = tokenizers.Tokenizer(tokenizers.models.BPE())
     peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -121,9 +124,13 @@ def _tokenizers(texts: list[str], size: int) -> Merges:
         vocab_size=size, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
     )
     peer.train_from_iterator(texts, trainer)
-    byte_of = _byte_of_letter()
-    merges = json.loads(peer.to_str())["model"]["merges"]
-    return [bytes(byte_of[letter] for letter in "".join(pair)) for pair in merges]
+
+    def merges() -> Merges:
+        byte_of = _byte_of_letter()
+        pairs = json.loads(peer.to_str())["model"]["merges"]
+        return [bytes(byte_of[letter] for letter in "".join(pair)) for pair in pairs]
+
+    return merges
 
 
 def _byte_of_letter() -> dict[str, int]:
@@ -137,10 +144,10 @@ def _joined(texts: Any) -> bytes:
     return peers.SEPARATOR.join(texts.to_pylist()).encode()
 
 
-def _gigatoken(data: bytes, size: int) -> Merges:
+def _gigatoken(data: bytes, size: int) -> Callable[[], Merges]:
     with _silence():
         _, merges = gigatoken_train(data, size, [END_OF_TEXT], separator=peers.SEPARATOR.encode())
-    return [left + right for left, right in merges]
+    return lambda: [left + right for left, right in merges]
 
 
 @contextlib.contextmanager

@@ -281,9 +281,9 @@ def _content(table: pa.Table) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
     pieces = np.frombuffer(memoryview(data), np.uint8)[offsets[0] : offsets[-1]]
     if pieces.size + NUM_BYTES > MAX_NODES:
         raise UserError(f"the distinct pieces have {pieces.size} bytes, more than 2 GiB; train on a sample of the text")
-    text_bytes = float(np.diff(offsets).astype(np.float64) @ table["count"].to_numpy().astype(np.float64))
+    text_bytes = int((np.diff(offsets) * table["count"].to_numpy()).sum())
     if text_bytes > MAX_TEXT_BYTES:
-        raise UserError(f"the counted text has {text_bytes:.3g} bytes, more than 1 TiB; train on a sample of it")
+        raise UserError(f"the counted text has {text_bytes:,} bytes, more than 1 TiB; train on a sample of it")
     return np.concatenate([np.arange(NUM_BYTES, dtype=np.uint8), pieces]), offsets - offsets[0] + NUM_BYTES
 
 
