@@ -128,8 +128,7 @@ def claim(output: Path, run: RunRecord) -> None:
         elif record.inputs != run.inputs:
             logger.warning("the source has changed since %s was begun; what it concerns is made again", output)
             write_atomically(output / _ITEMS / _RUN, [_to_json(run)])
-    for leftover in [*output.glob(f"{TEMPORARY_PREFIX}*"), *(output / _ITEMS).glob(f"{TEMPORARY_PREFIX}*")]:
-        leftover.unlink(missing_ok=True)  # a task of the run before may still be ending
+    remove_leftovers(output)
     (output / MANIFEST_NAME).unlink(missing_ok=True)  # the folder is not complete while work goes on in it
 
 
@@ -202,6 +201,12 @@ def remove_others(output: Path, names: set[str]) -> None:
         for path in output.glob(f"{split}_*.bin"):
             if path.name not in names:
                 path.unlink()
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove half-written files of tasks that were killed; a task of the run before may end only while this one works."""
+    for leftover in [*output.glob(f"{TEMPORARY_PREFIX}*"), *(output / _ITEMS).glob(f"{TEMPORARY_PREFIX}*")]:
+        leftover.unlink(missing_ok=True)
 
 
 def total_skipped(records: Iterable[ItemRecord]) -> dict[str, int]:

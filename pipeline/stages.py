@@ -413,6 +413,7 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: P
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in skipped.items()) or "none at all"
         raise UserError(f"source {run.source} holds no document that could be used ({reasons})")
     ledger.remove_others(output, {entry.name for entry in manifest.shards})
+    ledger.remove_leftovers(output)
     manifest.save(output)
     return manifest
 
