@@ -1,6 +1,7 @@
 """Raw text to shards: ``python jobs/tokenize.py --config configs/demo.yaml``; --help lists the flags.
 
-The same command again goes on where it stopped, or says that the data are ready.
+The same command again goes on where it stopped, or says that the data are ready. With --verify nothing is made: the
+data in --output are read again and compared with their manifest.
 """
 
 import os
@@ -11,22 +12,51 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
 from pipeline.config import TokenizeConfig
+from pipeline.errors import UserError
+
+_SHOWN_PROBLEMS = 20
 
 
 def main(config: TokenizeConfig) -> None:
     from pipeline import cluster, preparation
 
+    if config.verify:
+        _verify(config)
+        return
     report, mlflow_run, was_there = preparation.tokenize(config)
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items()) or "none"
+    damaged = [("damaged", f"{report.damaged:,} inputs could not be read whole; manifest.json lists them")]
     print_table(
         f"tokenize: {'done before' if was_there else 'done'}",
         [
             ("documents", f"{report.documents:,} ({report.text_megabytes:,.1f} MB; skipped: {skipped})"),
+            *(damaged if report.damaged else []),
             ("tokens", f"{report.train_tokens:,} train, {report.val_tokens:,} val"),
             ("vocabulary", f"{report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
             ("speed", f"{report.megabytes_per_second:,.1f} MB/s, {report.seconds:,.0f} s in all"),
-            ("output", str(cluster.resolve_path(config.output))),
+            ("output", str(cluster.resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
+        ],
+    )
+
+
+def _verify(config: TokenizeConfig) -> None:
+    from pipeline import cluster, preparation
+
+    manifest, problems = preparation.verify(config)
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise UserError(
+            f"{len(problems):,} things are wrong with {cluster.resolve_output(config.output)}; delete the shards named "
+            "and run the command again without --verify"
+        )
+    print_table(
+        "verify: nothing is wrong",
+        [
+            ("shards", f"{len(manifest.shards):,}, checksums, counts and ids as the manifest says"),
+            ("tokens", f"{manifest.tokens('train'):,} train, {manifest.tokens('val'):,} val"),
+            ("output", str(cluster.resolve_output(config.output))),
         ],
     )
 

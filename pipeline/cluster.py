@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.sources import INSTALLED_DOCS
+from pipeline.storage import Folder, is_url, open_folder
 
 logger = logging.getLogger(__name__)
 
 _NOISE = "Failed to query Ray Train Controller|Reporting training result|PreemptionWatcher"
+_PLACES = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "GPT25_CACHE")
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
@@ -49,6 +52,16 @@ def resolve_path(path: str) -> Path:
             f"{path}: only folders that every node sees are supported here; mount the bucket, or give a path"
         )
     return expanded if expanded.is_absolute() else working_folder() / expanded
+
+
+def resolve_output(path: str) -> Folder:
+    """Where a job writes to: a bucket's address, or an absolute path, the same in the driver and in every worker."""
+    return open_folder(path if is_url(path) else resolve_path(path))
+
+
+def resolve_source(source: str) -> str:
+    """A source as every worker finds it: local paths made absolute; addresses and installed-docs stay."""
+    return source if is_url(source) or source == INSTALLED_DOCS else str(resolve_path(source))
 
 
 def make_output(folder: Path) -> None:
@@ -132,6 +145,11 @@ def autoscales() -> bool:
 
 
 def _project_on_path() -> dict[str, Any]:
-    """Workers import model and pipeline from this checkout, wherever the driver was started."""
+    """Workers import model and pipeline from this checkout, wherever the driver was started, and look where it looks.
+
+    Secrets do not travel so, because Ray shows this to everyone: a local Ray inherits them, a cluster's nodes have
+    their own.
+    """
     root = str(Path(__file__).resolve().parent.parent)
-    return {"env_vars": {"PYTHONPATH": root}}
+    places = {name: os.environ[name] for name in _PLACES if name in os.environ}
+    return {"env_vars": {"PYTHONPATH": root, **places}}

@@ -12,15 +12,18 @@ import dataclasses
 import difflib
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
 from pipeline.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
+
+_SCIENTIFIC = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
 SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate")
 
@@ -95,7 +98,11 @@ def _parse_flags(config_class: type[ConfigT], flags: list[str], program: str) ->
     try:
         with contextlib.redirect_stderr(messages):
             config, unknown = tyro.cli(
-                config_class, args=flags, prog=program, return_unknown_args=True, use_underscores=True
+                config_class,
+                args=_with_plain_numbers(config_class, flags),
+                prog=program,
+                return_unknown_args=True,
+                use_underscores=True,
             )
     except SystemExit as stop:
         if not stop.code:
@@ -109,6 +116,20 @@ def _parse_flags(config_class: type[ConfigT], flags: list[str], program: str) ->
             f"unknown {kind} {unknown[0]}{_nearest(name, [*names, 'config'])}; {program} --help lists the flags"
         )
     return config
+
+
+def _with_plain_numbers(config_class: type[Any], flags: list[str]) -> list[str]:
+    """The same flags, with 2e9 written out where a whole number is expected."""
+    hints = get_type_hints(config_class)
+    whole = {field.name for field in dataclasses.fields(config_class) if hints[field.name] in (int, int | None)}
+    plain, name = [], ""
+    for flag in flags:
+        before, _, after = flag.rpartition("=")
+        if flag.startswith("--"):
+            name = (before or flag)[2:].replace("-", "_")
+        is_scientific = name in whole and _SCIENTIFIC.fullmatch(after) and float(after).is_integer()
+        plain.append(flag.removesuffix(after) + str(int(float(after))) if is_scientific else flag)
+    return plain
 
 
 def _first_sentence(box: str) -> str:

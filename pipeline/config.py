@@ -39,13 +39,26 @@ class TokenizeConfig:
 
     source: str = "installed-docs"
     """What to read: a file, folder or glob of .parquet, .jsonl, .txt (plain, .gz, .zst);
-    hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the docstrings of this machine's packages."""
+    s3://BUCKET/GLOB, gs://BUCKET/GLOB, https://...; hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the
+    docstrings of this machine's packages."""
     output: str = "data/demo"
-    """Folder for the shards, their manifest and the tokenizer."""
+    """Folder for the shards, their manifest and the tokenizer; s3://BUCKET/FOLDER or gs://BUCKET/FOLDER too."""
     text_column: str = "text"
     """Column of a parquet file, or key of a JSON line, that holds the text."""
+    limit_documents: int | None = None
+    """Read the first so many rows, lines or files only."""
+    limit_bytes: int | None = None
+    """Read about so many bytes of text only, to the next row group or range of lines."""
+    dedup: Literal["off", "exact"] = "off"
+    """exact leaves out documents whose text occurred before in the source; the source is then read twice."""
+    skip_bad_files: bool = False
+    """Go on where a file cannot be read; the manifest lists what was left out. Otherwise that ends the run."""
+    verify: bool = False
+    """Make nothing: read the data in --output again and compare them with their manifest."""
     tokenizer: str | None = None
     """A tokenizer.json to encode with. Not given: one is trained on a sample of the source, into the output folder."""
+    train_tokenizer: bool = False
+    """Train a tokenizer on a sample of the source: what happens anyway where --tokenizer is not given."""
     vocab_size: int = 50257
     """Ids of a tokenizer trained here, bytes and special tokens included."""
     sample_bytes: int = 1_000_000_000
@@ -56,6 +69,10 @@ class TokenizeConfig:
     """Bytes of text that one work item reads, about: memory of a worker grows with it."""
     num_workers: int | None = None
     """Tokenization tasks at a time. Not given: one per CPU of the cluster."""
+    download_workers: int | None = None
+    """Downloads at a time, of sources that are not local. Not given: half as many as num_workers, at least 2."""
+    cache_bytes: int = 100_000_000_000
+    """Disk that each node may use for files while they are fetched (in GPT25_CACHE, else ~/.cache/gpt-2.5)."""
     tracking_uri: str | None = None
     """MLflow server or store. Not given: MLFLOW_TRACKING_URI, else sqlite in the working folder."""
     experiment: str = "gpt-2.5"
@@ -66,6 +83,13 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         _check_vocab_size(self.vocab_size, 257, "256 bytes and <|endoftext|>")
         _check_reading(self)
+        for name in ("limit_documents", "limit_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} is {value}; it must be positive")
+        _require(
+            not (self.train_tokenizer and self.tokenizer),
+            f"train_tokenizer and tokenizer {self.tokenizer} contradict each other; give one of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +98,8 @@ class TrainTokenizerConfig:
 
     source: str = "installed-docs"
     """What to read: a file, folder or glob of .parquet, .jsonl, .txt (plain, .gz, .zst);
-    hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the docstrings of this machine's packages."""
+    s3://BUCKET/GLOB, gs://BUCKET/GLOB, https://...; hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the
+    docstrings of this machine's packages."""
     output: str = "data/tokenizer"
     """Folder for tokenizer.json and summary.json."""
     text_column: str = "text"
@@ -87,6 +112,8 @@ class TrainTokenizerConfig:
     """Names of the last ids; jobs/tokenize.py needs <|endoftext|>."""
     pattern: Pattern = "gpt2"
     """What cuts text into pieces before merging: GPT-2's pattern, or cl100k, which GPT-4 and Llama 3 have."""
+    skip_bad_files: bool = False
+    """Go on where a file cannot be read, without it. Otherwise that ends the run."""
     sample_bytes: int = 1_000_000_000
     """Bytes of text, spread over the whole source, that are counted."""
     val_fraction: float = 0.0
@@ -95,6 +122,10 @@ class TrainTokenizerConfig:
     """Bytes of text that one work item reads, about: memory of a worker grows with it."""
     num_workers: int | None = None
     """Counting tasks at a time. Not given: one per CPU of the cluster."""
+    download_workers: int | None = None
+    """Downloads at a time, of sources that are not local. Not given: half as many as num_workers, at least 2."""
+    cache_bytes: int = 100_000_000_000
+    """Disk that each node may use for files while they are fetched (in GPT25_CACHE, else ~/.cache/gpt-2.5)."""
     tracking_uri: str | None = None
     """MLflow server or store. Not given: MLFLOW_TRACKING_URI, else sqlite in the working folder."""
     experiment: str = "gpt-2.5"
@@ -339,12 +370,9 @@ def _is_utf8(text: str) -> bool:
 
 def _check_reading(config: TokenizeConfig | TrainTokenizerConfig) -> None:
     _require(0 <= config.val_fraction < 1, f"val_fraction is {config.val_fraction}; it must lie in [0, 1)")
-    for name in ("item_bytes", "sample_bytes"):
-        _require(getattr(config, name) > 0, f"{name} is {getattr(config, name)}; it must be positive")
-    _require(
-        config.num_workers is None or config.num_workers > 0,
-        f"num_workers is {config.num_workers}; it must be positive",
-    )
+    for name in ("item_bytes", "sample_bytes", "cache_bytes", "num_workers", "download_workers"):
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{name} is {value}; it must be positive")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -4,15 +4,109 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.bpe import Tokenizer
+from pipeline.manifest import SPLITS
 
 _SLICE_BYTES = 200_000  # copied in the time, about 30 microseconds, that one more slice costs the tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPart:
+    """Documents of a work item, as their shards hold them."""
+
+    ids: dict[str, npt.NDArray[Any]]
+    """Split -> token ids, each document behind an eot_id."""
+    documents: dict[str, int]
+    text_bytes: dict[str, int]
+    """UTF-8 bytes of the documents."""
+    lengths: npt.NDArray[np.int64]
+    """``length_counts`` of the documents of both splits."""
+    is_last: bool
+    """Of its item."""
+
+
+def encode_parts(
+    arrays: Iterable[pa.Array], tokenizer: Tokenizer, *, val_fraction: float, part_bytes: int
+) -> Iterator[EncodedPart]:
+    """Split and encode the texts of an item, array by array; at least one part, a new one behind every ``part_bytes``.
+
+    An item of the expected size is one part. What memory holds is one array of text and the ids of one part, however
+    large the item: a compressed file of 40 GB is read in one go, too.
+    """
+    builder = _PartBuilder(tokenizer, val_fraction)
+    for array in arrays:
+        if builder.num_bytes >= part_bytes:
+            yield builder.build(is_last=False)
+            builder = _PartBuilder(tokenizer, val_fraction)
+        builder.add(array)
+    yield builder.build(is_last=True)
+
+
+class _PartBuilder:
+    def __init__(self, tokenizer: Tokenizer, val_fraction: float) -> None:
+        self._tokenizer, self._val_fraction = tokenizer, val_fraction
+        self._ids: dict[str, list[Any]] = {split: [] for split in SPLITS}
+        self._documents, self._text_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+        self._lengths = np.zeros(0, np.int64)
+        self.num_bytes = 0
+
+    def add(self, array: Any) -> None:
+        texts = pa.chunked_array([array.cast(pa.large_string())])
+        self._lengths = add_counts(self._lengths, length_counts(texts))
+        for split, part in zip(SPLITS, split_by_hash(texts, self._val_fraction), strict=True):
+            self._documents[split] += len(part)
+            self._text_bytes[split] += text_bytes(part)
+            self._ids[split].append(encode_documents(self._tokenizer, part))
+        self.num_bytes += text_bytes(texts)
+
+    def build(self, *, is_last: bool) -> EncodedPart:
+        empty = np.zeros(0, self._tokenizer.id_dtype)
+        ids = {split: np.concatenate(parts) if parts else empty for split, parts in self._ids.items()}
+        return EncodedPart(
+            ids=ids, documents=self._documents, text_bytes=self._text_bytes, lengths=self._lengths, is_last=is_last
+        )
+
+
+def in_groups(arrays: Iterable[pa.Array], group_bytes: int) -> Iterator[list[pa.Array]]:
+    """Neighbouring arrays together, until they hold ``group_bytes`` of text."""
+    group: list[pa.Array] = []
+    num_bytes = 0
+    for array in arrays:
+        group.append(array)
+        num_bytes += text_bytes(array)
+        if num_bytes >= group_bytes:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def text_bytes(texts: Any) -> int:
+    """UTF-8 bytes of an Arrow array of strings, plain or chunked."""
+    return int(pc.sum(pc.binary_length(texts)).as_py() or 0)
+
+
+def length_counts(texts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """How many documents have 2**i to 2**(i + 1) - 1 UTF-8 bytes, for i from 0 to that of the longest."""
+    lengths = np.maximum(pc.binary_length(texts).to_numpy(), 1)
+    return np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1).astype(np.int64)
+
+
+def add_counts(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The sum of two counts of different length."""
+    total = np.zeros(max(len(a), len(b)), np.int64)
+    total[: len(a)] += a
+    total[: len(b)] += b
+    return total
 
 
 def split_by_hash(texts: pa.ChunkedArray, val_fraction: float) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

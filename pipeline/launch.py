@@ -22,6 +22,7 @@ from pipeline.config import EvaluateConfig, PretrainConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import unigram_entropy, validation_loss
 from pipeline.shards import Manifest, open_split
+from pipeline.storage import open_folder
 from pipeline.tracking import MemoryTracker, MLflowRun, MLflowTracker, find_run, open_run
 from pipeline.trainer import RunSummary, Trainer, finished_summary
 
@@ -38,13 +39,13 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
     Raises:
         UserError: what the user can mend, from the driver or from any worker.
     """
-    data, output = cluster.resolve_path(config.data), cluster.resolve_path(config.output)
+    data, output = cluster.resolve_output(config.data), cluster.resolve_path(config.output)
     summary = finished_summary(config, data=data, output=output)
     cluster.make_output(output)
     run = open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
-        folder=output,
+        folder=open_folder(output),
         working_folder=cluster.working_folder(),
         job="pretrain",
         reopen=summary is None,
@@ -93,7 +94,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> EvaluationReport
     """
     path = find_checkpoint(cluster.resolve_path(config.checkpoint))
     info = read_info(path)
-    data = cluster.resolve_path(config.data) if config.data else Path(info.data)
+    data = cluster.resolve_output(config.data or info.data)
     manifest = Manifest.load(data)
     if manifest.tokenizer_fingerprint != info.tokenizer_fingerprint:
         raise UserError(
@@ -125,7 +126,9 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> EvaluationReport
 
 def _track_evaluation(config: EvaluateConfig, run_folder: Path, report: EvaluationReport) -> None:
     """Put the result into the training run, where the run folder knows one."""
-    run = find_run(tracking_uri=config.tracking_uri, folder=run_folder, working_folder=cluster.working_folder())
+    run = find_run(
+        tracking_uri=config.tracking_uri, folder=open_folder(run_folder), working_folder=cluster.working_folder()
+    )
     if run is None:
         return
     tracker = MLflowTracker(run)
@@ -198,7 +201,7 @@ def _pretrain(settings: Settings) -> Settings:
     workers = join_workers(config.device)
     show_progress(workers.is_first)
     tracker = MLflowTracker(MLflowRun(**settings["run"])) if workers.is_first else MemoryTracker()
-    data, output = Path(settings["data"]), Path(settings["output"])
+    data, output = open_folder(settings["data"]), Path(settings["output"])
     trainer = Trainer(config, data=data, output=output, workers=workers, tracker=tracker)
     return asdict(trainer.run())
 
@@ -216,7 +219,7 @@ def _evaluate(settings: Settings) -> Settings:
     load_weights(path, model)
     result = validation_loss(
         model,
-        open_split(Path(settings["data"]), "val"),
+        open_split(open_folder(settings["data"]), "val"),
         workers,
         context_length=model_config.context_length,
         batch_size=config.batch_size,

@@ -9,12 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import cluster, stages
+from pipeline import cluster, shards, tokenization
 from pipeline.config import TokenizeConfig, to_dict
-from pipeline.shards import Manifest
+from pipeline.manifest import MANIFEST_NAME, Manifest
+from pipeline.stage_progress import CountProgress
+from pipeline.storage import Folder
+from pipeline.tokenizer_file import TOKENIZER_NAME
 from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
 from pipeline.trainer import SUMMARY_FILE
 
@@ -35,6 +40,8 @@ class DataReport:
     """Text read, encoded and written per second over all workers, in the run that finished the data."""
     seconds: float
     """Of that run, training a tokenizer included."""
+    damaged: int = 0
+    """Inputs of which something could not be read (--skip_bad_files); the manifest lists them."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -43,33 +50,47 @@ class DataReport:
 
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
     """Make the shards, or find them made; returns figures, MLflow run, and whether they were there already."""
-    output = cluster.resolve_path(config.output)
+    output = cluster.resolve_output(config.output)
     config = _with_absolute_inputs(config)
-    report_file = output / SUMMARY_FILE
-    manifest = stages.finished(config, output)
-    done = manifest is not None and report_file.is_file()
-    cluster.make_output(output)
+    manifest = tokenization.finished(config, output)
+    report = _read_report(output) if manifest is not None else None
+    output.make()
     run = open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
         folder=output,
         working_folder=cluster.working_folder(),
         job="tokenize",
-        reopen=not done,
+        reopen=report is None,
     )
-    if done:
-        return DataReport(**json.loads(report_file.read_text(encoding="utf-8"))), run, True
+    if report is not None:
+        return report, run, True
     cluster.connect(num_cpus=config.num_workers or os.cpu_count() or 1)
     if config.num_workers:
         cluster.require(num_workers=config.num_workers, gpus=False)
     report, manifest = _run(config, output)
-    report_file.write_text(json.dumps(dataclasses.asdict(report), indent=2), encoding="utf-8")
+    output.write(SUMMARY_FILE, [json.dumps(dataclasses.asdict(report), indent=2).encode()])
     _track(config, run, output, report, manifest)
     return report, run, False
 
 
-def _run(config: TokenizeConfig, output: Path) -> tuple[DataReport, Manifest]:
-    summary = stages.tokenize(config, output)
+def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:
+    """Read the data in --output again; returns their manifest and a sentence for everything that is wrong."""
+    output = cluster.resolve_output(config.output)
+    manifest = Manifest.load(output)
+    with CountProgress("verify", len(manifest.shards), "shards") as progress:
+        return manifest, shards.verify(output, progress=progress)
+
+
+def _read_report(output: Folder) -> DataReport | None:
+    try:
+        return DataReport(**json.loads(output.read(SUMMARY_FILE)))
+    except FileNotFoundError:
+        return None
+
+
+def _run(config: TokenizeConfig, output: Folder) -> tuple[DataReport, Manifest]:
+    summary = tokenization.tokenize(config, output)
     manifest = summary.manifest
     report = DataReport(
         documents=manifest.documents("train") + manifest.documents("val"),
@@ -78,22 +99,28 @@ def _run(config: TokenizeConfig, output: Path) -> tuple[DataReport, Manifest]:
         val_tokens=manifest.tokens("val"),
         vocab_size=manifest.vocab_size,
         skipped=manifest.skipped,
+        damaged=len(manifest.damaged),
         megabytes_per_second=summary.text_bytes / 1e6 / summary.encode_seconds if summary.encode_seconds else 0.0,
         seconds=summary.seconds,
     )
     return report, manifest
 
 
-def _track(config: TokenizeConfig, run: MLflowRun, output: Path, report: DataReport, manifest: Manifest) -> None:
+def _track(config: TokenizeConfig, run: MLflowRun, output: Folder, report: DataReport, manifest: Manifest) -> None:
     tracker = MLflowTracker(run)
     tracker.log_params(to_dict(config))
     tracker.log_inputs(
         [
-            RunInput(name=output.name, fingerprint=manifest.fingerprint, source=config.source, context="data"),
+            RunInput(
+                name=output.url.rpartition("/")[2],
+                fingerprint=manifest.fingerprint,
+                source=config.source,
+                context="data",
+            ),
             RunInput(
                 name="tokenizer",
                 fingerprint=manifest.tokenizer_fingerprint,
-                source=str(output / "tokenizer.json"),
+                source=f"{output}/{TOKENIZER_NAME}",
                 context="tokenizer",
             ),
         ]
@@ -101,18 +128,29 @@ def _track(config: TokenizeConfig, run: MLflowRun, output: Path, report: DataRep
     figures = {name: value for name, value in dataclasses.asdict(report).items() if isinstance(value, int | float)}
     skipped = {f"skipped/{reason}": count for reason, count in report.skipped.items()}
     tracker.log_metrics({**figures, "bytes_per_token": report.bytes_per_token, **skipped}, step=0)
-    tracker.log_file(output / "manifest.json")
-    tracker.log_file(output / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in (MANIFEST_NAME, TOKENIZER_NAME):
+            path = Path(temporary) / name
+            path.write_bytes(output.read(name))
+            tracker.log_file(path)
+        tracker.log_file(_draw_lengths(manifest.document_lengths, Path(temporary) / "document_lengths.png"))
     tracker.finish("FINISHED")
 
 
+def _draw_lengths(counts: Sequence[int], path: Path) -> Path:
+    """How many documents have 2**i to 2**(i + 1) - 1 bytes, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.add_subplot()
+    axis.stairs(counts, [2.0**power for power in range(len(counts) + 1)], fill=True)
+    axis.set(xlabel="length of a document (bytes of UTF-8)", ylabel="documents")
+    axis.set_xscale("log", base=2)
+    figure.savefig(path)
+    return path
+
+
 def _with_absolute_inputs(config: TokenizeConfig) -> TokenizeConfig:
-    """Local paths made absolute, because workers run in other folders; addresses and installed-docs stay."""
+    """Local paths made absolute, because workers run in other folders."""
     tokenizer = str(cluster.resolve_path(config.tokenizer)) if config.tokenizer else None
-    return dataclasses.replace(config, source=absolute_source(config.source), tokenizer=tokenizer)
-
-
-def absolute_source(source: str) -> str:
-    """A source as every worker finds it."""
-    is_local = "://" not in source and source != "installed-docs"
-    return str(cluster.resolve_path(source)) if is_local else source
+    return dataclasses.replace(config, source=cluster.resolve_source(config.source), tokenizer=tokenizer)

@@ -1,50 +1,276 @@
 """Reading a work item: parquet, JSON lines, text files and Python modules in, Arrow arrays of texts out.
 
 A document is a parquet row, a line of JSON, a text file, a documented Python module. Nulls and blank texts are counted
-and left out. Anything else that is no text is a UserError that names file and place: nothing is read half.
+and left out. Memory is bounded by ``_ARRAY_BYTES`` and the largest document, not by the item or its row groups.
 """
 
 from __future__ import annotations
 
 import codecs
-import contextlib
-import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import docstrings, hub
-from pipeline.errors import UserError
-from pipeline.sources import COMPRESSIONS, Piece, WorkItem, reading
+from pipeline import docstrings, json_lines
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.pieces import COMPRESSIONS, Damage, Piece, WorkItem, open_piece, reading, text_chunks, unpacked
+from pipeline.segments import DAMAGED, SegmentFile, segments_of
 
-_BATCH_CHARS = 16_000_000  # held at a time while an item is read
-_BATCH_ROWS = 4096  # of parquet, about 14 MB of web pages
-_CHUNK_BYTES = 1 << 20
+_ARRAY_BYTES = 16_000_000  # of text in an array
+_ROWS = 4096  # of parquet at a time, at most
+_DICTIONARY_ROWS = 64  # the same where any row may be the longest text of a dictionary
+_DICTIONARY_BYTES = 64_000_000  # that such rows may have, if the dictionary is one text that does not compress
+_PAGE_BYTES = 1 << 20  # of a column chunk read at a time
+_CHUNK_BYTES = 1 << 20  # of a compressed text file
+
+Segments = list[tuple[int, pa.Buffer]]
 
 
-def read_item(item: WorkItem, skipped: Counter[str]) -> Iterator[pa.Array]:
-    """The texts of an item, in order, as string or large_string arrays of some 16 MB without nulls or blank texts.
+def read_item(
+    item: WorkItem, skipped: Counter[str], segments: pa.Table | None = None, damaged: Damage | None = None
+) -> Iterator[pa.Array]:
+    """The texts of an item, in order, as large_string arrays of at most about 16 MB without nulls or blank texts.
 
-    What is left out is counted in ``skipped`` by reason.
+    A larger document has an array to itself. What is left out is counted in ``skipped`` by reason. ``segments``: what
+    ``segments.gather`` made of the remote files; a piece that is not in it is read where it lies. ``damaged``: what
+    cannot be read of a piece, which is what comes after the first damage, is noted there and left out.
 
     Raises:
-        UserError: a file that is missing, damaged or not UTF-8, a line that is not JSON or has no text.
+        DamagedInputError: where ``damaged`` is not given.
+        UserError: no text under the name of the item's text column; an unreachable file.
     """
-    for is_parquet, group in itertools.groupby(item.pieces, key=lambda piece: piece.kind == "parquet"):
-        arrays: Iterable[pa.Array]
-        if is_parquet:
-            arrays = itertools.chain.from_iterable(_parquet_arrays(piece, item.text_column) for piece in group)
+    arrays = _pieces(item, skipped, segments, damaged)
+    for array in _joined(part for whole in arrays for part in _divided(whole)):
+        texts = _without_blanks(array, skipped)
+        if len(texts):
+            yield texts
+
+
+def _pieces(
+    item: WorkItem, skipped: Counter[str], segments: pa.Table | None, damaged: Damage | None
+) -> Iterator[pa.Array]:
+    for number, piece in enumerate(item.pieces):
+        try:
+            yield from _piece(
+                piece, item.text_column, skipped, segments_of(segments, number) if segments is not None else []
+            )
+        except DamagedInputError as error:
+            if damaged is None:
+                raise
+            damaged.append({"name": piece.label, "reason": str(error)})
+
+
+def _piece(piece: Piece, text_column: str, skipped: Counter[str], segments: Segments) -> Iterator[pa.Array]:
+    if segments and segments[0][0] == DAMAGED:
+        raise DamagedInputError(segments[0][1].to_pybytes().decode())
+    with reading(piece.where), _open(piece, segments) as file:
+        if piece.kind == "parquet":
+            yield from _parquet(piece, text_column, file)
+        elif piece.kind == "jsonl":
+            yield from _json(piece, text_column, file, skipped, segments[0][0] if segments else None)
+        elif piece.kind == "txt":
+            yield _text(unpacked(file, piece.name), piece)
         else:
-            documents = (_documents(piece, item.text_column, skipped) for piece in group)
-            arrays = _gather(itertools.chain.from_iterable(documents))
-        for array in arrays:
-            yield _without_blanks(array, skipped)
+            yield from _module(piece, file, skipped)
+
+
+def _open(piece: Piece, segments: Segments) -> Any:
+    if not segments:
+        return open_piece(piece)
+    return SegmentFile(segments) if piece.kind == "parquet" else pa.BufferReader(segments[0][1])
+
+
+# ---- kinds of files --------------------------------------------------------------------------------------------------
+
+
+def _parquet(piece: Piece, text_column: str, file: Any) -> Iterator[pa.Array]:
+    left = piece.max_documents
+    # with pre_buffer, the default, whole column chunks are read ahead
+    options = {"buffer_size": _PAGE_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+    with pq.ParquetFile(file, **options) as parquet:
+        first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
+        groups = range(piece.start, piece.stop)
+        for group, chunk in zip(groups, text_chunks(parquet.metadata, text_column, groups), strict=True):
+            row = first_row
+            for batch in parquet.iter_batches(_rows_at_a_time(chunk), [group], [text_column], use_threads=False):
+                texts: Any = batch.column(0)[:left]
+                texts = texts.cast(pa.large_string())  # strings of 32 bits, dictionaries, views
+                _require_utf8(texts, piece, row)
+                yield texts
+                row += len(texts)
+                if left is not None and (left := left - len(texts)) == 0:
+                    return
+            first_row += parquet.metadata.row_group(group).num_rows
+
+
+def _rows_at_a_time(chunk: Any) -> int:
+    """Rows that have ``_ARRAY_BYTES`` on average; few where they point into a dictionary, which hides their sizes."""
+    rows = _ROWS
+    if chunk.total_uncompressed_size > 0:
+        rows = min(rows, _ARRAY_BYTES * chunk.num_values // chunk.total_uncompressed_size)
+    if chunk.has_dictionary_page:
+        dictionary_bytes = chunk.data_page_offset - (chunk.dictionary_page_offset or 0)
+        rows = min(rows, _DICTIONARY_ROWS, _DICTIONARY_BYTES // max(1, dictionary_bytes))
+    return max(1, rows)
+
+
+def _require_utf8(texts: pa.Array, piece: Piece, first_row: int) -> None:
+    """Arrow reads any bytes as strings; only a full validation (4 GB/s) looks at them."""
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, value in enumerate(texts.cast(pa.large_binary()), first_row):
+            _decode(value.as_buffer() if value.is_valid else b"", f"row {row} of {piece.where}")
+        raise
+
+
+def _decode(content: Any, where: str) -> None:
+    try:
+        codecs.decode(content, "utf-8")
+    except UnicodeDecodeError as error:
+        byte = memoryview(content).cast("B")[error.start]
+        raise DamagedInputError(f"{where} is not UTF-8 text: byte {error.start} is {byte:#04x}") from error
+
+
+def _json(
+    piece: Piece, text_column: str, file: Any, skipped: Counter[str], gathered_from: int | None
+) -> Iterator[pa.Array]:
+    """``gathered_from``: where in the whole file ``file`` begins, if it is a segment."""
+    if not piece.is_range:
+        lines = json_lines.read_lines(unpacked(file, piece.name), 0, None)
+    elif gathered_from is not None:
+        lines = json_lines.read_lines(file, gathered_from, piece.stop)
+    else:
+        lines = json_lines.read_lines(file, json_lines.seek_first_line(file, piece.start, piece.stop), piece.stop)
+    yield from _batches(_json_texts(piece, text_column, lines, skipped))
+
+
+def _json_texts(
+    piece: Piece, key: str, lines: Iterable[tuple[int, json_lines.Line]], skipped: Counter[str]
+) -> Iterator[bytes | pa.Array]:
+    records = 0
+    with reading(piece.where):
+        for number, (position, line) in enumerate(lines, 1):
+            if json_lines.is_blank(line):
+                continue
+            if records == piece.max_documents:
+                return
+            records += 1
+            try:
+                text = json_lines.text_of(line, key)
+            except ValueError as error:
+                raise DamagedInputError(f"{_place(piece, number, position)} {error}") from error
+            except LookupError as error:
+                raise UserError(f"{_place(piece, number, position)} {error.args[0]}") from error
+            if text is None:
+                skipped["null"] += 1
+            else:
+                yield text
+
+
+def _place(piece: Piece, number: int, position: int) -> str:
+    """Lines are counted from 1 where all before this one were read."""
+    is_counted = piece.start == 0 or not piece.is_range
+    return f"line {number} of {piece.where}" if is_counted else f"the line at byte {position:,} of {piece.where}"
+
+
+def _text(file: Any, piece: Piece) -> pa.Array:
+    """A file as one document; takes its size once."""
+    if piece.name.endswith(COMPRESSIONS):
+        content = bytearray()
+        while chunk := file.read(_CHUNK_BYTES):
+            content += chunk
+    else:
+        content = file.read()
+    start = len(codecs.BOM_UTF8) if content[:3] == codecs.BOM_UTF8 else 0
+    text = _array_of(content, start, len(content))
+    try:
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        _decode(memoryview(content)[start:], piece.where)
+        raise
+    return text
+
+
+def _module(piece: Piece, file: Any, skipped: Counter[str]) -> Iterator[pa.Array]:
+    try:
+        document = docstrings.module_document(piece.name, file.read())
+    except ValueError:  # UnicodeDecodeError too
+        skipped["module that cannot be parsed"] += 1
+        return
+    if document is None:
+        skipped["module with little documentation"] += 1
+    else:
+        yield pa.array([document], pa.large_string())
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _array_of(content: Any, start: int, stop: int) -> pa.Array:
+    """One text, which is not copied."""
+    offsets = pa.py_buffer(np.array([start, stop]))
+    return pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(content)])
+
+
+def _batches(texts: Iterable[bytes | pa.Array]) -> Iterator[pa.Array]:
+    """Single texts, UTF-8, as arrays; those that are one already stay so. Damage is raised behind what came before."""
+    batch: list[bytes] = []
+    size_bytes = 0
+    damage: DamagedInputError | None = None
+    try:
+        for text in texts:
+            if batch and (isinstance(text, pa.Array) or size_bytes + len(text) > _ARRAY_BYTES):
+                yield pa.array(batch, pa.large_binary()).view(pa.large_string())
+                batch, size_bytes = [], 0
+            if isinstance(text, pa.Array):
+                yield text
+            else:
+                batch.append(text)
+                size_bytes += len(text)
+    except DamagedInputError as error:
+        damage = error
+    if batch:
+        yield pa.array(batch, pa.large_binary()).view(pa.large_string())
+    if damage:
+        raise damage
+
+
+def _divided(texts: pa.Array) -> Iterator[pa.Array]:
+    """Slices of at most ``_ARRAY_BYTES``, or of one text."""
+    offsets = _offsets(texts)
+    begin = 0
+    while begin < len(texts):
+        end = int(np.searchsorted(offsets, offsets[begin] + _ARRAY_BYTES, side="right")) - 1
+        end = max(end, begin + 1)
+        yield texts[begin:end]
+        begin = end
+
+
+def _joined(arrays: Iterable[pa.Array]) -> Iterator[pa.Array]:
+    """Neighbours together up to ``_ARRAY_BYTES``."""
+    waiting: list[pa.Array] = []
+    waiting_bytes = 0
+    for array in arrays:
+        offsets = _offsets(array)
+        size_bytes = int(offsets[-1] - offsets[0])
+        if waiting and waiting_bytes + size_bytes > _ARRAY_BYTES:
+            yield pa.concat_arrays(waiting) if len(waiting) > 1 else waiting[0]
+            waiting, waiting_bytes = [], 0
+        waiting.append(array)
+        waiting_bytes += size_bytes
+    if waiting:
+        yield pa.concat_arrays(waiting) if len(waiting) > 1 else waiting[0]
+
+
+def _offsets(texts: Any) -> Any:
+    """(n + 1,) where the texts begin and end in their buffer."""
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
 
 
 def _without_blanks(texts: Any, skipped: Counter[str]) -> Any:
@@ -56,162 +282,3 @@ def _without_blanks(texts: Any, skipped: Counter[str]) -> Any:
         skipped["blank"] += is_blank.true_count
         texts = texts.filter(pc.invert(is_blank))
     return texts
-
-
-def _gather(documents: Iterable[str]) -> Iterator[pa.Array]:
-    """Arrays of about ``_BATCH_CHARS``."""
-    batch: list[str] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document)
-        if num_chars >= _BATCH_CHARS:
-            yield pa.array(batch, pa.large_string())
-            batch, num_chars = [], 0
-    if batch:
-        yield pa.array(batch, pa.large_string())
-
-
-def _local_path(piece: Piece) -> Path:
-    return hub.download(piece.repository, piece.path) if piece.repository else Path(piece.path)
-
-
-def _parquet_arrays(piece: Piece, text_column: str) -> Iterator[pa.Array]:
-    path = _local_path(piece)
-    with reading(piece.where), pq.ParquetFile(path) as file:
-        groups = range(piece.start, piece.stop)
-        row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        batches = file.iter_batches(_BATCH_ROWS, list(groups), [text_column], use_threads=False)
-        for batch in batches:
-            texts: Any = batch.column(0)
-            if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-                texts = texts.cast(pa.large_string())  # dictionaries and views
-            _require_utf8(texts, piece, row)
-            yield texts
-            row += len(texts)
-
-
-def _require_utf8(texts: pa.Array, piece: Piece, first_row: int) -> None:
-    """Arrow reads any bytes as strings; only a full validation (4 GB/s) looks at them."""
-    with contextlib.suppress(pa.ArrowInvalid):
-        texts.validate(full=True)
-        return
-    for row, value in enumerate(texts.cast(pa.large_binary()).to_pylist(), first_row):
-        _decode(value or b"", f"row {row} of {piece.where}")
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from error
-
-
-def _documents(piece: Piece, text_column: str, skipped: Counter[str]) -> Iterator[str]:
-    """The texts of a piece that is no parquet; the null ones are counted here."""
-    if piece.kind == "jsonl":
-        yield from _json_texts(piece, text_column, skipped)
-        return
-    with reading(piece.where), _open(piece) as file:
-        content = file.read()
-    if piece.kind == "txt":
-        yield _decode(content.removeprefix(codecs.BOM_UTF8), piece.where)
-        return
-    try:
-        document = docstrings.module_document(piece.name, content)
-    except ValueError:  # UnicodeDecodeError too
-        skipped["module that cannot be parsed"] += 1
-        return
-    if document is None:
-        skipped["module with little documentation"] += 1
-    else:
-        yield document
-
-
-def _json_texts(piece: Piece, key: str, skipped: Counter[str]) -> Iterator[str]:
-    for number, line in enumerate(_lines(piece)):
-        if not line.strip():
-            continue
-        try:
-            text = _json_text(line, key)
-        except ValueError as error:
-            raise UserError(f"line {_line_number(piece, number)} of {piece.where} {error}") from error
-        if text is None:
-            skipped["null"] += 1
-        else:
-            yield text
-
-
-def _json_text(line: bytes, key: str) -> str | None:
-    """The text under ``key``; raises ValueError with the rest of a sentence that begins with the line."""
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text: byte {error.start} is {line[error.start]:#04x}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"is no JSON object ({error}); one object per line is expected") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"holds a JSON {type(values).__name__}; one object per line is expected")
-    if key not in values:
-        raise ValueError(f"has no key {key!r}, only {', '.join(values)}; name one with --text_column")
-    text = values[key]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"has a {type(text).__name__} under {key!r}, not text; name another key with --text_column")
-    if text and (b"\\ud" in line or b"\\uD" in line) and not _encodes(text):
-        raise ValueError("is not UTF-8 text: it spells half a surrogate pair")
-    return text
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _lines(piece: Piece) -> Iterator[bytes]:
-    """The lines that begin inside the piece, in a plain file; all lines of a compressed one."""
-    plain = not piece.name.endswith(COMPRESSIONS)
-    with reading(piece.where), _open(piece) as file:
-        position = piece.start if plain else 0
-        stop = piece.stop if plain else None
-        lines = _split_lines(file)
-        if position:  # what is left of a line that begins before the piece belongs to the piece before
-            file.seek(position - 1)
-            position += len(next(lines, b"")) - 1
-        for line in lines:
-            if stop is not None and position >= stop:
-                return
-            yield line if position else line.removeprefix(codecs.BOM_UTF8)
-            position += len(line)
-
-
-def _split_lines(file: Any) -> Iterator[bytes]:
-    """The lines of a stream with their ends."""
-    rest: list[bytes] = []
-    while chunk := file.read(_CHUNK_BYTES):
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest) + b"\n"
-            rest = [line]
-    if last := b"".join(rest):
-        yield last
-
-
-def _line_number(piece: Piece, number: int) -> int:
-    """Counted from 1 in the whole file, for line ``number`` of the piece."""
-    if piece.start == 0:
-        return number + 1
-    with reading(piece.where), _open(piece) as file:
-        before = file.read(piece.start - 1)
-        return int(before.count(b"\n")) + number + 2
-
-
-def _open(piece: Piece) -> Any:
-    """A byte stream, unpacked where the name ends in .gz or .zst; a truncated one raises OSError at its end."""
-    path = str(_local_path(piece))
-    if piece.name.endswith(".gz"):
-        return pa.input_stream(path, compression="gzip")
-    return pa.input_stream(path, compression="zstd") if piece.name.endswith(".zst") else Path(path).open("rb")

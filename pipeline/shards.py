@@ -1,24 +1,20 @@
-"""The files of token ids between tokenization and training: shard, manifest, memory-mapped reader.
+"""The files of token ids between tokenization and training: shards, their memory-mapped reader, their verification.
 
 A shard is the ``.bin`` of llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520, version 1, number of
 tokens, zeros), then the tokens as uint16. Vocabularies of more than 65,536 ids take magic 20240801, version 7, uint32.
-``manifest.json`` names the shards of a folder; it is written last, so a folder that has one is complete. Every file
-appears whole or not at all: it is written under a temporary name, flushed to the disk, then renamed.
+Which shards a folder has, and in which order, its manifest says (manifest.py). Shards of a bucket are read from a copy
+on the node (shard_cache.py).
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import dataclasses
-import errno
 import hashlib
 import itertools
-import json
-import os
-import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import resource
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError
+from pipeline.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, as_folder
+from pipeline.shard_cache import WantedFile, fetch
+from pipeline.storage import Folder, LocalFolder, in_threads, write_atomically
+
+__all__ = ["MANIFEST_NAME", "SPLITS", "Manifest", "ShardEntry"]  # of manifest.py, where they used to be
 
 Tokens: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-
-MANIFEST_NAME = "manifest.json"
-TEMPORARY_PREFIX = ".tmp-"
-SPLITS = ("train", "val")
 
 HEADER_BYTES = 256 * 4
 _MAGIC_OF_DTYPE: dict[np.dtype[Any], tuple[int, int]] = {
@@ -40,7 +37,10 @@ _MAGIC_OF_DTYPE: dict[np.dtype[Any], tuple[int, int]] = {
 }
 _DTYPE_OF_MAGIC = {magic: dtype for dtype, magic in _MAGIC_OF_DTYPE.items()}
 _MAX_TOKENS = 2**31 - 1  # the header counts in int32
-_MANIFEST_FORMAT = 1
+
+_MOST_MAPS = 4096  # at a time; a process may have some 65,000, and each takes a file descriptor
+_STATS_AT_ONCE = 16
+_VERIFIED_BYTES = 8 << 20  # read at a time
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -48,34 +48,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if vocab_size <= 2**16 else np.dtype(np.uint32)
 
 
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write ``parts`` to ``path``, whole or not at all, and return the sha256 of what was written (hexadecimal).
-
-    A full disk is a UserError and leaves nothing behind; a killed process leaves a ``.tmp-`` file at most.
-    """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
-    digest = hashlib.sha256()
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise write_error(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return digest.hexdigest()
+def shard_bytes(num_tokens: int, vocab_size: int) -> int:
+    """Size of a shard's file."""
+    return HEADER_BYTES + num_tokens * token_dtype(vocab_size).itemsize
 
 
 def write_shard(path: Path, tokens: npt.NDArray[Any], *, vocab_size: int) -> str:
     """Write a shard of ``tokens`` (1-D, unsigned ids below ``vocab_size``) and return its sha256 (hexadecimal)."""
+    return write_atomically(path, shard_parts(tokens, vocab_size=vocab_size))
+
+
+def shard_parts(tokens: npt.NDArray[Any], *, vocab_size: int) -> list[bytes | memoryview]:
+    """The content of a shard of ``tokens`` (1-D, unsigned ids below ``vocab_size``): header and body."""
     if not 0 < len(tokens) <= _MAX_TOKENS:
         raise ValueError(f"a shard holds 1 to {_MAX_TOKENS:,} tokens, not {len(tokens):,}")
     if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
@@ -84,7 +68,7 @@ def write_shard(path: Path, tokens: npt.NDArray[Any], *, vocab_size: int) -> str
     header = np.zeros(256, dtype="<i4")
     header[:3] = (*_MAGIC_OF_DTYPE[dtype], len(tokens))
     body = np.ascontiguousarray(tokens, dtype=dtype.newbyteorder("<"))
-    return write_atomically(path, [header.tobytes(), body.data.cast("B")])
+    return [header.tobytes(), body.data.cast("B")]
 
 
 def open_shard(path: Path, *, headerless: bool = False) -> Tokens:
@@ -106,11 +90,11 @@ def open_shard(path: Path, *, headerless: bool = False) -> Tokens:
         if size_bytes % 2:
             raise UserError(f"{path} has {size_bytes:,} bytes, an odd number, so it does not hold bare uint16 tokens")
         return np.memmap(path, dtype="<u2", mode="r")
-    dtype, num_tokens = _parse_header(path, header, size_bytes)
+    dtype, num_tokens = _parse_header(str(path), header, size_bytes)
     return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
 
 
-def _parse_header(path: Path, header: npt.NDArray[np.uint8], size_bytes: int) -> tuple[np.dtype[Any], int]:
+def _parse_header(path: str, header: npt.NDArray[np.uint8], size_bytes: int) -> tuple[np.dtype[Any], int]:
     if size_bytes < HEADER_BYTES:
         raise UserError(f"shard {path} is truncated: {size_bytes:,} bytes are less than its header of {HEADER_BYTES:,}")
     magic, version, num_tokens = (int(value) for value in header.view("<i4")[:3])
@@ -127,101 +111,18 @@ def _parse_header(path: Path, header: npt.NDArray[np.uint8], size_bytes: int) ->
     return dtype, num_tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """What the manifest says of one shard."""
-
-    name: str
-    """File name in the manifest's folder."""
-    split: str
-    """train or val."""
-    tokens: int
-    documents: int
-    text_bytes: int
-    """UTF-8 bytes of the documents."""
-    sha256: str
-    """Of the whole file, hexadecimal."""
-    source: str
-    """The input that it was made from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a folder of shards holds. Its bytes depend on input, tokenizer and settings alone."""
-
-    tokenizer_fingerprint: str
-    vocab_size: int
-    """Ids are below it."""
-    eot_id: int
-    """The token that every document starts with."""
-    settings: dict[str, Any]
-    """What the shards depend on besides input and tokenizer."""
-    inputs: tuple[dict[str, Any], ...]
-    """Name and identity of everything that was read."""
-    shards: tuple[ShardEntry, ...]
-    """In reading order: train and val shards of work item 0, then of item 1, ...."""
-    skipped: dict[str, int]
-    """Reason -> documents that were left out."""
-
-    @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read ``folder/manifest.json``; raises UserError where it is absent or damaged."""
-        path = folder / MANIFEST_NAME
-        try:
-            values = json.loads(path.read_bytes())
-            if values.pop("format") != _MANIFEST_FORMAT:
-                raise UserError(f"{path} was written by another version of this project; tokenize again")
-            values.pop("totals")
-            shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
-            return cls(**{**values, "inputs": tuple(values["inputs"])}, shards=shards)
-        except (FileNotFoundError, NotADirectoryError):
-            reason = "is not finished: it has no manifest.json" if folder.is_dir() else "does not exist"
-            raise UserError(f"data folder {folder} {reason}; run jobs/tokenize.py with --output {folder}") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it and run jobs/tokenize.py again") from error
-
-    def save(self, folder: Path) -> None:
-        """Write ``folder/manifest.json``, whole or not at all."""
-        write_atomically(folder / MANIFEST_NAME, [self.to_bytes()])
-
-    def to_bytes(self) -> bytes:
-        """The file's content: the same bytes for the same manifest."""
-        names = ("tokens", "documents", "text_bytes")
-        totals = {split: {name: self._total(split, name) for name in names} for split in SPLITS}
-        values = {"format": _MANIFEST_FORMAT, "totals": totals, **dataclasses.asdict(self)}
-        return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the file's content, hexadecimal."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    def tokens(self, split: str) -> int:
-        """Tokens of ``split`` ("train" or "val")."""
-        return self._total(split, "tokens")
-
-    def documents(self, split: str) -> int:
-        """Documents of ``split``."""
-        return self._total(split, "documents")
-
-    def text_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the documents of ``split``."""
-        return self._total(split, "text_bytes")
-
-    def _total(self, split: str, name: str) -> int:
-        return sum(getattr(entry, name) for entry in self.shards if entry.split == split)
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 class TokenStream:
-    """Shards end to end, as one read-only sequence of token ids."""
+    """Shards end to end, as one read-only sequence of token ids; threads may read at the same time."""
 
-    def __init__(self, shards: Sequence[Tokens], *, vocab_size: int) -> None:
+    def __init__(self, shards: Sequence[Tokens] | ShardFiles, *, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self._shards = shards
-        self._ends = list(itertools.accumulate(len(shard) for shard in shards))
+        lengths = shards.lengths if isinstance(shards, ShardFiles) else [len(shard) for shard in shards]
+        self._ends = list(itertools.accumulate(lengths))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -243,24 +144,77 @@ class TokenStream:
         return tokens
 
 
-def open_split(folder: Path, split: str) -> TokenStream:
-    """The tokens of ``split`` ("train" or "val") in manifest order; cheap, as only the headers are read.
+class ShardFiles:
+    """The shards of a folder, each mapped when it is first asked for; the least recently used are let go.
 
-    Raises UserError where a shard is missing, damaged, or not as long as the manifest says. May be of length 0.
+    Raises UserError for a shard that is missing, damaged, or not as long as the manifest says.
     """
-    manifest = Manifest.load(folder)
-    width = token_dtype(manifest.vocab_size).itemsize
-    shards = []
-    for entry in manifest.shards:
-        if entry.split != split:
-            continue
-        shard = open_shard(folder / entry.name)
+
+    def __init__(self, folder: Path, entries: Sequence[ShardEntry], *, vocab_size: int, max_maps: int) -> None:
+        self._folder, self._entries, self._vocab_size = folder, entries, vocab_size
+        self._max_maps = max_maps
+        self._maps: OrderedDict[int, Tokens] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each, as the manifest has them."""
+        return [entry.tokens for entry in self._entries]
+
+    def __getitem__(self, index: int) -> Tokens:
+        with self._lock:
+            shard = self._maps.get(index)
+            if shard is not None:
+                self._maps.move_to_end(index)
+                return shard
+        shard = self._open(self._entries[index])
+        with self._lock:
+            self._maps[index] = shard
+            if len(self._maps) > self._max_maps:
+                self._maps.popitem(last=False)  # unmapped when no reader has it any more
+        return shard
+
+    def check_sizes(self) -> None:
+        """Look at the size of every file; a wrong header is found when the shard is first read."""
+
+        def check(entry: ShardEntry) -> None:
+            try:
+                size_bytes = (self._folder / entry.name).stat().st_size
+            except OSError:
+                size_bytes = -1
+            if size_bytes != shard_bytes(entry.tokens, self._vocab_size):
+                self._open(entry)
+
+        in_threads(check, self._entries, _STATS_AT_ONCE)
+
+    def _open(self, entry: ShardEntry) -> Tokens:
+        shard = open_shard(self._folder / entry.name)
+        width = token_dtype(self._vocab_size).itemsize
         if len(shard) != entry.tokens or shard.dtype.itemsize != width:
             raise UserError(
-                f"shard {folder / entry.name} holds {len(shard):,} tokens of {shard.dtype.itemsize} bytes, but the "
-                f"manifest says {entry.tokens:,} of {width}; run jobs/tokenize.py again"
+                f"shard {self._folder / entry.name} holds {len(shard):,} tokens of {shard.dtype.itemsize} bytes, but "
+                f"the manifest says {entry.tokens:,} of {width}; run jobs/tokenize.py again"
             )
-        shards.append(shard)
+        return shard
+
+
+def open_split(folder: Folder | Path, split: str) -> TokenStream:
+    """The tokens of ``split`` ("train" or "val") in manifest order; cheap: sizes are looked at, nothing is read.
+
+    Shards of a bucket are copied to this node first (see shard_cache.py); one process does it, the others wait.
+    Raises UserError where a shard is missing, damaged, or not as long as the manifest says. May be of length 0.
+    """
+    folder = as_folder(folder)
+    manifest = Manifest.load(folder)
+    entries = [entry for entry in manifest.shards if entry.split == split]
+    if isinstance(folder, LocalFolder):
+        path = folder.path
+    else:
+        path = fetch(folder, manifest.fingerprint, [_wanted(entry, manifest.vocab_size) for entry in entries])
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    max_maps = max(16, min(_MOST_MAPS, most_files // 4 if most_files > 0 else _MOST_MAPS))
+    shards = ShardFiles(path, entries, vocab_size=manifest.vocab_size, max_maps=max_maps)
+    shards.check_sizes()
     return TokenStream(shards, vocab_size=manifest.vocab_size)
 
 
@@ -273,33 +227,95 @@ def open_files(paths: Sequence[Path], *, vocab_size: int, headerless: bool = Fal
     return TokenStream(shards, vocab_size=vocab_size)
 
 
-def verify(folder: Path) -> None:
-    """Read every shard and compare it with its sha256 in the manifest; raises UserError for the first that differs."""
-    for entry in Manifest.load(folder).shards:
-        open_shard(folder / entry.name)
-        with (folder / entry.name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry.sha256:
-            raise UserError(
-                f"shard {folder / entry.name} is damaged: its sha256 is {found[:16]}..., the manifest says "
-                f"{entry.sha256[:16]}...; delete the folder and run jobs/tokenize.py again"
-            )
+def _wanted(entry: ShardEntry, vocab_size: int) -> WantedFile:
+    return WantedFile(name=entry.name, size_bytes=shard_bytes(entry.tokens, vocab_size), sha256=entry.sha256)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Folder | Path, *, num_threads: int = 8, progress: Callable[[int], None] | None = None) -> list[str]:
+    """Read every shard again: a sentence for everything that is not as the manifest says; empty where all is well.
+
+    Looked at are size, header, sha256, the range of the ids, and the number of documents. Memory: some 25 MB a thread.
+
+    Args:
+        progress: called with 1 after each shard, by one thread at a time.
+
+    Raises:
+        UserError: there is no manifest to compare with, or it is damaged.
+    """
+    folder = as_folder(folder)
+    manifest = Manifest.load(folder)
+    problems: dict[str, list[str]] = {}
+    lock = threading.Lock()
+
+    def check(entry: ShardEntry) -> None:
+        found = _problems(folder, entry, manifest)
+        with lock:
+            if found:
+                problems[entry.name] = found
+            if progress is not None:
+                progress(1)
+
+    in_threads(check, manifest.shards, num_threads)
+    times = Counter(entry.name for entry in manifest.shards)
+    twice = [f"shard {folder}/{name} is {number} times in the manifest" for name, number in times.items() if number > 1]
+    unknown = [name for name in folder.names() if name.endswith(".bin") and "/" not in name and name not in times]
+    found = [sentence for name in times for sentence in problems.get(name, ())]
+    return [*found, *twice, *(f"shard {folder}/{name} is not in the manifest" for name in unknown)]
+
+
+def _problems(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
+    where = f"{folder}/{entry.name}"
+    expected_bytes = shard_bytes(entry.tokens, manifest.vocab_size)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        size_bytes = folder.size(entry.name)
+        if size_bytes is None:
+            return [f"shard {where} is missing"]
+        if size_bytes != expected_bytes:
+            return [f"shard {where} has {size_bytes:,} bytes, but its {entry.tokens:,} tokens take {expected_bytes:,}"]
+        return _problems_of_content(folder, entry, manifest)
+    except FileNotFoundError:
+        return [f"shard {where} is missing"]
+    except UserError as error:
+        return [str(error)]
 
 
-def write_error(path: Path, error: OSError) -> UserError:
-    """What to tell the user when ``path`` could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"the disk of {path.parent} is full: {path.name} could not be written; "
-            "make room, then run the same command again"
-        )
-    return UserError(f"{path} cannot be written: {error.strerror or error}")
+def _problems_of_content(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
+    where = f"{folder}/{entry.name}"
+    dtype = token_dtype(manifest.vocab_size)
+    header = folder.read_range(entry.name, 0, HEADER_BYTES)
+    digest = hashlib.sha256(header)
+    largest, num_documents, first = 0, 0, None
+    stop = shard_bytes(entry.tokens, manifest.vocab_size)
+    for start in range(HEADER_BYTES, stop, _VERIFIED_BYTES):
+        content = folder.read_range(entry.name, start, min(start + _VERIFIED_BYTES, stop))
+        if len(content) < min(_VERIFIED_BYTES, stop - start):
+            return [f"shard {where} became shorter while it was read"]
+        digest.update(content)
+        ids = np.frombuffer(content, dtype=dtype.newbyteorder("<"))
+        first = int(ids[0]) if first is None else first
+        largest = max(largest, int(ids.max()))
+        num_documents += int(np.count_nonzero(ids == manifest.eot_id))
+    found = _problems_of_header(where, header, stop, dtype)
+    if digest.hexdigest() != entry.sha256:
+        digests = f"{digest.hexdigest()[:16]}..., the manifest says {entry.sha256[:16]}..."
+        found.append(f"shard {where} is damaged: its sha256 is {digests}")
+    if largest >= manifest.vocab_size:
+        found.append(f"shard {where} holds the id {largest:,}, but ids are below {manifest.vocab_size:,}")
+    if num_documents != entry.documents:
+        found.append(f"shard {where} holds {num_documents:,} documents, but the manifest says {entry.documents:,}")
+    if first != manifest.eot_id:
+        found.append(f"shard {where} begins with the id {first}, not with {manifest.eot_id}, as every document does")
+    return found
+
+
+def _problems_of_header(where: str, header: bytes, size_bytes: int, dtype: np.dtype[Any]) -> list[str]:
+    try:
+        found_dtype, _ = _parse_header(where, np.frombuffer(header, dtype="u1"), size_bytes)
+    except UserError as error:
+        return [str(error)]
+    if found_dtype != dtype:
+        return [f"shard {where} has tokens of {found_dtype.itemsize} bytes, but the manifest says {dtype.itemsize}"]
+    return []

@@ -11,16 +11,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, ledger, stages
+from pipeline import cluster, ledger
 from pipeline.config import TrainTokenizerConfig, to_dict
 from pipeline.errors import UserError
-from pipeline.ledger import TOKENIZER_NAME, RunRecord
-from pipeline.preparation import absolute_source
-from pipeline.shards import write_atomically
+from pipeline.ledger import RunRecord
+from pipeline.storage import Folder
+from pipeline.tokenizer_file import TOKENIZER_NAME, save_tokenizer
+from pipeline.tokenizer_learning import learn
 from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
 from pipeline.trainer import SUMMARY_FILE
 
@@ -56,13 +58,13 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
 
     Raises UserError for what the user can mend, an output folder of other settings or other input among it.
     """
-    output = cluster.resolve_path(config.output)
-    config = dataclasses.replace(config, source=absolute_source(config.source))
+    output = cluster.resolve_output(config.output)
+    config = dataclasses.replace(config, source=cluster.resolve_source(config.source))
     names = (TOKENIZER_NAME, SUMMARY_FILE)
     done = ledger.is_complete(output, config.source, _settings_of(config), names=names)
-    if ledger.read_run(output) is None and any((output / name).exists() for name in names):
+    if ledger.read_run(output) is None and any(output.size(name) is not None for name in names):
         raise UserError(f"output folder {output} holds files of unknown origin; choose another --output")
-    cluster.make_output(output)
+    output.make()
     run = open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
@@ -72,7 +74,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
         reopen=not done,
     )
     if done:
-        return TrainingReport(**json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))), run, True
+        return TrainingReport(**json.loads(output.read(SUMMARY_FILE))), run, True
     cluster.connect(num_cpus=config.num_workers or os.cpu_count() or 1)
     if config.num_workers:
         cluster.require(num_workers=config.num_workers, gpus=False)
@@ -81,16 +83,16 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
     return report, run, False
 
 
-def train_into(config: TrainTokenizerConfig, output: Path) -> tuple[TrainingReport, RunRecord]:
-    """Train, and write both files to ``output`` (absolute). Ray must be initialised by the caller."""
+def train_into(config: TrainTokenizerConfig, output: Folder) -> tuple[TrainingReport, RunRecord]:
+    """Train, and write both files to ``output``. Ray must be initialised by the caller."""
     source = ledger.find_source(config.source, output)
     record = RunRecord(
         source=config.source, pinned=source.pinned, settings=_settings_of(config), inputs=tuple(source.inputs())
     )
     ledger.claim(output, record)
     for name in (SUMMARY_FILE, TOKENIZER_NAME):
-        (output / name).unlink(missing_ok=True)  # of a run that ended between the two
-    training = stages.train_tokenizer(config, source, output)
+        output.delete(name)  # of a run that ended between the two
+    training = learn(config, source, output)
     vocab_size = training.tokenizer.vocab_size
     report = TrainingReport(
         documents=training.documents,
@@ -103,8 +105,8 @@ def train_into(config: TrainTokenizerConfig, output: Path) -> tuple[TrainingRepo
         count_seconds=training.count_seconds,
         merge_seconds=training.merge_seconds,
     )
-    training.tokenizer.save(output / TOKENIZER_NAME)
-    write_atomically(output / SUMMARY_FILE, [json.dumps(dataclasses.asdict(report), indent=2).encode()])
+    save_tokenizer(output, training.tokenizer)
+    output.write(SUMMARY_FILE, [json.dumps(dataclasses.asdict(report), indent=2).encode()])
     return report, record
 
 
@@ -115,7 +117,7 @@ def _settings_of(config: TrainTokenizerConfig) -> dict[str, Any]:
 
 
 def _track(
-    config: TrainTokenizerConfig, run: MLflowRun, output: Path, report: TrainingReport, record: RunRecord
+    config: TrainTokenizerConfig, run: MLflowRun, output: Folder, report: TrainingReport, record: RunRecord
 ) -> None:
     inputs = json.dumps([entry.describe() for entry in record.inputs], sort_keys=True)
     tracker = MLflowTracker(run)
@@ -131,7 +133,7 @@ def _track(
             RunInput(
                 name="tokenizer",
                 fingerprint=report.fingerprint,
-                source=str(output / TOKENIZER_NAME),
+                source=f"{output}/{TOKENIZER_NAME}",
                 context="tokenizer",
             ),
         ]
@@ -139,5 +141,8 @@ def _track(
     figures = {name: value for name, value in dataclasses.asdict(report).items() if isinstance(value, int | float)}
     skipped = {f"skipped/{reason}": count for reason, count in report.skipped.items()}
     tracker.log_metrics({**figures, "megabytes_per_second": report.megabytes_per_second, **skipped}, step=0)
-    tracker.log_file(output / TOKENIZER_NAME)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / TOKENIZER_NAME
+        path.write_bytes(output.read(TOKENIZER_NAME))
+        tracker.log_file(path)
     tracker.finish("FINISHED")

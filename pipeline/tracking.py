@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 from pipeline.config import without_password
 from pipeline.errors import UserError
+from pipeline.storage import Folder
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class MLflowRun:
 
 
 def open_run(
-    *, tracking_uri: str | None, experiment: str, folder: Path, working_folder: Path, job: str, reopen: bool = True
+    *, tracking_uri: str | None, experiment: str, folder: Folder, working_folder: Path, job: str, reopen: bool = True
 ) -> MLflowRun:
     """The MLflow run that belongs to ``folder``: the one noted there, or a new one.
 
@@ -139,9 +140,9 @@ def open_run(
     try:
         client = _client(uri)
         experiment_id = _experiment_id(client, experiment, working_folder)
-        run_id = _noted_run_id(client, folder / _NOTE, uri)
+        run_id = _noted_run_id(client, folder, uri)
         if run_id is None:
-            tags = {"mlflow.runName": folder.name, "job": job, "mlflow.source.name": f"jobs/{job}.py"}
+            tags = {"mlflow.runName": folder.url.rpartition("/")[2], "job": job, "mlflow.source.name": f"jobs/{job}.py"}
             run_id = client.create_run(experiment_id, tags=tags).info.run_id
             _note_run_id(folder, uri, run_id)
         elif reopen:
@@ -154,11 +155,11 @@ def open_run(
     return MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id)
 
 
-def find_run(*, tracking_uri: str | None, folder: Path, working_folder: Path) -> MLflowRun | None:
+def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) -> MLflowRun | None:
     """The MLflow run noted in ``folder``, or None."""
     uri = _resolve_uri(tracking_uri, working_folder)
     client = _client(uri)
-    run_id = _noted_run_id(client, folder / _NOTE, uri)
+    run_id = _noted_run_id(client, folder, uri)
     if run_id is None:
         return None
     return MLflowRun(tracking_uri=uri, experiment_id=client.get_run(run_id).info.experiment_id, run_id=run_id)
@@ -349,19 +350,18 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
-def _note_run_id(folder: Path, uri: str, run_id: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_NOTE}.tmp"
-    partial.write_text(json.dumps({"tracking_uri": without_password(uri), "run_id": run_id}), encoding="utf-8")
-    partial.replace(folder / _NOTE)
+def _note_run_id(folder: Folder, uri: str, run_id: str) -> None:
+    folder.make()
+    folder.write(_NOTE, [json.dumps({"tracking_uri": without_password(uri), "run_id": run_id}).encode()])
 
 
-def _noted_run_id(client: Any, note: Path, uri: str) -> str | None:
+def _noted_run_id(client: Any, folder: Folder, uri: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
-    if not note.is_file():
+    try:
+        noted = json.loads(folder.read(_NOTE))
+    except FileNotFoundError:
         return None
-    noted = json.loads(note.read_text(encoding="utf-8"))
     if noted["tracking_uri"] != without_password(uri):
         return None
     try:

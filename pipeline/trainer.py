@@ -36,10 +36,13 @@ from pipeline.checkpoint import (
 from pipeline.config import PretrainConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.evaluation import ValidationResult, validation_loss
+from pipeline.manifest import Manifest, as_folder
 from pipeline.parallel import Workers, compute_dtype, local_part, parallelize, peak_flops, set_gradient_sync
 from pipeline.progress import Clock
 from pipeline.sampling import continue_text
-from pipeline.shards import Manifest, open_split
+from pipeline.shards import open_split
+from pipeline.storage import Folder
+from pipeline.tokenizer_file import TOKENIZER_NAME, load_tokenizer
 from pipeline.tracking import RunInput, Tracker
 
 logger = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ class Trainer:
 
     Args:
         config: resolved settings.
-        data: folder with manifest.json, shards and tokenizer.json.
+        data: folder (of a disk or in a bucket) with manifest.json, shards and tokenizer.json.
         output: the run's folder, seen by every rank.
         workers: this process among the others.
         tracker: told of everything on rank 0, unused elsewhere.
@@ -101,8 +104,11 @@ class Trainer:
         UserError: shards of another tokenizer, a checkpoint of another model or data order, too little data.
     """
 
-    def __init__(self, config: PretrainConfig, *, data: Path, output: Path, workers: Workers, tracker: Tracker) -> None:
-        self.config, self.data, self.output, self.workers, self.tracker = config, data, output, workers, tracker
+    def __init__(
+        self, config: PretrainConfig, *, data: Path | Folder, output: Path, workers: Workers, tracker: Tracker
+    ) -> None:
+        self.config, self.output, self.workers, self.tracker = config, output, workers, tracker
+        self.data = data = as_folder(data)
         self.tokenizer, self.manifest = open_data(data)
         self.train_stream, self.val_stream = open_split(data, "train"), open_split(data, "val")
         self.order = BatchOrder(
@@ -123,7 +129,7 @@ class Trainer:
             output / "checkpoints",
             workers,
             keep=config.keep_checkpoints,
-            tokenizer_json=(data / "tokenizer.json").read_text(encoding="utf-8"),
+            tokenizer_json=data.read(TOKENIZER_NAME).decode(),
         )
         self.start_step = self._resume()
         self.clock = Clock(
@@ -326,14 +332,14 @@ class Trainer:
         )
 
 
-def open_data(folder: Path) -> tuple[Tokenizer, Manifest]:
+def open_data(folder: Folder) -> tuple[Tokenizer, Manifest]:
     """Tokenizer and manifest of a folder of shards, checked against each other.
 
     Raises:
         UserError: no such data, or shards that another tokenizer made.
     """
     manifest = Manifest.load(folder)
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(
             f"the shards in {folder} were made with another tokenizer than its tokenizer.json (fingerprint "
@@ -358,12 +364,12 @@ def check_resumable(path: Path, info: CheckpointInfo, config: PretrainConfig, ma
             )
 
 
-def finished_summary(config: PretrainConfig, *, data: Path, output: Path) -> RunSummary | None:
+def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Path) -> RunSummary | None:
     """The summary of this very run if it has reached train_steps; checks what a resume would check.
 
     Needs neither Ray nor a process group, so that jobs can say at once what is done or what does not fit.
     """
-    _, manifest = open_data(data)
+    _, manifest = open_data(as_folder(data))
     checkpoints = list_checkpoints(output / "checkpoints")
     if not checkpoints:
         return None
@@ -382,11 +388,11 @@ def write_summary(output: Path, summary: RunSummary) -> None:
     partial.replace(output / SUMMARY_FILE)
 
 
-def run_inputs(data: Path, manifest: Manifest) -> list[RunInput]:
+def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:
     """What the run is made from, with fingerprints: the lineage of its weights."""
     inputs = [
         RunInput(
-            name=f"{data.name}-{split}",  # MLflow takes equal names and fingerprints for one data set
+            name=f"{data.url.rpartition('/')[2]}-{split}",  # MLflow takes equal names and fingerprints for one data set
             fingerprint=manifest.fingerprint,
             source=str(data),
             context=context,
@@ -397,7 +403,7 @@ def run_inputs(data: Path, manifest: Manifest) -> list[RunInput]:
     tokenizer = RunInput(
         name="tokenizer",
         fingerprint=manifest.tokenizer_fingerprint,
-        source=str(data / "tokenizer.json"),
+        source=f"{data}/{TOKENIZER_NAME}",
         context="tokenizer",
         profile={"vocab_size": manifest.vocab_size},
     )

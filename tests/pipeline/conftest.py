@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pipeline.mlflow_server import serve
+from tests.pipeline.s3_server import s3, s3_endpoint
+
+__all__ = ["s3", "s3_endpoint"]  # fixtures of other files
 
 ROOT = Path(__file__).resolve().parents[2]
 ALPHABET = "etaoinshrdlu"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from pipeline.storage import open_folder
 from pipeline.tracking import MLflowTracker, RunInput, open_run
 
 # Chromium would look up its maker's hosts at every start; a test needs this machine only.
@@ -29,7 +30,11 @@ def test_the_run_its_curves_and_its_lineage_are_on_the_page(
 ) -> None:
     url, _ = mlflow_server
     run = open_run(
-        tracking_uri=url, experiment="gpt-2.5", folder=tmp_path / "my-run", working_folder=tmp_path, job="pretrain"
+        tracking_uri=url,
+        experiment="gpt-2.5",
+        folder=open_folder(tmp_path / "my-run"),
+        working_folder=tmp_path,
+        job="pretrain",
     )
     tracker = MLflowTracker(run)
     tracker.log_params({"d_model": 128})

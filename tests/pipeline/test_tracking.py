@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from pipeline.config import PretrainConfig, to_dict
 from pipeline.errors import UserError
+from pipeline.storage import open_folder
 from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
 from tests.pipeline.mlflow_server import stop
 
@@ -22,7 +23,9 @@ def store(tmp_path: Path) -> str:
 
 
 def start(tmp_path: Path, uri: str | None, name: str = "run") -> MLflowRun:
-    return open_run(tracking_uri=uri, experiment="exp", folder=tmp_path / name, working_folder=tmp_path, job="pretrain")
+    return open_run(
+        tracking_uri=uri, experiment="exp", folder=open_folder(tmp_path / name), working_folder=tmp_path, job="pretrain"
+    )
 
 
 def history(run: MLflowRun, name: str) -> list[tuple[int, float]]:

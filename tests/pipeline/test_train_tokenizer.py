@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import bpe_training, ledger, stages, tokenizer_training
+from pipeline import bpe_training, ledger, tokenizer_training
 from pipeline.bpe import Tokenizer
 from pipeline.config import TrainTokenizerConfig
 from pipeline.documents import split_by_hash
 from pipeline.errors import UserError
+from pipeline.storage import open_folder
 from tests.pipeline.conftest import contents
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -33,7 +35,7 @@ def test_tokenizer_does_not_depend_on_workers_and_items(
     for num_workers, item_bytes in [(1, 12_000), (2, 2_000), (4, 10**9)]:
         output = tmp_path / f"{num_workers}"
         config = dataclasses.replace(training, num_workers=num_workers, item_bytes=item_bytes)
-        report, _ = tokenizer_training.train_into(config, output)
+        report, _ = tokenizer_training.train_into(config, open_folder(output))
         saved = Tokenizer.from_file(output / "tokenizer.json")
         assert saved.fingerprint == report.fingerprint == expected.fingerprint
         assert (report.documents, report.skipped) == (len(documents), {"blank": 1, "null": 1})
@@ -48,7 +50,7 @@ def test_tokenizer_of_all_settings(training: TrainTokenizerConfig, documents: li
     config = dataclasses.replace(
         training, special_tokens=special_tokens, min_frequency=40, val_fraction=0.2, pattern="cl100k", vocab_size=5000
     )
-    report, _ = tokenizer_training.train_into(config, tmp_path)
+    report, _ = tokenizer_training.train_into(config, open_folder(tmp_path))
     train, val = split_by_hash(pa.chunked_array([documents], pa.large_string()), 0.2)
     expected = bpe_training.train_bpe(train, 5000, special_tokens, min_frequency=40, pattern="cl100k")
     assert report.fingerprint == expected.fingerprint
@@ -72,7 +74,7 @@ def test_trained_before(
     assert figures < logged.data.metrics.keys() and logged.data.metrics["vocab_size"] == 320
     assert [file.path for file in MlflowClient(run.tracking_uri).list_artifacts(run.run_id)] == ["tokenizer.json"]
 
-    monkeypatch.setattr(stages, "train_tokenizer", None)  # nothing is trained from here on
+    monkeypatch.setattr(tokenizer_training, "learn", None)  # nothing is trained from here on
     again = tokenizer_training.train_tokenizer(dataclasses.replace(config, num_workers=1, item_bytes=5))
     assert again == (report, run, True)
     changes: list[tuple[dict[str, Any], str]] = [
@@ -92,18 +94,19 @@ def test_trained_before(
 def test_training_that_stopped_before_its_summary_begins_again(
     training: TrainTokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, _ = tokenizer_training.train_into(training, tmp_path / "whole")
+    expected, _ = tokenizer_training.train_into(training, open_folder(tmp_path / "whole"))
+    folder = open_folder(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tokenizer_training, "write_atomically", raise_interrupt)
-        tokenizer_training.train_into(training, tmp_path / "out")
+        patch.setattr(tokenizer_training, "json", SimpleNamespace(dumps=raise_interrupt))  # the summary is written so
+        tokenizer_training.train_into(training, folder)
     settings_used = tokenizer_training._settings_of(training)
     names = ("tokenizer.json", "summary.json")
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    assert not ledger.is_complete(tmp_path / "out", training.source, settings_used, names=names)
-    again, _ = tokenizer_training.train_into(training, tmp_path / "out")
+    assert not ledger.is_complete(folder, training.source, settings_used, names=names)
+    again, _ = tokenizer_training.train_into(training, folder)
     assert again.fingerprint == expected.fingerprint
-    assert ledger.is_complete(tmp_path / "out", training.source, settings_used, names=names)
+    assert ledger.is_complete(folder, training.source, settings_used, names=names)
 
 
-def raise_interrupt(*_: Any) -> None:
+def raise_interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt

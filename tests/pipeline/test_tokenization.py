@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
+import json
 import os
-import random
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from pipeline import bpe_training, ledger, stages, tokenizer_training
-from pipeline import documents as documents_module
+from pipeline import bpe_training, graph, ledger, readers, stages, tokenization, tokenizer_training
 from pipeline.bpe import END_OF_TEXT, Tokenizer
 from pipeline.config import TokenizeConfig, TrainTokenizerConfig
-from pipeline.documents import encode_documents, split_by_hash
-from pipeline.errors import UserError
+from pipeline.documents import split_by_hash
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.pieces import WorkItem
 from pipeline.shards import Manifest, open_shard, open_split, verify
-from pipeline.sources import WorkItem
 from pipeline.stage_progress import ItemProgress
+from pipeline.stage_rows import ItemRow
+from pipeline.storage import open_folder
 from tests.pipeline.conftest import contents
-from tests.pipeline.fake_hub import NAME, running_hub
 
 SHARE_OF_0_005 = int(0.005 * 2**64).to_bytes(8, "big")
 
@@ -59,9 +59,17 @@ def read_split(output: Path, split: str) -> list[str]:
     return [tokenizer.decode(part[1:]) for part in np.split(ids, starts[1:])]
 
 
+def tokenize(config: TokenizeConfig, output: Path) -> tokenization.Summary:
+    return tokenization.tokenize(config, open_folder(output))
+
+
+def finished(config: TokenizeConfig, output: Path) -> Manifest | None:
+    return tokenization.finished(config, open_folder(output))
+
+
 def mistake(config: TokenizeConfig, output: Path) -> str:
     with pytest.raises(UserError) as raised:
-        stages.tokenize(config, output)
+        tokenize(config, output)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -71,7 +79,7 @@ def mistake(config: TokenizeConfig, output: Path) -> str:
 
 def test_shards_hold_the_documents(config: TokenizeConfig, documents: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    summary = stages.tokenize(config, output)
+    summary = tokenize(config, output)
     manifest = Manifest.load(output)
     assert summary.manifest == manifest
     assert (summary.num_items, summary.num_items_done) == (5, 5)
@@ -85,29 +93,29 @@ def test_shards_hold_the_documents(config: TokenizeConfig, documents: list[str],
     assert (manifest.documents("train"), manifest.documents("val")) == (len(train), len(val))
     assert manifest.text_bytes("val") == sum(len(text.encode()) for text in val)
     assert str(tmp_path) not in (output / "manifest.json").read_text()
-    verify(output)
+    assert verify(output) == []
 
 
 def test_any_number_of_workers_writes_the_same_bytes(config: TokenizeConfig, tmp_path: Path) -> None:
-    stages.tokenize(dataclasses.replace(config, num_workers=1), tmp_path / "one")
-    stages.tokenize(dataclasses.replace(config, num_workers=None), tmp_path / "all")
+    tokenize(dataclasses.replace(config, num_workers=1), tmp_path / "one")
+    tokenize(dataclasses.replace(config, num_workers=None), tmp_path / "all")
     assert contents(tmp_path / "one") == contents(tmp_path / "all")
 
 
 def test_tokenizer_is_trained_on_train_documents(config: TokenizeConfig, documents: list[str], tmp_path: Path) -> None:
     trained = dataclasses.replace(config, tokenizer=None, vocab_size=320)
-    summary = stages.tokenize(trained, tmp_path / "out")
-    train, _ = split_by_hash(large_strings(documents), 0.2)
+    summary = tokenize(trained, tmp_path / "out")
+    train, _ = split_by_hash(pa.chunked_array([pa.array(documents, pa.large_string())]), 0.2)
     expected = bpe_training.train_bpe(train.to_pylist(), 320)
     assert summary.manifest.tokenizer_fingerprint == expected.fingerprint
     assert (summary.manifest.vocab_size, summary.manifest.eot_id) == (320, 319)
     assert len(read_split(tmp_path / "out", "train")) == len(train)
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
-    assert stages.tokenize(trained, tmp_path / "out").num_items_done == 0
+    assert tokenize(trained, tmp_path / "out").num_items_done == 0
     assert contents(tmp_path / "out") == before
     sampled = dataclasses.replace(trained, sample_bytes=12_000, vocab_size=280)
-    stages.tokenize(sampled, tmp_path / "sampled")
+    tokenize(sampled, tmp_path / "sampled")
     assert "trained with sample_bytes 1,000,000,000 and vocab_size 320, not trained" in mistake(
         sampled, tmp_path / "out"
     )
@@ -120,72 +128,25 @@ def test_large_vocabulary_takes_four_bytes(config: TokenizeConfig, documents: li
     special_tokens = {f"<|{i}|>": 256 + i for i in range(65_536)} | {END_OF_TEXT: 65_792}
     tokens = [bytes([i]) for i in range(256)] + [name.encode() for name in special_tokens]
     Tokenizer(tokens, [], special_tokens).save(tmp_path / "large.json")
-    stages.tokenize(dataclasses.replace(config, tokenizer=str(tmp_path / "large.json")), tmp_path / "out")
+    tokenize(dataclasses.replace(config, tokenizer=str(tmp_path / "large.json")), tmp_path / "out")
     assert open_split(tmp_path / "out", "train").dtype == np.uint32
     assert sorted(read_split(tmp_path / "out", "train") + read_split(tmp_path / "out", "val")) == sorted(documents)
 
 
-def test_stages_of_an_item_are_one_task(tmp_path: Path) -> None:
+def test_stages_of_an_item_are_one_task() -> None:
     """So text does not travel: Ray fuses the stages."""
 
-    def tell_task(row: pa.Table, name: str) -> pa.Table:
-        figures = {} if "tokens" in row.column_names else {"size_bytes": [1], "text_bytes": [1], "tokens": [1]}
-        columns = {column: row[column] for column in row.column_names}
-        return pa.table({**columns, **figures, name: [ray.get_runtime_context().get_task_id()]})
+    def tell_task(table: pa.Table, name: str) -> Iterator[pa.Table]:
+        row = ItemRow.from_table(table)
+        tasks = {**row.figures.get("tasks", {}), name: ray.get_runtime_context().get_task_id()}
+        yield ItemRow(item=row.item, figures={"text_bytes": 1, "tokens": 1, "is_last": True, "tasks": tasks}).to_table()
 
     items = [WorkItem(index=index, pieces=(), text_column="text") for index in range(4)]
-    names = ["first", "second", "third"]
-    rows = list(stages._run_stages(items, [(tell_task, {"name": name}) for name in names], 2, title="test"))
-    tasks = [{row[name][0].as_py() for name in names} for row in rows]
+    steps: graph.Stages = [(tell_task, {"name": name}) for name in ("first", "second", "third")]
+    parallelism = graph.Parallelism(num_workers=2, download_workers=None, cache_bytes=1)
+    tasks = [set(row.figures["tasks"].values()) for row in graph.run_items(items, steps, parallelism, title="test")]
     assert all(len(task) == 1 for task in tasks)
     assert len(set.union(*tasks)) == 4
-
-
-# ---- the split -------------------------------------------------------------------------------------------------------
-
-
-def large_strings(*chunks: list[str]) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(texts, pa.large_string()) for texts in chunks])
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.text(max_size=8)), fraction=st.floats(0, 1, exclude_max=True), shuffle=st.randoms())
-@pytest.mark.parametrize("slice_bytes", [0, 10**9], ids=["slices", "copies"])
-def test_split_depends_on_the_text_alone(
-    monkeypatch: pytest.MonkeyPatch, slice_bytes: int, texts: list[str], fraction: float, shuffle: random.Random
-) -> None:
-    monkeypatch.setattr(documents_module, "_SLICE_BYTES", slice_bytes)
-    copies = texts + texts
-    shuffle.shuffle(copies)
-    padded = large_strings(["before", *copies[: len(texts)]], [], [*copies[len(texts) :], "behind"])
-    train, val = (part.to_pylist() for part in split_by_hash(padded.slice(1, len(copies)), fraction))
-    alone = [split_by_hash(large_strings([text]), fraction)[1].to_pylist() for text in copies]
-    assert val == [text for text, found in zip(copies, alone, strict=True) if found]
-    assert train == [text for text, found in zip(copies, alone, strict=True) if not found]
-    assert not set(train) & set(val)
-
-
-def test_split_has_the_asked_share() -> None:
-    texts = large_strings([f"document {i}" for i in range(20_000)])
-    _, val = split_by_hash(texts, 0.1)
-    assert abs(len(val) - 2000) < 5 * (20_000 * 0.1 * 0.9) ** 0.5  # five standard deviations of a fair choice
-    assert set(split_by_hash(texts, 0.05)[1].to_pylist()) < set(val.to_pylist())
-
-
-def test_split_copies_no_train_document_where_few_are_val() -> None:
-    texts = large_strings([f"{i:06d}" * 700 for i in range(2_000)])
-    train, val = split_by_hash(texts, 0.005)
-    held_out = {text for text in texts.to_pylist() if hashlib.sha256(text.encode()).digest()[:8] < SHARE_OF_0_005}
-    assert val.to_pylist() == [text for text in texts.to_pylist() if text in held_out] and len(val) > 0
-    assert train.to_pylist() == [text for text in texts.to_pylist() if text not in held_out]
-    assert {chunk.buffers()[2].address for chunk in train.chunks} == {texts.chunk(0).buffers()[2].address}
-
-
-def test_documents_begin_with_end_of_text(tokenizer_path: Path, documents: list[str]) -> None:
-    tokenizer = Tokenizer.from_file(tokenizer_path)
-    expected = [id_ for text in ["", *documents, ""] for id_ in (tokenizer.eot_id, *tokenizer.encode(text))]
-    assert encode_documents(tokenizer, large_strings(["", *documents], [""])).tolist() == expected
-    assert len(encode_documents(tokenizer, large_strings([]))) == 0
 
 
 # ---- crashes and resumes ---------------------------------------------------------------------------------------------
@@ -194,7 +155,7 @@ def test_documents_begin_with_end_of_text(tokenizer_path: Path, documents: list[
 @pytest.fixture
 def expected(config: TokenizeConfig, tmp_path: Path) -> dict[str, str]:
     """What an undisturbed run writes."""
-    stages.tokenize(config, tmp_path / "undisturbed")
+    tokenize(config, tmp_path / "undisturbed")
     return contents(tmp_path / "undisturbed")
 
 
@@ -206,40 +167,83 @@ def test_killed_worker(
     def die(fd: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def dying_write(row: pa.Table, **arguments: Any) -> Any:
-        item = WorkItem.from_json(row["item"][0].as_py())
-        if item.index == 2 and not marker.exists():
+    def dying_write(table: pa.Table, **arguments: Any) -> Any:
+        if ItemRow.from_table(table).work_item.index == 2 and not marker.exists():
             marker.touch()
             os.fsync = die  # written, not yet renamed
-        return write(row, **arguments)
+        return write(table, **arguments)
 
     monkeypatch.setattr(stages, "write", dying_write)
-    stages.tokenize(config, tmp_path / "out")
+    tokenize(config, tmp_path / "out")
     assert marker.exists()
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".tmp-")]
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
     monkeypatch.undo()
     (tmp_path / "out" / "manifest.json").unlink()
-    assert stages.tokenize(config, tmp_path / "out").num_items_done == 0
+    assert tokenize(config, tmp_path / "out").num_items_done == 0
     assert contents(tmp_path / "out") == expected
 
 
-def test_worker_killed_every_time(config: TokenizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, output = stages.encode, tmp_path / "out"
+def kill_at_item_1(monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
+    """Whoever encodes item 1 dies, each time."""
+    encode = stages.encode
 
-    def dying_encode(row: pa.Table, **arguments: Any) -> Any:
-        if "item" in row.column_names and WorkItem.from_json(row["item"][0].as_py()).index == 1:
-            attempts = output / "items" / ".tmp-attempts-encode-000001"
-            assert attempts.read_bytes() == b"."
-            attempts.write_bytes(b"." * ledger.MAX_ATTEMPTS)  # as if it had been killed before; a kill takes seconds
-            os.kill(os.getpid(), signal.SIGKILL)
-        return encode(row, **arguments)
+    def dying_encode(table: pa.Table, **arguments: Any) -> Any:
+        row = ItemRow.from_table(table)
+        attempts = output / "items" / ".tmp-attempts-encode-000001"
+        for number, result in enumerate(encode(table, **arguments)):
+            if row.work_item.index == 1 and number == 0:
+                noted = json.loads(attempts.read_text())
+                if len(noted) == 1:
+                    attempts.write_text(json.dumps(noted * ledger.MAX_ATTEMPTS))  # killed before: a kill takes seconds
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield result
 
     monkeypatch.setattr(stages, "encode", dying_encode)
-    assert "the task encode-000001 was killed 4 times, most likely for want of memory" in mistake(config, output)
+
+
+def test_worker_killed_every_time(config: TokenizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    kill_at_item_1(monkeypatch, output)
+    assert "a.parquet row groups 1-2 is given up: its worker was killed 3 times, most likely for" in mistake(
+        config, output
+    )
     assert not (output / "manifest.json").exists()
     monkeypatch.undo()
-    stages.tokenize(config, output)
-    verify(output)
+    tokenize(config, output)
+    assert verify(output) == []
+
+
+def test_an_item_that_kills_its_worker_is_left_out(
+    config: TokenizeConfig, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    kill_at_item_1(monkeypatch, output)
+    summary = tokenize(dataclasses.replace(config, skip_bad_files=True), output)
+    (damaged,) = summary.manifest.damaged
+    assert damaged["name"] == "a.parquet row groups 1-2" and "was killed 3 times" in damaged["reason"]
+    found = contents(output)
+    assert {name for name in expected.keys() - found.keys() if name.endswith(".bin")} == {
+        "train_000001.bin",
+        "val_000001.bin",
+    }
+    assert all(expected[name] == found[name] for name in found if name.endswith(".bin"))
+
+
+def test_attempts_elsewhere_are_not_held_against_a_task(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+
+    def begin(job: str, node: str, alive: set[str]) -> None:
+        ledger.begin_attempt(folder, "encode-000001", label="x", job=job, node=node, alive_nodes=lambda: alive)
+
+    for node in ("a", "b", "c"):
+        begin("job 1", node, {"z"})  # a, b and c died
+    for _ in range(3):
+        begin("job 2", "z", {"z"})
+    with pytest.raises(DamagedInputError, match="x is given up"):
+        begin("job 2", "z", {"z"})
+    begin("job 3", "z", {"z"})
+    ledger.end_attempt(folder, "encode-000001")
+    assert not list(tmp_path.rglob("*attempts*"))
 
 
 def test_interrupted_run_goes_on(
@@ -247,22 +251,22 @@ def test_interrupted_run_goes_on(
 ) -> None:
     add = ItemProgress.add
 
-    def interrupted_add(self: ItemProgress, *figures: int) -> None:
-        add(self, *figures)
+    def interrupted_add(self: ItemProgress, *figures: int, is_last: bool) -> None:
+        add(self, *figures, is_last=is_last)
         if self._items == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ItemProgress, "add", interrupted_add)
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        stages.tokenize(dataclasses.replace(config, num_workers=1), output)
+        tokenize(dataclasses.replace(config, num_workers=1), output)
     monkeypatch.undo()
-    assert stages.finished(config, output) is None
+    assert finished(config, output) is None
     done = {path.stem: path.stat().st_mtime_ns for path in (output / "items").glob("0*.json")}
     assert 2 <= len(done) < 5
     (output / ".tmp-train_000009.bin-0").write_bytes(b"half")
     (output / "items" / ".tmp-000009.json-0").write_bytes(b"half")
-    summary = stages.tokenize(config, output)
+    summary = tokenize(config, output)
     assert summary.num_items_done == 5 - len(done)
     assert contents(output) == expected
     assert {
@@ -274,10 +278,10 @@ def test_finished_run_is_left_alone(
     config: TokenizeConfig, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "undisturbed"
-    assert stages.finished(config, tmp_path / "new") is None
+    assert finished(config, tmp_path / "new") is None
     monkeypatch.setattr(ray.data, "from_items", None)
-    assert stages.finished(dataclasses.replace(config, num_workers=7), output) == Manifest.load(output)
-    assert stages.tokenize(config, output).num_items_done == 0
+    assert finished(dataclasses.replace(config, num_workers=7), output) == Manifest.load(output)
+    assert tokenize(config, output).num_items_done == 0
     assert contents(output) == expected
 
 
@@ -286,8 +290,8 @@ def test_lost_files_are_made_again(config: TokenizeConfig, expected: dict[str, s
     output = tmp_path / "undisturbed"
     (output / lost).unlink()
     if not lost.startswith("items"):
-        assert stages.finished(config, output) is None
-    stages.tokenize(config, output)
+        assert finished(config, output) is None
+    tokenize(config, output)
     assert contents(output) == expected
 
 
@@ -307,37 +311,44 @@ def test_other_settings_are_refused(
     config: TokenizeConfig, expected: dict[str, str], tmp_path: Path, change: Any, message: str
 ) -> None:
     output, other = tmp_path / "undisturbed", dataclasses.replace(config, **change)
-    for function in (stages.finished, stages.tokenize):
+    for function in (finished, tokenize):
         with pytest.raises(UserError, match=message):
             function(other, output)
     assert contents(output) == expected
     (output / "manifest.json").unlink()
-    for function in (stages.finished, stages.tokenize):
+    for function in (finished, tokenize):
         with pytest.raises(UserError, match=message):
             function(other, output)
 
 
-def test_input_that_changes(config: TokenizeConfig, corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_done", [True, False])
+def test_input_that_changes(
+    config: TokenizeConfig, corpus: Path, expected: dict[str, str], tmp_path: Path, is_done: bool
+) -> None:
     output = tmp_path / "undisturbed"
-    (corpus / "c.jsonl").write_text('{"text": "all new"}\n')
-    for function in (stages.finished, stages.tokenize):
-        with pytest.raises(UserError, match=r"c\.jsonl has changed in the source since output folder .* was begun"):
-            function(config, output)
-    assert contents(output) == expected
-    (output / "manifest.json").unlink()
-    summary = stages.tokenize(config, output)
-    assert 0 < summary.num_items_done < summary.num_items
-    again = stages.tokenize(config, tmp_path / "afresh")
-    assert again.manifest == summary.manifest
-    names = {path.name for path in output.glob("*.bin")}
-    assert names == {entry.name for entry in summary.manifest.shards}
+    if not is_done:
+        (output / "manifest.json").unlink()
+    before = contents(output)
+    path = corpus / "c.jsonl"
+    whole, stat = path.read_bytes(), path.stat()
+
+    def refused(message: str) -> None:
+        for function in (tokenize, *([finished] if is_done else [])):
+            with pytest.raises(UserError, match=message):
+                function(config, output)
+
+    path.write_text('{"text": "all new"}\n')
+    refused(r"c\.jsonl has changed in the source since output folder .* was begun; delete it or choose another")
+    path.unlink()
+    refused(r"c\.jsonl is missing from the source")
+    path.write_bytes(whole)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     (corpus / "d.txt").write_text("more")
-    with pytest.raises(UserError, match=r"d\.txt is new in the source"):
-        stages.finished(config, output)
+    refused(r"d\.txt is new in the source")
+    assert contents(output) == before
     (corpus / "d.txt").unlink()
-    (corpus / "c.jsonl").unlink()
-    with pytest.raises(UserError, match=r"c\.jsonl is missing from the source"):
-        stages.finished(config, output)
+    assert tokenize(config, output).num_items_done == 0
+    assert contents(output) == expected
 
 
 def test_mistake_in_a_task_is_one_sentence(config: TokenizeConfig, corpus: Path, tmp_path: Path) -> None:
@@ -347,9 +358,14 @@ def test_mistake_in_a_task_is_one_sentence(config: TokenizeConfig, corpus: Path,
     assert mistake(config, output) == f"line 2 of {corpus}/c.jsonl is not UTF-8 text: byte 11 is 0xff"
     assert not (output / "manifest.json").exists()
     assert all(len(open_shard(path)) for path in output.glob("*.bin"))
-    (corpus / "c.jsonl").write_bytes(whole)
-    stages.tokenize(config, output)
-    verify(output)
+    tokenize(dataclasses.replace(config, skip_bad_files=True), output)
+    (damaged,) = Manifest.load(output).damaged
+    assert damaged == {
+        "name": f"c.jsonl bytes 0-{(corpus / 'c.jsonl').stat().st_size}",
+        "reason": f"line 2 of {corpus}/c.jsonl is not UTF-8 text: byte 11 is 0xff",
+    }
+    assert "fine" in read_split(output, "train") + read_split(output, "val")
+    assert verify(output) == []
 
 
 def test_full_disk(config: TokenizeConfig, tmp_path: Path) -> None:
@@ -362,8 +378,8 @@ def test_full_disk(config: TokenizeConfig, tmp_path: Path) -> None:
         assert f"the disk of {output}" in mistake(config, output)
         assert not list(output.glob(".tmp-*"))
         subprocess.run(["mount", "-o", "remount,size=4m", str(output)], check=True)
-        stages.tokenize(config, output)
-        verify(output)
+        tokenize(config, output)
+        assert verify(output) == []
     finally:
         subprocess.run(["umount", str(output)], check=True)
 
@@ -376,7 +392,7 @@ def test_folder_that_is_not_ours(config: TokenizeConfig, tmp_path: Path) -> None
     (tmp_path / "items").mkdir()
     (tmp_path / "items" / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json is damaged"):
-        stages.finished(config, tmp_path)
+        finished(config, tmp_path)
 
 
 def test_folder_of_another_job(config: TokenizeConfig, corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
@@ -385,7 +401,7 @@ def test_folder_of_another_job(config: TokenizeConfig, corpus: Path, expected: d
     with pytest.raises(UserError, match="was begun by another job, or by another version of this one; choose another"):
         tokenizer_training.train_tokenizer(dataclasses.replace(training, output=str(shards)))
     assert contents(shards) == expected
-    tokenizer_training.train_into(training, mine)
+    tokenizer_training.train_into(training, open_folder(mine))
     assert "was begun by another job" in mistake(config, mine)
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / "tokenizer.json").write_text("{}")
@@ -400,22 +416,65 @@ def test_no_document_at_all(config: TokenizeConfig, tmp_path: Path) -> None:
     assert "a.jsonl holds no document that could be used (1 blank, 1 null)" in mistake(empty, tmp_path / "out")
 
 
-# ---- hub -------------------------------------------------------------------------------------------------------------
+# ---- parts of a source, copies, very large items ---------------------------------------------------------------------
 
 
-def test_hub_source_stays_at_its_commit(
-    config: TokenizeConfig, corpus: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = {path.name: path.read_bytes() for path in corpus.iterdir()}
-    from_hub = dataclasses.replace(config, source=f"hf://datasets/{NAME}")
+def test_limits(config: TokenizeConfig, documents: list[str], tmp_path: Path) -> None:
+    first = dataclasses.replace(config, limit_documents=100)
+    manifest = tokenize(first, tmp_path / "documents").manifest
+    assert sorted(read_split(tmp_path / "documents", "train") + read_split(tmp_path / "documents", "val")) == sorted(
+        documents[:100]
+    )
+    assert manifest.settings["limit_documents"] == 100
+    tokenize(dataclasses.replace(config, limit_bytes=1), tmp_path / "bytes")
+    texts = read_split(tmp_path / "bytes", "train") + read_split(tmp_path / "bytes", "val")
+    assert sorted(texts) == sorted(documents[:80])  # the first row group
+    assert "was begun with limit_documents 100, not None" in mistake(config, tmp_path / "documents")
+
+
+def test_copies_are_left_out(config: TokenizeConfig, corpus: Path, documents: list[str], tmp_path: Path) -> None:
+    (corpus / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[100:200]))
+    once = dataclasses.replace(config, dedup="exact")
     output = tmp_path / "out"
-    with running_hub(files) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        stages.tokenize(from_hub, output)
-        hub.push("b" * 40, {"other.txt": b"moved on"})
-        (output / "train_000000.bin").unlink()
-        assert stages.tokenize(from_hub, output).num_items_done == 1
-    shards = {name: value for name, value in expected.items() if name.endswith(".bin")}
-    assert {name: value for name, value in contents(output).items() if name.endswith(".bin")} == shards
-    assert stages.finished(from_hub, output) == Manifest.load(output)  # the hub is gone
-    assert {entry["version"].split()[0] for entry in Manifest.load(output).inputs} == {f"{NAME}@{'a' * 40}"}
+    manifest = tokenize(once, output).manifest
+    distinct = list(dict.fromkeys(documents))
+    assert manifest.skipped == {"blank": 1, "duplicate": 100 + len(documents) - len(distinct), "null": 1}
+    train, val = read_split(output, "train"), read_split(output, "val")
+    held_out = set(split_by_hash(pa.chunked_array([pa.array(distinct, pa.large_string())]), 0.2)[1].to_pylist())
+    assert train == [text for text in distinct if text not in held_out]
+    assert val == [text for text in distinct if text in held_out]
+    assert not (output / "items" / "hashes").exists() or not list((output / "items" / "hashes").iterdir())
+    before = contents(output)
+    (output / "train_000003.bin").unlink()
+    tokenize(dataclasses.replace(once, num_workers=1), output)
+    assert contents(output) == before
+
+
+def test_a_very_large_item_becomes_several_shards(
+    config: TokenizeConfig, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed file is one item, however large: here one of 20 times the expected size."""
+    source = tmp_path / "all.jsonl.gz"
+    source.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in documents).encode()))
+    packed = dataclasses.replace(config, source=str(source), item_bytes=1_500)
+
+    def small_batches(table: pa.Table, **arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:  # in the worker
+            patch.setattr(readers, "_ARRAY_BYTES", 1_000)
+            yield from encode(table, **arguments)
+
+    encode = stages.encode
+    monkeypatch.setattr(stages, "encode", small_batches)
+    output = tmp_path / "out"
+    manifest = tokenize(packed, output).manifest
+    names = [entry.name for entry in manifest.shards if entry.split == "train"]
+    assert names == ["train_000000.bin", *(f"train_000000-{part:03d}.bin" for part in range(1, len(names)))]
+    assert len(names) > 5
+    train, val = read_split(output, "train"), read_split(output, "val")
+    sides = split_by_hash(pa.chunked_array([pa.array(documents, pa.large_string())]), 0.2)
+    assert [train, val] == [side.to_pylist() for side in sides]
+    assert sum(manifest.document_lengths) == len(documents) and verify(output) == []
+    (output / names[3]).unlink()
+    before = contents(output)
+    assert tokenize(packed, output).num_items_done == 1
+    assert contents(output).items() > before.items()

@@ -1,0 +1,126 @@
+"""Which documents are copies of an earlier one, over a whole source: exact, and the same for any number of workers.
+
+A document is known by the first 16 bytes of the sha256 of its UTF-8 text. Of equal documents the first in plan order
+stays. Three steps: every work item's hashes are written, in the order of the hashes (``hashes_to_bytes``); every
+partition of the hash space is searched on its own (``find_duplicates``); encoding leaves out what was found
+(``without_rows``). A hash takes 20 bytes on disk, and some 100 bytes of memory in the search, of which each of P
+partitions holds its share: with 256 partitions a billion documents take 0.4 GB a search, and 20 GB of disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+HASHES = "items/hashes/"
+DUPLICATES = "items/duplicates/"
+MAX_PARTITIONS = 256
+_DOCUMENTS_PER_PARTITION = 4_000_000
+_RECORD = np.dtype([("high", ">u8"), ("low", ">u8"), ("row", "<u4")])  # big-endian: in the order of the bytes
+_OFFSETS = np.dtype("<i8")
+_HEADER_BYTES = (MAX_PARTITIONS + 1) * _OFFSETS.itemsize
+
+Rows = npt.NDArray[np.int64]
+ReadRange = Callable[[int, int], bytes]
+
+
+def hashes_name(index: int) -> str:
+    """The file of a work item's hashes in the output folder."""
+    return f"{HASHES}{index:06d}"
+
+
+def duplicates_name(partition: int) -> str:
+    """The file of the copies found in a partition."""
+    return f"{DUPLICATES}{partition:03d}"
+
+
+def num_documents(hashes_bytes: int) -> int:
+    """Documents in a file of hashes of that size."""
+    return (hashes_bytes - _HEADER_BYTES) // _RECORD.itemsize
+
+
+def hash_documents(array: pa.Array) -> bytes:
+    """16 bytes per document."""
+    return b"".join(hashlib.sha256(buffer).digest()[:16] for buffer in _buffers(array))
+
+
+def _buffers(array: Any) -> Iterator[memoryview]:
+    texts = array.cast(pa.large_string())
+    _, offset_buffer, data_buffer = texts.buffers()
+    offsets = np.frombuffer(offset_buffer, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
+    data = memoryview(data_buffer or b"")
+    return (data[begin:end] for begin, end in itertools.pairwise(offsets))
+
+
+def hashes_to_bytes(hashes: bytes) -> bytes:
+    """A file of an item's hashes: where each first byte begins (257 int64), then the records in the hashes' order."""
+    halves = np.frombuffer(hashes, dtype=[("high", ">u8"), ("low", ">u8")])
+    records = np.zeros(len(halves), _RECORD)
+    records["high"], records["low"], records["row"] = halves["high"], halves["low"], np.arange(len(halves))
+    ordered = records[np.argsort(records["high"], kind="stable")]
+    first_bytes = (ordered["high"].astype(np.uint64) >> np.uint64(56)).astype(np.int64)
+    offsets = np.searchsorted(first_bytes, np.arange(MAX_PARTITIONS + 1)).astype(_OFFSETS)
+    return offsets.tobytes() + ordered.tobytes()
+
+
+def num_partitions(num_documents: int) -> int:
+    """A power of two up to 256, so that a partition holds some 4 million documents where that is enough of them."""
+    wanted = max(1, -(-num_documents // _DOCUMENTS_PER_PARTITION))
+    return min(MAX_PARTITIONS, 1 << (wanted - 1).bit_length())
+
+
+def find_duplicates(files: Sequence[ReadRange], partition: int, partitions: int) -> bytes:
+    """The copies whose hash lies in a partition, as a file: where each item's rows begin (int64), then the rows (u4).
+
+    files: for every item, in plan order, what reads bytes [start, stop) of its hashes.
+    """
+    width = MAX_PARTITIONS // partitions
+    parts = [_read_partition(read, partition * width, (partition + 1) * width) for read in files]
+    sizes = [len(part) for part in parts]
+    records = np.concatenate(parts) if parts else np.zeros(0, _RECORD)
+    items = np.repeat(np.arange(len(files), dtype=np.int64), sizes)
+    high, low = records["high"].astype(np.uint64), records["low"].astype(np.uint64)
+    order = np.lexsort((records["row"], items, low, high))
+    is_copy = np.zeros(len(records), bool)
+    is_copy[1:] = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+    copies = order[is_copy]
+    found_items, found_rows = items[copies], records["row"][copies]
+    by_item = np.lexsort((found_rows, found_items))
+    offsets = np.searchsorted(found_items[by_item], np.arange(len(files) + 1)).astype(_OFFSETS)
+    return offsets.tobytes() + found_rows[by_item].astype("<u4").tobytes()
+
+
+def _read_partition(read: ReadRange, first: int, stop: int) -> npt.NDArray[Any]:
+    offsets = np.frombuffer(read(first * _OFFSETS.itemsize, (stop + 1) * _OFFSETS.itemsize), _OFFSETS)
+    begin, end = (_HEADER_BYTES + int(offset) * _RECORD.itemsize for offset in (offsets[0], offsets[-1]))
+    return np.frombuffer(read(begin, end) if end > begin else b"", _RECORD)
+
+
+def rows_of_item(files: Sequence[ReadRange], item: int, num_items: int) -> Rows:
+    """The document numbers, ascending, that item ``item`` loses by all partitions' files."""
+    found = []
+    for read in files:
+        begin, end = np.frombuffer(read(item * _OFFSETS.itemsize, (item + 2) * _OFFSETS.itemsize), _OFFSETS).tolist()
+        base = (num_items + 1) * _OFFSETS.itemsize
+        found.append(np.frombuffer(read(base + begin * 4, base + end * 4) if end > begin else b"", "<u4"))
+    return np.sort(np.concatenate(found)).astype(np.int64) if found else np.zeros(0, np.int64)
+
+
+def without_rows(arrays: Iterable[pa.Array], rows: Rows) -> Iterator[pa.Array]:
+    """The same arrays without the documents numbered ``rows`` (ascending, over all arrays)."""
+    first = 0
+    for array in arrays:
+        begin, end = np.searchsorted(rows, [first, first + len(array)])
+        if end > begin:
+            is_kept = np.ones(len(array), bool)
+            is_kept[rows[begin:end] - first] = False
+            yield array.filter(pa.array(is_kept))
+        else:
+            yield array
+        first += len(array)

@@ -1,0 +1,142 @@
+"""The Ray Data graph: stages over work items, fused into one task or handed over in blocks of an item.
+
+Local sources: encode -> write in one task; no text travels through the object store. Remote sources have a download
+stage in front, with a concurrency of its own, which hands over the bytes that an item needs (compressed column chunks)
+through the object store, so that network and processors work at the same time, on whatever node has room. Ray must be
+initialised by the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+
+from pipeline import plans, stages
+from pipeline.config import TokenizeConfig, TrainTokenizerConfig
+from pipeline.pieces import WorkItem
+from pipeline.stage_progress import ItemProgress
+from pipeline.stage_rows import ItemRow
+
+Stages: TypeAlias = list[tuple[Callable[..., Any], dict[str, Any]]]
+
+_BLOCK_BYTES = 64_000_000  # of text, at least, are one task's work: Ray takes some 15 ms to hand out one
+_BLOCK_BYTES_PER_SLOT = 3_000_000  # at 60 MB/s a core, a thousand cores then ask for 20 tasks a second
+_BLOCKS_PER_SLOT = 8  # at least, so that no worker waits long for the last one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """How many tasks at a time."""
+
+    num_workers: int | None
+    """Reading, encoding, counting. None: one per CPU of the cluster."""
+    download_workers: int | None
+    """Fetching files. None: one for every two of the others, at least 2."""
+    cache_bytes: int
+    """What a node keeps of files while they are fetched."""
+
+    @classmethod
+    def of(cls, config: TokenizeConfig | TrainTokenizerConfig) -> Parallelism:
+        return cls(
+            num_workers=config.num_workers,
+            download_workers=config.download_workers,
+            cache_bytes=config.cache_bytes,
+        )
+
+    @property
+    def slots(self) -> int:
+        import ray
+
+        return self.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism, *, title: str) -> Iterator[ItemRow]:
+    """The last stage's rows, as they come; raises the first mistake of a stage.
+
+    The figures of a row: text_bytes, tokens, and whether it is the item's last.
+    """
+    if not items:
+        return
+    progress = ItemProgress(title, items)
+    try:
+        for row in _run(items, steps, parallelism):
+            row.raise_error()
+            figures = row.figures
+            progress.add(row.work_item.index, figures["text_bytes"], figures["tokens"], is_last=figures["is_last"])
+            yield row
+    finally:
+        progress.close()
+
+
+def run_rows(
+    rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], parallelism: Parallelism
+) -> None:
+    """One stage over anything that a string names; raises the first mistake."""
+    for row in _execute(_blocks([[row] for row in rows]), [(stage, arguments)], parallelism.slots):
+        row.raise_error()
+
+
+def _run(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism) -> Iterator[ItemRow]:
+    slots = parallelism.slots
+    if not any(piece.file for item in items for piece in item.pieces):
+        rows = [item.to_json() for item in items]
+        size = _items_per_block(items, slots)
+        blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return _execute(_blocks(blocks), steps, slots)
+    units = [plans.save_plan(unit).decode() for unit in plans.fetch_units(items)]
+    return _execute(_blocks([[unit] for unit in units]), steps, slots, download=parallelism)
+
+
+def _items_per_block(items: Sequence[WorkItem], slots: int) -> int:
+    """A task takes as many items as make up for its cost, but leaves enough tasks for all workers."""
+    mean_bytes = max(1, sum(item.size_bytes for item in items) // len(items))
+    wanted = max(_BLOCK_BYTES, slots * _BLOCK_BYTES_PER_SLOT) // mean_bytes
+    return max(1, min(wanted, len(items) // (slots * _BLOCKS_PER_SLOT)))
+
+
+def _blocks(groups: Sequence[Sequence[str]]) -> list[pa.Table]:
+    return [pa.concat_tables([ItemRow(item=row).to_table() for row in group]) for group in groups]
+
+
+def _execute(
+    blocks: list[pa.Table], steps: Stages, num_workers: int, download: Parallelism | None = None
+) -> Iterator[ItemRow]:
+    import ray
+
+    _quiet_ray_data()
+    dataset: ray.data.Dataset = ray.data.from_arrow(blocks)
+    options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    if download is not None:
+        dataset = dataset.map_batches(
+            stages.download,
+            fn_kwargs={"cache_bytes": download.cache_bytes},
+            compute=ray.data.TaskPoolStrategy(
+                size=min(len(blocks), download.download_workers or max(2, num_workers // 2))
+            ),
+            num_cpus=0,  # waits for the network
+            **options,
+        )
+    most = num_workers if download is not None else min(num_workers, len(blocks))  # more than blocks: a warning
+    strategy = ray.data.TaskPoolStrategy(size=most)
+    for function, arguments in steps:
+        dataset = dataset.map_batches(function, fn_kwargs=arguments, compute=strategy, **options)
+    table: Any
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for index in range(table.num_rows):
+            yield ItemRow.from_table(table.slice(index, 1))
+
+
+def _quiet_ray_data() -> None:
+    """Our own bar and log lines speak; Ray Data's full log lies in its session folder."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)

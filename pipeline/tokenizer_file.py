@@ -1,0 +1,32 @@
+"""The tokenizer of a folder, which may lie in a bucket."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipeline.bpe import Tokenizer
+from pipeline.errors import UserError
+from pipeline.storage import Folder
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+def load_tokenizer(folder: Folder) -> Tokenizer:
+    """The folder's tokenizer; UserError where it has none."""
+    try:
+        content = folder.read(TOKENIZER_NAME)
+    except FileNotFoundError:
+        raise UserError(f"{folder}/{TOKENIZER_NAME} is missing; run the job that wrote the folder again") from None
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / TOKENIZER_NAME
+        path.write_bytes(content)
+        return Tokenizer.from_file(path)
+
+
+def save_tokenizer(folder: Folder, tokenizer: Tokenizer) -> None:
+    """Write it as the folder's tokenizer."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / TOKENIZER_NAME
+        tokenizer.save(path)
+        folder.write(TOKENIZER_NAME, [path.read_bytes()])
