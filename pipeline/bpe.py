@@ -25,7 +25,7 @@ import pyarrow as pa
 from pipeline import bpe_kernels, bpe_merge_kernels, bpe_table_kernels
 from pipeline.bpe_files import PATTERNS, Pattern, Vocabulary, read_gpt2, read_tokenizer_json, write_tokenizer_json
 from pipeline.bpe_texts import TextBuffer, Texts, bytes_buffer, guess_bytes, require_texts, shares, text_buffers, utf8
-from pipeline.bpe_workspace import Arrays, PieceTable, new_scanner
+from pipeline.bpe_workspace import Arrays, PieceTable, new_merges, new_scanner
 from pipeline.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -305,27 +305,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _merges(self) -> tuple[bpe_merge_kernels.Merges, Arrays]:
-        """The merges as the kernels look them up, and the arrays that they consist of."""
-        pairs = np.array(self._vocabulary.merges, np.uint32).reshape(len(self._vocabulary.merges), 2)
-        byte_ids, merged_ids = np.array(self._byte_ids, np.uint32), np.array(self._merged_ids, np.uint32)
-        byte_ranks, neighbours = np.empty(1 << 16, np.uint32), _neighbours(self._vocabulary.tokens)
-        log_slots = max(4, (len(pairs) * 5 // 4).bit_length())
-        while True:
-            log_buckets = log_slots - 2
-            displacements, slots = np.zeros(1 << log_buckets, np.uint16), np.full(1 << log_slots, 2**64 - 1, np.uint64)
-            merges = bpe_merge_kernels.Merges(
-                byte_ids=byte_ids.ctypes.data,
-                neighbours=neighbours.ctypes.data,
-                byte_ranks=byte_ranks.ctypes.data,
-                merged_ids=merged_ids.ctypes.data,
-                displacements=displacements.ctypes.data,
-                slots=slots.ctypes.data,
-                bucket_shift=64 - log_buckets,
-                mask=slots.size - 1,
-            )
-            if bpe_merge_kernels.build_merges(pairs, merges):
-                return merges, [byte_ids, neighbours, byte_ranks, merged_ids, displacements, slots]
-            log_slots += 1
+        return new_merges(self._vocabulary.tokens, self._vocabulary.merges, self._byte_ids, self._merged_ids)
 
 
 class _Workspace(NamedTuple):
@@ -361,17 +341,6 @@ def cut(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
     ends = np.empty(len(data), np.int64)
     count = bpe_kernels.cut(buffer.address, len(data), PATTERN_NUMBERS[pattern], scanner, ends)
     return [data[start:stop] for start, stop in itertools.pairwise([0, *ends[:count].tolist()])]
-
-
-def _neighbours(tokens: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-    """Whether some token has two bytes side by side, at first << 8 | second: uint8 of 65,536, 0 or 1."""
-    content = np.frombuffer(b"".join(tokens), np.uint8).astype(np.int64)
-    last = np.cumsum([len(token) for token in tokens]) - 1
-    is_inside = np.ones(content.size, bool)
-    is_inside[last] = False  # what follows is another token's
-    found = np.zeros(1 << 16, np.uint8)
-    found[(content[:-1] << 8 | content[1:])[is_inside[:-1]]] = 1
-    return found
 
 
 def _check(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:

@@ -5,8 +5,8 @@
                                                                           new: merge, enter
 
 ``bpe_scan_kernels.py`` and ``bpe_cl100k_kernels.py`` cut, ``bpe_table_kernels.py`` looks up, ``bpe_merge_kernels.py``
-merges; here they are put together. Almost every piece of real text has been seen before: what counts is the way through
-``encode_batch`` that makes no detour.
+and ``bpe_tree_kernels.py`` merge; here they are put together. Almost every piece of real text has been seen before:
+what counts is the way through ``write_known``, which makes no detour.
 """
 
 # ruff: noqa: PLR0917  numba calls by position
@@ -19,8 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.bpe_cl100k_kernels import scan_cl100k
-from pipeline.bpe_memory_kernels import BLOCK_BYTES, get_32, get_64, load_word, signed, store_16, store_32, store_word
-from pipeline.bpe_merge_kernels import Merges, merge_parts, merge_short
+from pipeline.bpe_memory_kernels import (
+    BLOCK_BYTES,
+    ONE,
+    apart,
+    get_32,
+    get_64,
+    load_byte,
+    load_word,
+    signed,
+    store_16,
+    store_32,
+    store_word,
+    trailing_zeros,
+)
+from pipeline.bpe_merge_kernels import NOTHING, Merges, end_of_part, ends_of_parts, merge_short, tokens_of_two
 from pipeline.bpe_scan_kernels import Scanner, scan_gpt2
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
@@ -38,6 +51,7 @@ from pipeline.bpe_table_kernels import (
     use,
     used,
 )
+from pipeline.bpe_tree_kernels import merge_long
 from pipeline.kernel_cache import helper, inlined, kernel
 
 GPT2, CL100K = 0, 1  # patterns
@@ -46,6 +60,7 @@ MOST_PIECES = MAX_PIECES + BLOCK_BYTES  # that a scan may find
 MAX_CACHED_BYTES = 256  # longer pieces hardly ever come twice
 MOST_CACHED_BYTES = MOST_PIECES * (MAX_CACHED_BYTES + 8)  # that the pieces of a scan may take
 TABLE_IS_FULL = -1
+LOW_HALF = np.uint64(0xFFFFFFFF)
 INLINE_BYTES = 12  # of ids in an entry's payload; below the count
 
 DOCUMENT, POSITION, WRITTEN = 0, 1, 2  # indices of a cursor
@@ -146,24 +161,33 @@ def encode_documents(
 def encode_batch(text: int, start: int, ends: int, count: int, readable_end: int, encoder: Encoder, target: int) -> int:
     """Write the ids of count pieces from position start on to the target address; returns the address behind them."""
     address_batch(text, start, ends, count, readable_end, encoder.table, encoder.batch)
-    address = text + start
-    for piece in range(count):
-        stop = text + get_64(ends, piece)
-        key = encoder.batch + 24 * piece
+    piece = 0
+    while True:
+        piece, target = write_known(encoder.batch, piece, count, encoder.id_shift, target)
+        if piece == count:
+            return target
+        address = text + (get_64(ends, piece - 1) if piece > 0 else start)
+        length = text + get_64(ends, piece) - address
+        target = encode_rare(address, length, encoder.batch + 24 * piece, encoder, target)
+        piece += 1
+
+
+@helper
+def write_known(batch: int, piece: int, count: int, id_shift: int, target: int) -> tuple[int, int]:
+    """Write the ids of the pieces of a batch from the given one on, as long as they are in the entries where their
+    search begins; returns the first one that is not, or count, and the address behind the ids."""
+    apart()
+    while piece < count:
+        key = batch + 24 * piece
         entry = get_64(key, 2)
-        if holds(entry, key):
-            high = load_word(entry + 24)
-            store_word(target, load_word(entry + 16))
-            store_word(target + 8, high)
-            inline = signed(high >> HALF)
-            if inline > 0:
-                target += inline << encoder.id_shift
-            else:
-                target = write_spilled(entry, encoder, target)
-        else:
-            target = encode_rare(address, stop - address, key, encoder, target)
-        address = stop
-    return target
+        high = load_word(entry + 24)
+        if not holds(entry, key) or high >> HALF == EMPTY:
+            break
+        store_word(target, load_word(entry + 16))
+        store_word(target + 8, high)
+        target += signed(high >> HALF) << id_shift
+        piece += 1
+    return piece, target
 
 
 @inlined
@@ -185,71 +209,94 @@ def write_ids(ids: int, count: int, target: int, id_shift: int) -> int:
 
 
 @inlined
-def write_spilled(entry: int, encoder: Encoder, target: int) -> int:
-    """Write the ids of an entry that has too many to hold them; returns the address behind them."""
-    ids = encoder.table.spilled + 4 * signed(load_word(entry + 16))
-    return write_ids(ids, signed(load_word(entry + 24)), target, encoder.id_shift)
+def copy_ids(source: int, num_bytes: int, target: int) -> None:
+    """Copy ids, and up to 7 bytes behind."""
+    for offset in range(0, num_bytes, 8):
+        store_word(target + offset, load_word(source + offset))
 
 
 @inlined
 def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: int) -> int:
-    """Write the ids of a piece whose key is not in the first entry of its search; returns the address behind them."""
+    """Write the ids of a piece that write_known left; returns the address behind them."""
     table = encoder.table
     first, second, entry = load_word(key), load_word(key + 8), get_64(key, 2)
     if length <= SHORT_BYTES:
         entry = find_short(table, entry, first, second)
-    elif length <= MAX_CACHED_BYTES:
-        entry = find_long(table, entry, first, address, length)
-    if length > MAX_CACHED_BYTES or load_word(entry + 8) == EMPTY:
-        return encode_new(address, length, key, entry, encoder, target)
-    high = load_word(entry + 24)
+        if load_word(entry + 8) == EMPTY:
+            count = merge_short(address, length, encoder.merges, encoder.ids, encoder.ranks)
+            enter_key(table, entry, first, second, address, length)
+            stop = write_ids(encoder.ids, count, target, encoder.id_shift)
+            enter_payload(entry, target, stop - target, encoder)
+            return stop
+    else:
+        if length <= MAX_CACHED_BYTES:
+            entry = find_long(table, entry, first, address, length)
+        if length > MAX_CACHED_BYTES or load_word(entry + 8) == EMPTY:
+            stop = encode_long(address, length, encoder, target)
+            if length <= MAX_CACHED_BYTES:
+                enter_key(table, entry, first, second, address, length)
+                enter_payload(entry, target, stop - target, encoder)
+            return stop
+    low, high = load_word(entry + 16), load_word(entry + 24)
     if high >> HALF == EMPTY:
-        return write_spilled(entry, encoder, target)
-    store_word(target, load_word(entry + 16))
+        num_bytes = signed(high) << encoder.id_shift
+        copy_ids(table.spilled + 4 * signed(low), num_bytes, target)
+        return target + num_bytes
+    store_word(target, low)
     store_word(target + 8, high)
     return target + (signed(high >> HALF) << encoder.id_shift)
 
 
 @inlined
-def encode_new(address: int, length: int, key: int, entry: int, encoder: Encoder, target: int) -> int:
-    """Merge a piece that is not in the table and write its ids; enter it if it is short enough to come again. entry is
-    the empty one where it belongs."""
-    if length <= SHORT_BYTES:
-        count = merge_short(address, length, encoder.merges, encoder.ids, encoder.ranks)
-        enter(address, length, key, entry, encoder.ids, count, encoder)
-        return write_ids(encoder.ids, count, target, encoder.id_shift)
-    return encode_long(address, length, key, entry, encoder, target, np.empty(length, np.uint32))
+def enter_payload(entry: int, ids: int, num_bytes: int, encoder: Encoder) -> None:
+    """Fill the two payload words: up to 12 bytes of ids as they go to the output, and their number in the upper half of
+    the second word; or 0 there, below it their number, and in the first word where in table.spilled they are."""
+    count = np.uint64(num_bytes >> encoder.id_shift)
+    if num_bytes <= INLINE_BYTES:
+        store_word(entry + 16, load_word(ids))
+        store_word(entry + 24, load_word(ids + 8) & LOW_HALF | count << HALF)
+        return
+    offset = used(encoder.table, SPILLED)
+    copy_ids(ids, num_bytes, encoder.table.spilled + 4 * offset)
+    use(encoder.table, SPILLED, (num_bytes + 7) >> 3 << 1)
+    store_word(entry + 16, np.uint64(offset))
+    store_word(entry + 24, count)
 
 
 @helper
-def encode_long(
-    address: int, length: int, key: int, entry: int, encoder: Encoder, target: int, array: npt.NDArray[np.uint32]
-) -> int:
-    """encode_new for a piece above SHORT_BYTES; array (length,) is working space."""
+def encode_long(address: int, length: int, encoder: Encoder, target: int) -> int:
+    """Write the ids of a piece above SHORT_BYTES, part by part; returns the address behind them."""
+    apart()
+    merges, id_shift = encoder.merges, encoder.id_shift
+    end = address + length
+    while address < end:
+        ends = ends_of_parts(address, end, merges)
+        if ends == NOTHING:
+            size = end_of_part(address, end, merges) - address
+            target = encode_long_part(address, size, encoder, target, np.empty(size, np.uint32))
+            address += size
+        start = 0
+        while ends != NOTHING:
+            size = trailing_zeros(ends) + 1 - start
+            if size > 2:
+                count = merge_short(address + start, size, merges, encoder.ids, encoder.ranks)
+                target = write_ids(encoder.ids, count, target, id_shift)
+            elif address + start + 1 == end:  # one byte, and nothing behind it that could be read
+                write_id(get_32(merges.byte_ids, load_byte(address + start)), target, id_shift)
+                target += 1 << id_shift
+            else:
+                first, second, is_merged = tokens_of_two(address + start, merges)
+                write_id(first, target, id_shift)
+                write_id(second, target + (1 << id_shift), id_shift)
+                target += (1 if is_merged else size) << id_shift
+            start += size
+            ends &= ends - ONE
+        address += start
+    return target
+
+
+@helper
+def encode_long_part(address: int, length: int, encoder: Encoder, target: int, array: npt.NDArray[np.uint32]) -> int:
+    """encode_long for a part of any length; array (length,) is working space."""
     ids = array.ctypes.data
-    count = merge_parts(address, length, encoder.merges, ids, (encoder.ids, encoder.ranks))
-    if length <= MAX_CACHED_BYTES:
-        enter(address, length, key, entry, ids, count, encoder)
-    return write_ids(ids, count, target, encoder.id_shift)
-
-
-@inlined
-def enter(address: int, length: int, key: int, entry: int, ids: int, count: int, encoder: Encoder) -> None:
-    """Fill the empty entry of a piece and its ids; there is room."""
-    enter_key(encoder.table, entry, load_word(key), load_word(key + 8), address, length)
-    enter_payload(entry, ids, count, encoder)
-
-
-@inlined
-def enter_payload(entry: int, ids: int, count: int, encoder: Encoder) -> None:
-    """Fill the two payload words: up to 12 bytes of ids as they go to the output, and their number in the upper half of
-    the second word; or 0 there, below it their number, and in the first word where in table.spilled they are."""
-    if count << encoder.id_shift <= INLINE_BYTES:
-        write_ids(ids, count, entry + 16, encoder.id_shift)
-        store_32(entry + 28, np.uint64(count))
-        return
-    offset = used(encoder.table, SPILLED)
-    write_ids(ids, count, encoder.table.spilled + 4 * offset, 2)
-    use(encoder.table, SPILLED, count)
-    store_word(entry + 16, np.uint64(offset))
-    store_word(entry + 24, np.uint64(count))
+    return write_ids(ids, merge_long(address, length, encoder.merges, ids), target, encoder.id_shift)

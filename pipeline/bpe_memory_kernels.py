@@ -4,9 +4,9 @@ Memory is read and written through addresses (int64): arrays in tuples would cos
 and every index a look whether it is negative. Words are uint64 throughout: numba turns a sum of int64 and uint64 into
 float64 without a word.
 
-Two vector operations: ``byte_masks`` compares 64 bytes at a time and packs the answers into words, one bit a byte;
-``least`` finds the least of 16 numbers. They are written in LLVM's own terms, which become AVX-512, AVX2, SSE2 or NEON,
-as the machine has them.
+Vector operations: ``byte_masks`` compares 64 bytes at a time and packs the answers into words, one bit a byte;
+``least`` finds the least of 16 numbers in memory; ``Sixteen`` is 16 numbers in a register. They are written in LLVM's
+own terms, which become AVX-512, AVX2, SSE2 or NEON, as the machine has them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 
 from pipeline.kernel_cache import helper
 
@@ -29,6 +29,19 @@ TOP_BIT = np.uint64(63)
 _BYTE, _INT32, _WORD, _BOOL = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.IntType(1)
 _BLOCK = ir.VectorType(_BYTE, BLOCK_BYTES)
 _SIXTEEN = ir.VectorType(_INT32, 16)
+
+
+class Sixteen(types.Type):
+    """Sixteen uint32 as one value, which stays in a vector register."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Sixteen")
+
+
+@register_model(Sixteen)
+class _SixteenModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _SIXTEEN)
 
 
 def _loader(bits: int, result: Any) -> Any:
@@ -158,21 +171,87 @@ def _byte_masks(_typing_context: Any, _address: Any) -> Any:
     return types.UniTuple(types.uint64, 6)(types.int64), generate
 
 
+def _splat(builder: Any, value: Any) -> Any:
+    """A vector of 16 times the value."""
+    nothing = ir.Constant(_SIXTEEN, ir.Undefined)
+    first = builder.insert_element(nothing, value, _INT32(0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(_SIXTEEN, [0] * 16))
+
+
+def _reduce(builder: Any, vector: Any) -> Any:
+    """The least of 16."""
+    kind = ir.FunctionType(_INT32, [_SIXTEEN])
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.umin.v16i32"), [vector]
+    )
+
+
 def _least(_typing_context: Any, _address: Any) -> Any:
     """least(address): the least of the 16 uint32 there, and the first place where it is."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = builder.load(builder.inttoptr(arguments[0], _SIXTEEN.as_pointer()), align=1)
-        kind = ir.FunctionType(_INT32, [_SIXTEEN])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.umin.v16i32")
-        value = builder.call(reduce, [data])
-        every = builder.insert_element(ir.Constant(_SIXTEEN, ir.Undefined), value, _INT32(0))
-        every = builder.shuffle_vector(every, ir.Constant(_SIXTEEN, ir.Undefined), ir.Constant(_SIXTEEN, [0] * 16))
-        equal = builder.bitcast(builder.icmp_unsigned("==", data, every), ir.IntType(16))
+        value = _reduce(builder, data)
+        equal = builder.bitcast(builder.icmp_unsigned("==", data, _splat(builder, value)), ir.IntType(16))
         place = builder.cttz(builder.zext(equal, _WORD), ir.Constant(_BOOL, 1))
         return context.make_tuple(builder, signature.return_type, [builder.zext(value, _WORD), place])
 
     return types.UniTuple(types.int64, 2)(types.int64), generate
+
+
+def _load_sixteen(_typing_context: Any, _address: Any) -> Any:
+    """load_sixteen(address): the 16 uint32 there."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], _SIXTEEN.as_pointer()), align=1)
+
+    return Sixteen()(types.int64), generate
+
+
+def _least_lane(_typing_context: Any, _vector: Any) -> Any:
+    """least_lane(vector): the least of the 16."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.zext(_reduce(builder, arguments[0]), _WORD)
+
+    return types.int64(Sixteen()), generate
+
+
+def _with_lane(_typing_context: Any, _vector: Any, _place: Any, _value: Any) -> Any:
+    """with_lane(vector, place, value): the vector with another value at a place; the same where there is no such
+    place."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        vector, place, value = arguments
+        places = ir.Constant(_SIXTEEN, list(range(16)))
+        chosen = builder.icmp_unsigned("==", _splat(builder, builder.trunc(place, _INT32)), places)
+        return builder.select(chosen, _splat(builder, builder.trunc(value, _INT32)), vector)
+
+    return Sixteen()(Sixteen(), types.int64, types.int64), generate
+
+
+def _less(_typing_context: Any, _one: Any, _other: Any) -> Any:
+    """less(one, other): whether a number of one is below that of the other, one bit for each of the 16."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.zext(builder.bitcast(builder.icmp_unsigned("<", *arguments), ir.IntType(16)), _WORD)
+
+    return types.uint64(Sixteen(), Sixteen()), generate
+
+
+def _apart(_typing_context: Any) -> Any:
+    """apart(): keep the helper that calls this a function of its own.
+
+    A loop that is put into a large function shares the registers with all the rest of it, and has its variables in
+    memory. numba hands "inlined" down to the helpers of an inlined helper, so that nearly all of them would be.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        builder.function.attributes.discard("alwaysinline")
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 load_byte = _loader(8, types.int64)
@@ -193,6 +272,11 @@ ones: Any = intrinsic(_ones)
 prefetch: Any = intrinsic(_prefetch)
 byte_masks: Any = intrinsic(_byte_masks)
 least: Any = intrinsic(_least)
+load_sixteen: Any = intrinsic(_load_sixteen)
+least_lane: Any = intrinsic(_least_lane)
+with_lane: Any = intrinsic(_with_lane)
+less: Any = intrinsic(_less)
+apart: Any = intrinsic(_apart)
 
 
 @helper

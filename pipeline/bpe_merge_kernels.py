@@ -8,14 +8,16 @@ none is left:
     starts    1   1   1   1   0        "er" starts where e did; ranks of w+er, and er+what follows, are looked up
     starts    1   0   1   1   0        "lo", and so on
 
-Up to 64 bytes, the least of the ranks is found by looking at all of them, 16 at a time. A longer piece keeps them in a
-tree, in which every node is the least of the 16 below: a run of n letters takes n log n steps and not n squared.
+Up to 64 bytes, the least of the ranks is found by looking at all of them, 16 at a time; those of a piece of up to 16
+bytes stay in a register. Longer pieces are merged in bpe_tree_kernels.py.
+
+Half of the merges need no search (``merge_sure``). The border of two bytes has a rank too: the least of all merges that
+reach across it. Two bytes whose rank is below those of the borders on both sides are merged before anything can reach
+in from there, whatever happens elsewhere; so all such pairs of a piece are merged at once.
 
 No merge reaches across two bytes that are side by side in no token. GPT-2's tokens have 2,689 of the 65,536 pairs, so a
-line of Chinese falls apart into bits of one to three bytes, each merged by itself (``merge_parts``).
+line of Chinese falls apart into bits of one to three bytes, each merged by itself (``ends_of_parts``).
 """
-
-# ruff: noqa: PLR0917  numba calls by position
 
 from __future__ import annotations
 
@@ -30,29 +32,37 @@ from pipeline.bpe_memory_kernels import (
     get_32,
     leading_zeros,
     least,
+    least_lane,
+    less,
     load_16,
     load_byte,
+    load_sixteen,
     load_word,
     low_bits,
+    ones,
     put_32,
     signed,
     store_16,
     store_word,
     trailing_zeros,
+    with_lane,
 )
 from pipeline.kernel_cache import helper, inlined, kernel
 
 SHORT_MERGE_BYTES = 64  # a word of bits
+LANES = 16
+PLACE_BITS = np.uint64(4)  # below a rank in a lane, its place, so that the least has both
+NO_LANE = 0xFFFFFFF0  # and above: of no rank
+TWO_NO_LANES = np.uint64(0xFFFFFFF0FFFFFFF0)
 GUARD = 8  # entries in front of the working space of merge_short, and behind: what is left and right of a piece
+NOTHING = np.uint64(0)
+HALF = np.uint64(32)
 NO_TOKEN = (1 << 20) - 1  # an id that no token has
 NO_RANK = 0xFFFFFFFF
-MAX_TREE_LEVELS = 16
-NOTHING = np.uint64(0)
 RANK_BITS = np.uint64(24)
 RANK_MASK = np.uint64((1 << 24) - 1)
 TOKEN_BITS = np.uint64(20)  # so that two ids and a rank make a word
 WORD_SHIFT = np.uint64(3)
-HALF = np.uint64(32)
 STEP_BITS = np.uint64(16)
 STEP_MASK = np.uint64((1 << 16) - 1)
 MAX_DISPLACEMENTS = 1 << 16
@@ -61,7 +71,8 @@ MULTIPLIER_2 = np.uint64(0xD6E8FEB86659FD93)
 
 
 class Merges(NamedTuple):
-    """Which pairs of ids are merged, and to what. Addresses, but for the last two.
+    """Which pairs of ids are merged, and to what. Addresses, but for the last three. Two bytes are looked up in tables
+    of all 65,536 pairs, as they lie in memory: at first | second << 8.
 
     Pairs are found by a perfect hash ("hash and displace"): a pair's bucket has a displacement, which sends all its
     pairs to slots of their own. So a look-up is two reads and one comparison whether the pair is there or not; there is
@@ -69,11 +80,12 @@ class Merges(NamedTuple):
     """
 
     byte_ids: int  # uint32 of 256: id of every byte
-    neighbours: int  # uint8 of 65,536: whether some token has these two bytes side by side, at first << 8 | second
-    byte_ranks: int  # uint32 of 65,536: rank of every two bytes, at first << 8 | second, NO_RANK where not merged
+    neighbours: int  # uint8 of 65,536: whether some token has these two bytes side by side
+    byte_pairs: int  # uint64 of 65,536: rank of the border of these two bytes << 32 | rank of their merge, or NO_RANK
     merged_ids: int  # uint32: id that the merge of a rank makes
     displacements: int  # uint16 of every bucket
     slots: int  # uint64: left << 44 | right << 24 | rank of every merge; all ones where empty
+    first_merged_id: int  # that the first merge makes, if those of the others follow in order; else -1
     bucket_shift: int  # 64 - log2(buckets)
     mask: int  # slots - 1
 
@@ -110,7 +122,8 @@ def rank_of(merges: Merges, left: int, right: int) -> int:
 
 @kernel
 def build_merges(pairs: npt.NDArray[np.uint32], merges: Merges) -> bool:
-    """Enter every row (left, right) of pairs, whose rank is its number, and the pairs of bytes; slots are empty.
+    """Enter every row (left, right) of pairs, whose rank is its number, and the ranks of the pairs of bytes; slots are
+    empty, and so are the lower halves of byte_pairs.
 
     Large buckets come first, when slots are free. False: a bucket found no displacement, more slots are needed.
     """
@@ -136,7 +149,7 @@ def build_merges(pairs: npt.NDArray[np.uint32], merges: Merges) -> bool:
     for first in range(256):
         for second in range(256):
             rank = rank_of(merges, get_32(merges.byte_ids, first), get_32(merges.byte_ids, second))
-            put_32(merges.byte_ranks, first << 8 | second, rank)
+            put_32(merges.byte_pairs, 2 * (first | second << 8), rank)
     return True
 
 
@@ -162,24 +175,92 @@ def place_bucket(pairs: npt.NDArray[np.uint32], ranks: npt.NDArray[np.int64], bu
 
 
 @inlined
+def merged_id(merges: Merges, rank: int) -> int:
+    """Id that the merge of a rank makes."""
+    return merges.first_merged_id + rank if merges.first_merged_id >= 0 else get_32(merges.merged_ids, rank)
+
+
+@inlined
 def begin(address: int, length: int, merges: Merges, ids: int, ranks: int) -> None:
     """A token for every byte, and the ranks of all neighbours."""
-    before = load_byte(address)
-    put_32(ids, 0, get_32(merges.byte_ids, before))
+    put_32(ids, 0, get_32(merges.byte_ids, load_byte(address)))
     for place in range(1, length):
-        byte = load_byte(address + place)
-        put_32(ids, place, get_32(merges.byte_ids, byte))
-        put_32(ranks, place - 1, get_32(merges.byte_ranks, before << 8 | byte))
-        before = byte
+        put_32(ids, place, get_32(merges.byte_ids, load_byte(address + place)))
+        put_32(ranks, place - 1, get_32(merges.byte_pairs, 2 * load_16(address + place - 1)))
 
 
-@helper
+@inlined
 def merge_short(address: int, length: int, merges: Merges, ids: int, ranks: int) -> int:
     """Ids of a piece of at most SHORT_MERGE_BYTES into ids; returns how many.
 
     ids, ranks: uint32 of so many, with GUARD more on both sides: ids[-1] and ids[SHORT_MERGE_BYTES] are NO_TOKEN, which
     merges with nothing, so that the first and the last token are like all others.
     """
+    if length <= LANES:
+        return merge_in_register(address, length, merges, ids, ranks)
+    return merge_in_memory(address, length, merges, ids, ranks)
+
+
+@helper
+def merge_in_register(address: int, length: int, merges: Merges, ids: int, ranks: int) -> int:
+    """merge_short up to LANES bytes; a lane is a rank << PLACE_BITS | its place."""
+    starts = merge_sure(address, length, merges, ids, ranks)
+    lanes = load_sixteen(ranks)
+    while True:
+        lane = least_lane(lanes)
+        if lane >= NO_LANE:
+            break
+        place = lane & (LANES - 1)
+        token = merged_id(merges, lane >> 4)
+        behind = starts & (ALL_ONES << ONE << np.uint64(place))
+        gone = trailing_zeros(behind)
+        starts ^= ONE << np.uint64(gone)
+        left, right = 63 - leading_zeros(starts & low_bits(place)), trailing_zeros(behind & starts)
+        put_32(ids, place, token)
+        lanes = with_lane(lanes, gone, NO_LANE)
+        lanes = with_lane(lanes, place, rank_of(merges, token, get_32(ids, right)) << 4 | place)
+        lanes = with_lane(lanes, left, rank_of(merges, get_32(ids, left), token) << 4 | left)
+    return close_up(starts, ids)
+
+
+@inlined
+def merge_sure(address: int, length: int, merges: Merges, ids: int, ranks: int) -> np.uint64:
+    """Merge the pairs of bytes that are merged whatever comes. Returns where tokens start, writes them to ids and the
+    lanes of their pairs to ranks, of which it uses 36."""
+    borders = ranks + 4 * (LANES + 1)
+    for two in range(LANES + 2):
+        store_word(ranks + 8 * two, TWO_NO_LANES)
+    put_32(ids, 0, get_32(merges.byte_ids, load_byte(address)))
+    for place in range(length - 1):
+        pair = load_word(merges.byte_pairs + 8 * load_16(address + place))
+        put_32(ids, place + 1, get_32(merges.byte_ids, load_byte(address + place + 1)))
+        put_32(ranks, place, signed(pair << PLACE_BITS) | place)
+        put_32(borders, place, signed(pair >> HALF << PLACE_BITS))
+    starts = ALL_ONES >> np.uint64(SHORT_MERGE_BYTES - length)
+    lanes = load_sixteen(ranks)
+    sure = less(lanes, load_sixteen(borders - 4)) & less(lanes, load_sixteen(borders + 4))  # never two side by side
+    if sure == NOTHING:
+        return starts
+    starts ^= sure << ONE
+    while sure != NOTHING:
+        place = trailing_zeros(sure)
+        put_32(ids, place, merged_id(merges, (get_32(ranks, place) & NO_RANK) >> 4))
+        put_32(ranks, place + 1, NO_LANE)
+        sure &= sure - ONE
+    place = 0
+    behind = starts & (starts - ONE)
+    while behind != NOTHING:
+        right = trailing_zeros(behind)
+        put_32(ranks, place, rank_of(merges, get_32(ids, place), get_32(ids, right)) << 4 | place)
+        place = right
+        behind &= behind - ONE
+    put_32(ranks, place, NO_LANE)
+    return starts
+
+
+@helper
+def merge_in_memory(address: int, length: int, merges: Merges, ids: int, ranks: int) -> int:
+    """merge_short for any length."""
     blocks = (length + 15) >> 4  # of 16
     for pair in range(8 * blocks):
         store_word(ranks + 8 * pair, ALL_ONES)
@@ -193,7 +274,7 @@ def merge_short(address: int, length: int, merges: Merges, ids: int, ranks: int)
                 rank, place = other_rank, 16 * block + other_place
         if rank == NO_RANK:
             break
-        token = get_32(merges.merged_ids, rank)
+        token = merged_id(merges, rank)
         behind = starts & (ALL_ONES << ONE << np.uint64(place))
         gone = trailing_zeros(behind)
         starts ^= ONE << np.uint64(gone)
@@ -202,183 +283,45 @@ def merge_short(address: int, length: int, merges: Merges, ids: int, ranks: int)
         put_32(ranks, gone, NO_RANK)
         put_32(ranks, place, rank_of(merges, token, get_32(ids, right)))
         put_32(ranks, left, rank_of(merges, get_32(ids, left), token))
-    count = 0
-    while starts != NOTHING:
-        put_32(ids, count, get_32(ids, trailing_zeros(starts)))
-        starts &= starts - ONE
-        count += 1
+    return close_up(starts, ids)
+
+
+@inlined
+def close_up(starts: np.uint64, ids: int) -> int:
+    """Move the ids where tokens start side by side, four at a time, and rubbish behind; returns how many."""
+    count = ones(starts)
+    for done in range(0, count, 4):
+        for index in range(4):
+            put_32(ids, done + index, get_32(ids, trailing_zeros(starts)))
+            starts &= starts - ONE
     return count
 
 
-@helper
-def merge_parts(address: int, length: int, merges: Merges, ids: int, scratch: tuple[int, int]) -> int:
-    """Ids of a piece of any length into ids, uint32 of length; returns how many. scratch: ids and ranks of
-    merge_short."""
-    count = 0
-    start = 0
-    while start < length:
-        stop = start + 1
-        before = load_byte(address + start)
-        while stop < length:
-            byte = load_byte(address + stop)
-            if load_byte(merges.neighbours + (before << 8 | byte)) == 0:
-                break
-            before = byte
-            stop += 1
-        count += merge_part(address + start, stop - start, merges, ids + 4 * count, scratch)
-        start = stop
-    return count
+@inlined
+def ends_of_parts(address: int, end: int, merges: Merges) -> np.uint64:
+    """A bit for each of the up to 64 bytes from the address on: whether no merge reaches from it to the next byte."""
+    count = min(64, end - address - 1)
+    linked = NOTHING
+    for place in range(count):
+        linked |= np.uint64(load_byte(merges.neighbours + load_16(address + place))) << np.uint64(place)
+    return ~linked & (low_bits(count + 1) if count < 63 else ALL_ONES)
 
 
 @helper
-def merge_part(address: int, length: int, merges: Merges, ids: int, scratch: tuple[int, int]) -> int:
-    """The same for a part in which merges may reach anywhere."""
-    first = load_byte(address)
-    if length == 1:
-        put_32(ids, 0, get_32(merges.byte_ids, first))
-        return 1
-    if length == 2:
-        second = load_byte(address + 1)
-        rank = get_32(merges.byte_ranks, first << 8 | second) & NO_RANK
-        put_32(ids, 0, get_32(merges.merged_ids, rank) if rank != NO_RANK else get_32(merges.byte_ids, first))
-        put_32(ids, 1, get_32(merges.byte_ids, second))
-        return 1 if rank != NO_RANK else 2
-    if length > SHORT_MERGE_BYTES:
-        return merge_long(address, length, merges, ids)
-    short_ids, short_ranks = scratch
-    count = merge_short(address, length, merges, short_ids, short_ranks)
-    for index in range(count):
-        put_32(ids, index, get_32(short_ids, index))
-    return count
+def end_of_part(address: int, end: int, merges: Merges) -> int:
+    """Where the part that begins at the address ends."""
+    address += 1
+    while address < end and load_byte(merges.neighbours + load_16(address - 1)) != 0:
+        address += 1
+    return address
 
 
-@helper
-def merge_long(address: int, length: int, merges: Merges, ids: int) -> int:
-    """Ids of a piece of any length into ids, uint32 of length; returns how many. O(n log n), 4.4 bytes a byte."""
-    levels = np.empty(MAX_TREE_LEVELS, np.int64)
-    num_levels = tree_levels(length, levels)
-    tree = np.full(levels[num_levels], np.uint32(NO_RANK), np.uint32)
-    starts = np.zeros((length >> 6) + 1, np.uint64)
-    # numba frees an array after its last use by name: the addresses are taken where the caller still holds it.
-    return merge_in_tree(address, length, merges, ids, tree, Tree(levels, num_levels), starts)
-
-
-@helper
-def merge_in_tree(
-    address: int,
-    length: int,
-    merges: Merges,
-    ids: int,
-    ranks: npt.NDArray[np.uint32],
-    shape: Tree,
-    starts: npt.NDArray[np.uint64],
-) -> int:
-    """The work of merge_long, in arrays that it has made."""
-    tree = ranks.ctypes.data
-    begin(address, length, merges, ids, tree)
-    build_tree(tree, shape)
-    for place in range(length):
-        starts[place >> 6] |= ONE << np.uint64(place & 63)
-    while True:
-        rank, place = least_of_tree(tree, shape)
-        if rank == NO_RANK:
-            break
-        token = get_32(merges.merged_ids, rank)
-        put_32(ids, place, token)
-        gone = start_behind(starts, place)
-        starts[gone >> 6] ^= ONE << np.uint64(gone & 63)
-        set_rank(tree, shape, gone, NO_RANK)
-        right, left = start_behind(starts, place), start_before(starts, place)
-        set_rank(tree, shape, place, rank_of(merges, token, get_32(ids, right)) if right >= 0 else NO_RANK)
-        if left >= 0:
-            set_rank(tree, shape, left, rank_of(merges, get_32(ids, left), token))
-    count = 0
-    place = 0
-    while place >= 0:
-        put_32(ids, count, get_32(ids, place))
-        count += 1
-        place = start_behind(starts, place)
-    return count
-
-
-@helper
-def start_behind(starts: npt.NDArray[np.uint64], place: int) -> int:
-    """The next place where a token starts, -1 if there is none."""
-    word = (place + 1) >> 6
-    bits = starts[word] & (ALL_ONES << np.uint64((place + 1) & 63)) if word < starts.size else NOTHING
-    while bits == NOTHING:
-        word += 1
-        if word >= starts.size:
-            return -1
-        bits = starts[word]
-    return word << 6 | trailing_zeros(bits)
-
-
-@helper
-def start_before(starts: npt.NDArray[np.uint64], place: int) -> int:
-    """The place before where a token starts, -1 if there is none."""
-    word = place >> 6
-    bits = starts[word] & low_bits(place & 63)
-    while bits == NOTHING:
-        word -= 1
-        if word < 0:
-            return -1
-        bits = starts[word]
-    return word << 6 | 63 - leading_zeros(bits)
-
-
-# --- the tree: level 0 has a rank for every place, every further one the least of 16 neighbours below -----------------
-
-
-class Tree(NamedTuple):
-    """Where the levels of a tree are."""
-
-    levels: npt.NDArray[np.int64]  # index of the first rank of each, and behind the last one the number of all
-    num_levels: int
-
-
-@helper
-def tree_levels(length: int, levels: npt.NDArray[np.int64]) -> int:
-    """Write Tree.levels; returns Tree.num_levels. Levels consist of whole blocks of 16, the last of one."""
-    size = (length + 15) >> 4 << 4
-    levels[0] = 0
-    levels[1] = size
-    num_levels = 1
-    while size > 16:
-        size = ((size >> 4) + 15) >> 4 << 4
-        num_levels += 1
-        levels[num_levels] = levels[num_levels - 1] + size
-    return num_levels
-
-
-@helper
-def build_tree(tree: int, shape: Tree) -> None:
-    """Fill the upper levels."""
-    for level in range(1, shape.num_levels):
-        below, here = shape.levels[level - 1], shape.levels[level]
-        for block in range((here - below) >> 4):
-            rank, _ = least(tree + 4 * (below + 16 * block))
-            put_32(tree, here + block, rank)
-
-
-@helper
-def least_of_tree(tree: int, shape: Tree) -> tuple[int, int]:
-    """The least rank and the first place that has it."""
-    place = 0
-    rank = NO_RANK
-    for level in range(shape.num_levels - 1, -1, -1):
-        rank, child = least(tree + 4 * (shape.levels[level] + 16 * place))
-        place = 16 * place + child
-    return rank, place
-
-
-@helper
-def set_rank(tree: int, shape: Tree, place: int, rank: int) -> None:
-    """Change the rank of a place, and what follows from it above."""
-    put_32(tree, place, rank)
-    for level in range(1, shape.num_levels):
-        rank, _ = least(tree + 4 * (shape.levels[level - 1] + (place >> 4 << 4)))
-        place >>= 4
-        if get_32(tree, shape.levels[level] + place) & NO_RANK == rank:
-            return
-        put_32(tree, shape.levels[level] + place, rank)
+@inlined
+def tokens_of_two(address: int, merges: Merges) -> tuple[int, int, bool]:
+    """Two bytes: the id of the first or of both together, the id of the second, whether they are merged. Without a
+    branch: no processor could guess which of them Chinese takes."""
+    rank = get_32(merges.byte_pairs, 2 * load_16(address)) & NO_RANK
+    is_merged = rank != NO_RANK
+    merged = merged_id(merges, rank if is_merged else 0)
+    first = get_32(merges.byte_ids, load_byte(address))
+    return merged if is_merged else first, get_32(merges.byte_ids, load_byte(address + 1)), is_merged

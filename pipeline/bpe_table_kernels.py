@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.bpe_memory_kernels import (
+    apart,
     get_64,
     load_byte,
     load_word,
@@ -58,8 +59,8 @@ class Table(NamedTuple):
     key_masks: int  # uint64 of 32: see key_masks()
     kept_bytes: int  # uint8: of every long piece 8 bytes of length, then the piece
     kept_room: int  # its size
-    spilled: int  # uint32: ids of pieces that have more than fit into an entry
-    spilled_room: int  # its size
+    spilled: int  # ids of pieces that have more than fit into an entry, in units of 4 bytes
+    spilled_room: int  # its size in units
     used: int  # int64 of 3: entries, spilled, kept_bytes in use
 
 
@@ -120,10 +121,11 @@ def long_hash(address: int, length: int) -> np.uint64:
     return state ^ state >> HALF
 
 
-@inlined
+@helper
 def address_batch(text: int, start: int, ends: int, count: int, readable_end: int, table: Table, batch: int) -> None:
     """First pass: keys and home entries of count pieces, which begin at position start and end where ends says, into
     the batch. Pieces of a kind that is not looked up get their key all the same."""
+    apart()
     address = text + start
     for piece in range(count):
         stop = text + get_64(ends, piece)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.bpe_memory_kernels import BLOCK_BYTES
+from pipeline.bpe_merge_kernels import NO_RANK, Merges, build_merges
 from pipeline.bpe_scan_kernels import END_SLACK, Scanner
 from pipeline.bpe_table_kernels import ENTRY_BYTES, KEPT_BYTES, Table, key_masks, rehash
 from pipeline.unicode_table import character_classes
@@ -43,6 +45,61 @@ def new_scanner(max_pieces: int) -> tuple[Scanner, Arrays]:
     ends, block = np.empty(max_pieces + BLOCK_BYTES + END_SLACK, np.int64), np.zeros(BLOCK_BYTES, np.uint8)
     classes = character_classes()
     return Scanner(classes.ctypes.data, ends.ctypes.data, max_pieces, block.ctypes.data), [ends, block, classes]
+
+
+def new_merges(
+    tokens: Sequence[bytes], merges: Sequence[tuple[int, int]], byte_ids: list[int], merged_ids: list[int]
+) -> tuple[Merges, Arrays]:
+    """The merges of a vocabulary as the kernels look them up, and the arrays that they consist of. byte_ids: of the 256
+    bytes; merged_ids: what every merge makes."""
+    pairs = np.array(merges, np.uint32).reshape(len(merges), 2)
+    byte_array, merged_array = np.array(byte_ids, np.uint32), np.array(merged_ids, np.uint32)
+    byte_pairs, neighbours = _borders(tokens, pairs), _neighbours(tokens)
+    log_slots = max(4, (len(pairs) * 5 // 4).bit_length())
+    while True:
+        log_buckets = log_slots - 2
+        displacements, slots = np.zeros(1 << log_buckets, np.uint16), np.full(1 << log_slots, 2**64 - 1, np.uint64)
+        view = Merges(
+            byte_ids=byte_array.ctypes.data,
+            neighbours=neighbours.ctypes.data,
+            byte_pairs=byte_pairs.ctypes.data,
+            merged_ids=merged_array.ctypes.data,
+            displacements=displacements.ctypes.data,
+            slots=slots.ctypes.data,
+            first_merged_id=_first_in_order(merged_ids),
+            bucket_shift=64 - log_buckets,
+            mask=slots.size - 1,
+        )
+        if build_merges(pairs, view):
+            return view, [byte_array, neighbours, byte_pairs, merged_array, displacements, slots]
+        log_slots += 1
+
+
+def _neighbours(tokens: Sequence[bytes]) -> npt.NDArray[np.uint8]:
+    """Whether some token has two bytes side by side, at first | second << 8: uint8 of 65,536, 0 or 1."""
+    content = np.frombuffer(b"".join(tokens), np.uint8).astype(np.int64)
+    last = np.cumsum([len(token) for token in tokens]) - 1
+    is_inside = np.ones(content.size, bool)
+    is_inside[last] = False  # what follows is another token's
+    found = np.zeros(1 << 16, np.uint8)
+    found[(content[:-1] | content[1:] << 8)[is_inside[:-1]]] = 1
+    return found
+
+
+def _borders(tokens: Sequence[bytes], pairs: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """Least rank of a merge that reaches across two bytes, at first | second << 8 and in the upper half: uint64 of
+    65,536."""
+    edges = np.array([(token[0], token[-1]) if token else (0, 0) for token in tokens], np.int64)
+    ranks = np.full(1 << 16, NO_RANK, np.uint64)
+    across = edges[pairs[:, 0], 1] | edges[pairs[:, 1], 0] << 8
+    ranks[across[::-1]] = np.arange(len(pairs), dtype=np.uint64)[::-1]  # of several, the last one stays: the least
+    return ranks << np.uint64(32)
+
+
+def _first_in_order(ids: list[int]) -> int:
+    """The first of ids that follow one another without a gap, -1 if they do not."""
+    first = ids[0] if ids else 0
+    return first if ids == list(range(first, first + len(ids))) else -1
 
 
 class PieceTable:

@@ -177,6 +177,24 @@ def test_merging_is_as_it_is_defined(word: str, data: st.DataObject) -> None:
         assert tokenizer.encode(piece) == naive_ids(tokenizer, piece.encode())
 
 
+def test_ids_need_not_be_in_the_order_of_the_merges() -> None:
+    tokens, merges, special_tokens, _ = gpt2()._vocabulary
+    new_ids = np.random.default_rng(0).permutation(len(tokens))
+    moved = [b""] * len(tokens)
+    for new_id, token in zip(new_ids.tolist(), tokens, strict=True):
+        moved[new_id] = token
+    pairs = [(int(new_ids[left]), int(new_ids[right])) for left, right in merges]
+    tokenizer = Tokenizer(moved, pairs, {name: int(new_ids[old]) for name, old in special_tokens.items()})
+    for text in [
+        "Mississippi foxes internationalization",
+        "漢字かな混じり文を分かち書きせずに長く書く。",
+        "x" * 100,
+        "的一" * 40,
+        "é漢",
+    ]:
+        assert tokenizer.encode(text) == new_ids[gpt2().encode(text)].tolist()
+
+
 def test_a_tree_of_three_levels() -> None:
     piece = ("the quick brown fox".replace(" ", "") * 400)[: 16 * 16 * SHORT_MERGE_BYTES // 8 + 5]
     assert gpt2().encode(piece) == naive_ids(gpt2(), piece.encode())
