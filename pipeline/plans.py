@@ -194,7 +194,8 @@ def _divide(sizes: list[int], item_bytes: int) -> list[int]:
     """
     ends = list(itertools.accumulate(sizes, initial=0))
     best = _fill(ends, item_bytes)
-    low, high = ends[-1] // (len(best) - 1), item_bytes
+    low = sum(size for size in sizes if size <= item_bytes) // (len(best) - 1)
+    high = item_bytes
     while high - low > high // _PRECISION:
         middle = (low + high) // 2
         edges = _fill(ends, middle)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import docstrings, json_lines
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.pieces import COMPRESSIONS, Damage, Piece, WorkItem, open_piece, reading, text_chunks, unpacked
-from pipeline.segments import DAMAGED, SegmentFile, segments_of
+from pipeline.segments import DAMAGED, SegmentFile, by_piece
 
 _ARRAY_BYTES = 16_000_000  # of text in an array
 _ROWS = 4096  # of parquet at a time, at most
@@ -54,11 +54,10 @@ def read_item(
 def _pieces(
     item: WorkItem, skipped: Counter[str], segments: pa.Table | None, damaged: Damage | None
 ) -> Iterator[pa.Array]:
+    gathered = {} if segments is None else by_piece(segments)
     for number, piece in enumerate(item.pieces):
         try:
-            yield from _piece(
-                piece, item.text_column, skipped, segments_of(segments, number) if segments is not None else []
-            )
+            yield from _piece(piece, item.text_column, skipped, gathered.get(number, []))
         except DamagedInputError as error:
             if damaged is None:
                 raise

@@ -111,11 +111,14 @@ def needed_bytes(items: Sequence[WorkItem], open_file: OpenFile) -> int:
     return total + sum(footer.serialized_size for footer in footers.values())
 
 
-def segments_of(gathered: pa.Table, number: int) -> list[tuple[int, pa.Buffer]]:
-    """(start, data) of piece ``number``; nothing where it was left out. The data is not copied, as scalars are."""
-    pieces, starts = gathered["piece"].to_pylist(), gathered["start"].to_pylist()
+def by_piece(gathered: pa.Table) -> dict[int, list[tuple[int, pa.Buffer]]]:
+    """(start, data) of every piece that was not left out. The data is not copied, as scalars would be."""
+    found: dict[int, list[tuple[int, pa.Buffer]]] = {}
     rows = itertools.chain.from_iterable(_buffers(chunk) for chunk in gathered["data"].chunks)
-    return [(start, data) for piece, start, data in zip(pieces, starts, rows, strict=True) if piece == number]
+    pieces, starts = gathered["piece"].to_pylist(), gathered["start"].to_pylist()
+    for piece, start, data in zip(pieces, starts, rows, strict=True):
+        found.setdefault(piece, []).append((start, data))
+    return found
 
 
 def _buffers(values: Any) -> Iterator[pa.Buffer]:

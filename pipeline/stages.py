@@ -72,19 +72,25 @@ class EncodeJob:
 def download(row: ItemRow, cache_bytes: int) -> Iterator[ItemRow]:
     """The items of a fetch unit, each with the bytes that it needs of remote files."""
     items = plans.load_plan(row.item.encode())
-    cache = Cache(node_cache("downloads"), cache_bytes)
+    num_fetched = 0
+    try:
+        for fetched in _fetch(items, Cache(node_cache("downloads"), cache_bytes)):
+            yield fetched
+            num_fetched += 1
+    except UserError as error:  # of a file that the others share
+        yield from (mistake(item.to_json(), error, {}) for item in items[num_fetched:])
+
+
+def _fetch(items: list[WorkItem], cache: Cache) -> Iterator[ItemRow]:
     file = items[0].pieces[0].file
     is_one_file = file is not None and all(piece.file == file for item in items for piece in item.pieces)
-    try:
-        if not is_one_file or file is None:
-            yield from (_gathered(item, functools.partial(_open_cached, cache)) for item in items)
-        elif needed_bytes(items, _open_remote) < _WHOLE_FILE_SHARE * file.size_bytes:
-            yield from (_gathered(item, _open_remote) for item in items)
-        else:
-            with cache.file(file) as path:
-                yield from (_gathered(item, lambda _: path.open("rb")) for item in items)
-    except UserError as error:  # of the file that all share
-        yield from (mistake(item.to_json(), error, {}) for item in items)
+    if not is_one_file or file is None:
+        yield from (_gathered(item, functools.partial(_open_cached, cache)) for item in items)
+    elif needed_bytes(items, _open_remote) < _WHOLE_FILE_SHARE * file.size_bytes:
+        yield from (_gathered(item, _open_remote) for item in items)
+    else:
+        with cache.file(file) as path:
+            yield from (_gathered(item, lambda _: path.open("rb")) for item in items)
 
 
 def _gathered(item: WorkItem, open_file: Callable[[Piece], BinaryIO]) -> ItemRow:

@@ -203,7 +203,7 @@ def test_hub_plan_pins_the_commit(hub: FakeHub) -> None:
     source = find(f"hf://datasets/{NAME}/data")
     items = make_plan(source.layouts("text"), text_column="text", item_bytes=1)
     assert [item.label for item in items][:2] == ["data/a.parquet row groups 0-1", "data/a.parquet row groups 1-2"]
-    assert [entry.version.partition(":")[0] for entry in source.inputs()] == ["sha256"] * 2
+    assert [entry.version.partition(":")[0] for entry in source.inputs()] == [f"{'a' * 40} sha256"] * 2
     assert source.pinned == f"hf://datasets/{NAME}@{'a' * 40}/data"
     hub.push("b" * 40, {"data/a.parquet": b"moved on"})
     assert read_items(items) == read_gathered(items) == [*TEXTS, "b1", "b2", "b3"]
