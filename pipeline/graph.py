@@ -122,12 +122,25 @@ def _execute(
         )
     most = num_workers if download is not None else min(num_workers, len(blocks))  # more than blocks: a warning
     strategy = ray.data.TaskPoolStrategy(size=most)
-    for function, arguments in steps:
-        dataset = dataset.map_batches(function, fn_kwargs=arguments, compute=strategy, **options)
+    dataset = dataset.map_batches(_in_turn, fn_kwargs={"steps": steps}, compute=strategy, **options)
     table: Any
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for index in range(table.num_rows):
             yield ItemRow.from_table(table.slice(index, 1))
+
+
+def _in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
+    """The stages of one item, row by row, before the next item begins.
+
+    As stages of their own, which Ray fuses, each would go on until Ray's buffer behind it holds 128 MB: a worker that is
+    killed would take many encoded items with it, and all of them would count as attempted.
+    """
+    function, arguments = steps[0]
+    for result in function(table, **arguments):
+        if len(steps) > 1:
+            yield from _in_turn(result, steps[1:])
+        else:
+            yield result
 
 
 def _quiet_ray_data() -> None:

@@ -74,7 +74,7 @@ class WebFile:
 
     def _ask_for_ranges(self) -> bool:
         with self._get(0, 1) as response:
-            return bool(response.status_code == 206)
+            return _is_part(response)
 
     @contextlib.contextmanager
     def _get(self, start: int, stop: int) -> Iterator[Any]:
@@ -146,6 +146,7 @@ def describe(url: str, where: str) -> tuple[int, str]:
             if response.status_code not in (200, 206, 416):
                 response.read()
                 raise _refusal(where, response)
+            _is_part(response)
             size_bytes, version = total_bytes(response), version_of(response.headers)
         if size_bytes is None:
             raise UserError(
@@ -172,6 +173,13 @@ def total_bytes(response: Any) -> int | None:
     else:
         length = response.headers.get("Content-Range", "").rpartition("/")[2]
     return int(length) if length.isdigit() else None
+
+
+def _is_part(response: Any) -> bool:
+    """Whether the server sent the one byte that it was asked for; it is read, so that the connection is used again."""
+    if response.status_code == 206:
+        response.read()
+    return bool(response.status_code == 206)
 
 
 def _first_byte(response: Any) -> int:

@@ -117,13 +117,12 @@ class FileHandler(BaseHTTPRequestHandler):
             return self.send_body(fault.status, b"refused", fault.headers)
         content = content if fault.content is None else fault.content
         total = len(content) if fault.total_bytes is None else fault.total_bytes
-        headers = {**headers, **fault.headers}
         if part is None:
-            return self.send_body(200, content, headers, cut_after=fault.cut_after)
+            return self.send_body(200, content, {**headers, **fault.headers}, cut_after=fault.cut_after)
         if start >= len(content):
             return self.send_body(416, b"", {"Content-Range": f"bytes */{total}"})
         body = content[start:stop]
-        headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{total}"
+        headers = {**headers, "Content-Range": f"bytes {start}-{start + len(body) - 1}/{total}", **fault.headers}
         return self.send_body(206, body, headers, cut_after=fault.cut_after)
 
     def send_body(self, status: int, body: bytes, headers: dict[str, str], *, cut_after: int | None = None) -> None:
@@ -148,9 +147,9 @@ class FileHandler(BaseHTTPRequestHandler):
             chunk = body[first : first + (1 << 18)]
             if traffic.bytes_per_second:
                 time.sleep(len(chunk) / traffic.bytes_per_second)
-            self.wfile.write(chunk)
-            with traffic.lock:
+            with traffic.lock:  # before the client has it, and the test goes on
                 traffic.sent_bytes += len(chunk)
+            self.wfile.write(chunk)
 
 
 class FileServer(ThreadingHTTPServer):

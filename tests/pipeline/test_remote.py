@@ -322,7 +322,8 @@ def test_another_length_than_announced(place: Place) -> None:
 
 def test_a_server_that_sends_another_part(http: Place) -> None:
     file = http.put("a.bin", CONTENT)
-    http.fail(headers={"Content-Range": f"bytes 5-{len(CONTENT)}/{len(CONTENT)}"}, content=CONTENT, after=1)
+    headers = {"Content-Range": f"bytes 5-{RANGE_BYTES + 4}/{len(CONTENT)}"}
+    http.fail(headers=headers, content=CONTENT[5:] + CONTENT[:5], after=1)
     assert is_whole(file)
 
 
