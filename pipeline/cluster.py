@@ -89,6 +89,7 @@ def connect(*, num_cpus: int) -> None:
         ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path())
     else:
         ray.init(
+            address="local",  # not the cluster that somebody else started on this machine
             num_cpus=num_cpus,
             include_dashboard=True,  # without it Ray Train warns once a second
             dashboard_host="127.0.0.1",

@@ -122,14 +122,14 @@ def _execute(
         )
     most = num_workers if download is not None else min(num_workers, len(blocks))  # more than blocks: a warning
     strategy = ray.data.TaskPoolStrategy(size=most)
-    dataset = dataset.map_batches(_in_turn, fn_kwargs={"steps": steps}, compute=strategy, **options)
+    dataset = dataset.map_batches(in_turn, fn_kwargs={"steps": steps}, compute=strategy, **options)
     table: Any
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for index in range(table.num_rows):
             yield ItemRow.from_table(table.slice(index, 1))
 
 
-def _in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
+def in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
     """The stages of one item, row by row, before the next item begins.
 
     As stages of their own, which Ray fuses, each would go on until Ray's buffer behind it holds 128 MB: a worker that is
@@ -138,7 +138,7 @@ def _in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
     function, arguments = steps[0]
     for result in function(table, **arguments):
         if len(steps) > 1:
-            yield from _in_turn(result, steps[1:])
+            yield from in_turn(result, steps[1:])
         else:
             yield result
 

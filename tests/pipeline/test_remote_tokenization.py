@@ -44,7 +44,13 @@ def ray_with_servers(
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_TOKEN", "hf_secret")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": variables},
+        )
         yield
         ray.shutdown()
     assert not [path for path in Path(variables["GPT25_CACHE"]).rglob("*") if path.suffix == ".part"]
