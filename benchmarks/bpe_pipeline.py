@@ -20,14 +20,17 @@ from typing import Any
 from unittest import mock
 
 import gigatoken
-import pyarrow as pa
 import pyarrow.parquet as pq
 from gigatoken.gigatoken_rs import ParquetFileSource
 
 from benchmarks.bpe_report import ROOT, Row, Seconds, Section, Spread, Target, measure
-from pipeline import ledger, readers, sources, stages
+from benchmarks.data_material import make_job
+from pipeline import documents, graph, readers, stages
 from pipeline.bpe import Tokenizer
 from pipeline.config import TokenizeConfig
+from pipeline.pieces import WorkItem
+from pipeline.stage_rows import ItemRow
+from pipeline.storage import LocalFolder
 
 DECODING, VALIDATION, BLANKS = "parquet decoding", "UTF-8 validation", "blank filter"
 HASH, ENCODING, PREFIX = "split by hash", "encoding", "end-of-text ids"
@@ -91,11 +94,11 @@ class Stopwatch:
         places: list[tuple[Any, str, str]] = [
             (readers, "_require_utf8", VALIDATION),
             (readers, "_without_blanks", BLANKS),
-            (stages, "split_by_hash", HASH),
-            (stages, "encode_documents", PREFIX),
+            (documents, "split_by_hash", HASH),
+            (documents, "encode_documents", PREFIX),
             (Tokenizer, "encode_batch", ENCODING),
             (Tokenizer, "encode_arrow", ENCODING),
-            (stages, "write_shard", SHARDS),
+            (LocalFolder, "write", SHARDS),
         ]
         with contextlib.ExitStack() as stack:
             decoding = self.iterate(DECODING, pq.ParquetFile.iter_batches)
@@ -152,41 +155,34 @@ def corpus(tokenizer: Tokenizer, paths: Sequence[Path], column: str, repeats: in
 
 def _job(tokenizer: Tokenizer, paths: Sequence[Path], column: str) -> tuple[Stopwatch, float]:
     """The stages on every work item, into a folder that is thrown away; seconds and MB of text."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, output = Path(folder) / "source", Path(folder) / "output"
+    with tempfile.TemporaryDirectory() as temporary:
+        given, file = Path(temporary) / "source", Path(temporary) / "tokenizer.json"
         given.mkdir()
         for path in paths:
             (given / path.name).symlink_to(path.absolute())
-        config = TokenizeConfig(source=str(given), output=str(output), text_column=column)
-        source, settings = sources.find(config.source), ledger.settings_of(config, tokenizer.fingerprint)
-        inputs = tuple(source.inputs())
-        run = ledger.RunRecord(source=config.source, pinned=source.pinned, settings=settings, inputs=inputs)
-        ledger.claim(output, run)
-        tokenizer.save(output / ledger.TOKENIZER_NAME)
-        job = stages.EncodeJob(
-            output=str(output),
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            settings=json.dumps(settings, sort_keys=True),
-            val_fraction=config.val_fraction,
-        )
-        items = sources.plan(source, text_column=column, item_bytes=config.item_bytes)
-        return _timed_job(items, job, tokenizer.vocab_size)
+        tokenizer.save(file)
+        output = str(Path(temporary) / "output")
+        items, job = make_job(TokenizeConfig(source=str(given), output=output, text_column=column, tokenizer=str(file)))
+        return _timed_job(items, job)
 
 
-def _timed_job(items: Sequence[sources.WorkItem], job: stages.EncodeJob, vocab_size: int) -> tuple[Stopwatch, float]:
-    """The three stages, with a tokenizer that has loaded its files and has seen no text."""
+def _timed_job(items: Sequence[WorkItem], job: stages.EncodeJob) -> tuple[Stopwatch, float]:
+    """Both stages, with a tokenizer that has loaded its files and has seen no text."""
     stages._load_tokenizer.cache_clear()
-    stages._load_tokenizer(str(Path(job.output) / ledger.TOKENIZER_NAME), job.tokenizer_fingerprint).encode("loaded")
+    stages._load_tokenizer(job.output, job.tokenizer_fingerprint).encode("loaded")
+    steps: graph.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
     text_bytes = 0
     watch = Stopwatch()
     with watch.patched():
         for item in items:
-            with watch.running(JOINING):  # what the stage does besides the functions that are patched
-                row = stages.download(pa.table({"item": [item.to_json()]}), output=job.output, verb="encode")
-            row = stages.write(stages.encode(row, job=job), job=job, vocab_size=vocab_size)
-            if "error" in row.column_names:
-                raise SystemExit(f"error: {row['error'][0].as_py()}")
-            text_bytes += row["text_bytes"][0].as_py()
+            with watch.running(JOINING):  # what the stages do besides the functions that are patched
+                rows = [
+                    ItemRow.from_table(table) for table in graph.in_turn(ItemRow(item=item.to_json()).to_table(), steps)
+                ]
+            for row in rows:
+                if row.error is not None:
+                    raise SystemExit(f"error: {row.error}")
+                text_bytes += row.figures["text_bytes"]
     return watch, text_bytes / 1e6
 
 

@@ -14,7 +14,8 @@ from typing import NoReturn
 
 from jobs._run import guarded, print_table
 from pipeline.command_line import resolve
-from pipeline.config import EvaluateConfig, PretrainConfig, TokenizeConfig
+from pipeline.config import PretrainConfig, TokenizeConfig
+from pipeline.config_use import EvaluateConfig
 from pipeline.errors import UserError
 
 
@@ -33,14 +34,14 @@ def main() -> None:
     pretrain = resolve(PretrainConfig, "pretrain", flags, program="jobs/demo.py")
     evaluate = resolve(EvaluateConfig, "evaluate", flags, program="jobs/demo.py")
 
-    from pipeline import launch, preparation
+    from pipeline import launch, preparation, scores
 
     _say("1/3 text to shards", tokenize.output)
     data, data_run, _ = preparation.tokenize(tokenize)
     _say("2/3 training", pretrain.output)
     training, training_run = launch.pretrain(pretrain)
     _say("3/3 evaluation on the whole val set", evaluate.checkpoint)
-    result = launch.evaluate(evaluate, reuse=True)
+    result = scores.evaluate(evaluate, reuse=True)
     print_table(
         "demo: done",
         [
@@ -53,7 +54,7 @@ def main() -> None:
                 f"{training.steps:,} ({training.tokens_seen:,} tokens, {training.tokens_per_second:,.0f} a second)",
             ),
             ("train loss", f"{training.first_loss:.3f} -> {training.last_loss:.3f} nats per token"),
-            ("val loss", f"{result.loss:.3f}, perplexity {result.perplexity:.1f}, on {result.tokens:,} tokens"),
+            ("val loss", f"{result.val_loss:.3f}, perplexity {result.perplexity:.1f}, on {result.val_tokens:,} tokens"),
             (
                 "learned",
                 f"{result.learned:.3f} nats below the unigram entropy of these tokens, {result.unigram_entropy:.3f}",

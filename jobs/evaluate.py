@@ -1,4 +1,7 @@
-"""Loss and perplexity over the whole val set: ``python jobs/evaluate.py --checkpoint runs/demo``; see --help."""
+"""Val loss, perplexity, bits per byte and HellaSwag of a model: ``python jobs/evaluate.py --checkpoint runs/demo``.
+
+The model is a checkpoint, a run, an exported folder, hf://OWNER/NAME or models:/... of MLflow; see --help.
+"""
 
 import os
 import sys
@@ -7,25 +10,34 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config import EvaluateConfig
+from pipeline.config_use import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
-    from pipeline import launch
+    from pipeline import scores
 
-    result = launch.evaluate(config)
-    print_table(
-        "evaluate: done",
-        [
-            ("checkpoint", f"{result.checkpoint}, {result.tokens_seen:,} tokens seen"),
-            ("val loss", f"{result.loss:.4f} nats per token, on {result.tokens:,} tokens"),
+    result = scores.evaluate(config)
+    seen = f", {result.tokens_seen:,} tokens seen" if result.tokens_seen is not None else ""
+    rows = [("model", f"{result.checkpoint}{seen}")]
+    if result.val_loss is not None:
+        rows += [
+            ("val loss", f"{result.val_loss:.4f} nats per token, on {result.val_tokens:,} tokens"),
             ("perplexity", f"{result.perplexity:.2f}"),
+            ("bits per byte", f"{result.bits_per_byte:.4f}"),
             (
                 "learned",
                 f"{result.learned:.4f} below the unigram entropy of these tokens, {result.unigram_entropy:.4f}",
             ),
-        ],
-    )
+        ]
+    if result.hellaswag_acc_norm is not None:
+        rows += [
+            (
+                "HellaSwag",
+                f"{result.hellaswag_acc_norm:.4f} acc_norm, {result.hellaswag_acc:.4f} acc, on "
+                f"{result.hellaswag_questions:,} questions; guessing gives 0.25",
+            )
+        ]
+    print_table("evaluate: done", rows)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,21 @@ Shapes: B batch, T time, V vocab.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.layers import LayerCache, softmax
+from model.layers import LayerCache
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.transformer import Transformer
+
+
+FIRST_LOOK = 1024
+"""Likeliest ids that are sorted before all are."""
 
 
 class KVCache:
@@ -44,7 +48,7 @@ def sample_token(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draws one id per row of logits (B, V) -> (B,) int64. Temperature 0 takes the likeliest.
 
@@ -53,24 +57,77 @@ def sample_token(
     The draw inverts the cumulative distribution at a uniform number from the generator, a CPU one (not given: torch's
     global one), so that the device does not change what is drawn and nothing waits for it.
 
+    Args:
+        generator: one for all rows, in order, or a sequence with one for each row.
+
     Raises:
         ValueError: temperature negative, top_k not positive, top_p outside (0, 1].
     """
-    _check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    ordered, ids = logits.double().sort(dim=-1, descending=True, stable=True)  # (B, V)
-    # The largest logit goes first: a tiny temperature then gives exp(-huge) = 0 instead of inf - inf.
-    probabilities = softmax(((ordered - ordered[:, :1]) / temperature)[:, :top_k])
+    uniform = _uniform(logits.shape[0], generator).to(logits.device)
+    logits = logits.float()
+    vocab_size = logits.shape[1]
+    # The largest logit is 0 then: a tiny temperature gives exp(-huge) = 0 instead of inf - inf.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
+    if top_k is not None or logits.device.type != "cpu" or vocab_size <= FIRST_LOOK:
+        ids = _likeliest(logits, min(top_k or vocab_size, vocab_size))
+        return _draw(scaled, ids, None, top_p, uniform)[0]
+    # Sorting 50,257 numbers takes longer than a layer of the network, and the likeliest few nearly always decide.
+    mass = scaled.exp().sum(dim=-1, keepdim=True)
+    drawn, is_certain = _draw(scaled, _likeliest(logits, FIRST_LOOK), mass, top_p, uniform)
+    rows = (~is_certain).nonzero()[:, 0]
+    if len(rows):
+        drawn[rows] = _draw(scaled[rows], _likeliest(logits[rows], vocab_size), None, top_p, uniform[rows])[0]
+    return drawn
+
+
+def _draw(
+    scaled: Tensor, ids: Tensor, mass: Tensor | None, top_p: float | None, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw from ``ids`` (B, C), the likeliest first, as sample_token says: ids (B,), and whether no others matter.
+
+    Args:
+        scaled: (B, V) float64: logits / temperature, the largest 0.
+        mass: (B, 1) sum of exp(scaled) over all ids that count; None where those are ``ids``.
+        uniform: (B, 1) float64.
+    """
+    weights = scaled.gather(1, ids).exp()
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:] if mass is None else mass
+    is_certain = torch.ones_like(uniform, dtype=torch.bool)
     if top_p is not None:
-        mass_before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    uniform = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64).to(logits.device)
-    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
-    # Rounding may push the product up to the whole mass: then the last id that was kept is meant, not one behind it.
-    last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(chosen, last_kept).clamp(min=0))[:, 0]
+        kept = cumulative - weights < top_p * total
+        is_certain = ~kept[:, -1:]  # what follows the first that is not kept is not kept either
+        weights = weights.masked_fill(~kept, 0.0)
+        cumulative = weights.cumsum(dim=-1)
+        total = cumulative[:, -1:]
+    target = uniform * total
+    if top_p is None and mass is not None:
+        is_certain = target < cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
+    # Rounding may push the target up to the whole mass: then the last id that was kept is meant, not one behind it.
+    last_kept = (weights > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.gather(1, torch.minimum(place, last_kept).clamp(min=0))[:, 0], is_certain[:, 0]
+
+
+def _likeliest(logits: Tensor, count: int) -> Tensor:
+    """Ids (B, count) of the largest of each row of float32 logits (B, V), largest first, equals by id."""
+    if count == logits.shape[1]:
+        return logits.argsort(dim=-1, descending=True, stable=True)
+    # topk may order equals as it likes, so they are told apart: float bits that sort like integers, then the id.
+    bits = (logits + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 equal to 0.0
+    bits = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    keys = (bits << 32) - torch.arange(logits.shape[1], device=logits.device)
+    return keys.topk(count, dim=-1).indices
+
+
+def _uniform(num_rows: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """(B, 1) float64 on the CPU."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
+    return torch.cat([torch.rand(1, 1, generator=each, dtype=torch.float64) for each in generator])
 
 
 def generate_tokens(
@@ -101,7 +158,7 @@ def generate_tokens(
     Raises:
         ValueError: tokens empty or of another rank, or settings that sample_token rejects; at the first ids asked for.
     """
-    _check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p)
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; needed: (batch, time), at least one token")
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -157,7 +214,8 @@ def _last_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
         return model(tokens, cache=cache)[:, -1]  # (B, T, V) -> (B, V)
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """ValueError for settings that mean nothing."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}; it must be finite and not negative")
     if top_k is not None and top_k <= 0:

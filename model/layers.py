@@ -24,15 +24,31 @@ LOSS_CHUNK_ELEMENTS = 2**22
 """Logits turned into float32 at a time by an uncompiled cross_entropy: 16 MiB a temporary, whatever the batch."""
 
 
+FUSED_ROWS = 256
+"""Rows from which on layers with the same input are computed as one product."""
+
+
 class Linear(nn.Module):
-    """x (..., in) -> x W^T (..., out), no bias. The weight (out, in) is zero until something fills it."""
+    """x (..., in) -> x W^T (..., out) in x's type, no bias. The weight (out, in) is zero until something fills it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
+        return x @ self.weight.to(x.dtype).T
+
+
+def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What each of the layers makes of x, by one product over their weights side by side.
+
+    The weights stay parameters of their own (checkpoints, export and Muon go by them); putting them side by side copies
+    them, which pays from some hundred rows on. Fewer rows, as in generation, take one product a layer.
+    """
+    if x.shape[:-1].numel() < FUSED_ROWS:
+        return tuple(layer(x) for layer in layers)
+    weight = torch.cat([layer.weight for layer in layers]).to(x.dtype)
+    return (x @ weight.T).split([layer.weight.shape[0] for layer in layers], dim=-1)
 
 
 class Embedding(nn.Module):
@@ -43,8 +59,39 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_rows, d_model))
 
     def forward(self, ids: Tensor) -> Tensor:
-        # Indexing adds gradients in a fixed order on CUDA too; index_select would add atomically, in any order.
-        return self.weight[ids]
+        return _Lookup.apply(ids, self.weight)
+
+
+class _Lookup(torch.autograd.Function):
+    """weight[ids], whose gradient adds the rows of equal ids up in float32 and in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows = weight.shape[0]
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        return None, sum_rows(grad.flatten(0, -2), ids.flatten(), ctx.num_rows)
+
+
+@torch.library.custom_op("gpt25::sum_rows", mutates_args=())
+def sum_rows(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, D) whose row i is the sum of the rows (N, D) with id i, added in float32, in the rows' type.
+
+    A compiler must not look inside: it would add atomically on CUDA, in any order, and a resumed run would not repeat
+    its bits. In bfloat16 the thousandth occurrence of a word would no longer change a sum.
+    """
+    result = torch.zeros(num_rows, rows.shape[1], dtype=torch.float32, device=rows.device)
+    return result.index_put_((ids,), rows.float(), accumulate=True).to(rows.dtype)
+
+
+@sum_rows.register_fake
+def _(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    return rows.new_empty(num_rows, rows.shape[1])
 
 
 class RMSNorm(nn.Module):
@@ -61,6 +108,9 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight.float()).to(x.dtype)
 
 
+Rotation = tuple[Tensor, Tensor]
+
+
 class RotaryEmbedding(nn.Module):
     """Turns pair (i, i + K/2) of the vector at position t by t theta^(-2i/K) (RoPE, arXiv 2104.09864, Llama's halves).
 
@@ -73,12 +123,20 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = head_dim
         self.theta = theta
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x (B, H, T, K) at positions start .. start + T - 1 -> the same shape and dtype."""
-        positions = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
-        exponents = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim
-        angles = positions[:, None] * (1.0 / self.theta**exponents)  # (T, K/2)
-        cos, sin = angles.cos(), angles.sin()
+    def angles(self, start: int, length: int, device: torch.device) -> Rotation:
+        """Cosines and sines of the positions start .. start + length - 1, (T, K/2) float32 each."""
+        positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
+        exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+        angles = positions[:, None] * (1.0 / self.theta**exponents)
+        return angles.cos(), angles.sin()
+
+    def forward(self, x: Tensor, start: int = 0, rotation: Rotation | None = None) -> Tensor:
+        """x (B, H, T, K) at positions start .. start + T - 1 -> the same shape and dtype.
+
+        Args:
+            rotation: self.angles of these positions; not given, they are computed.
+        """
+        cos, sin = self.angles(start, x.shape[-2], x.device) if rotation is None else rotation
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -93,8 +151,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)  # (..., F)
-        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)  # (..., F) each
+        return self.down_proj(gate * torch.sigmoid(gate) * up)
 
 
 class LayerCache:
@@ -136,12 +194,16 @@ class CausalSelfAttention(nn.Module):
         self.o_proj = Linear(config.d_model, config.d_model)
         self.rotary = RotaryEmbedding(config.head_dim, config.theta)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x goes on behind the positions that it holds, and is added to it."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x goes on behind the positions that it holds, and is added to it.
+
+        Args:
+            rotation: self.rotary.angles of x's positions, the same for every layer; not given, they are computed.
+        """
         start = 0 if cache is None else cache.length
-        queries = self.rotary(self._split_heads(self.q_proj(x)), start)
-        keys = self.rotary(self._split_heads(self.k_proj(x)), start)
-        values = self._split_heads(self.v_proj(x))
+        rotation = self.rotary.angles(start, x.shape[1], x.device) if rotation is None else rotation
+        queries, keys, values = map(self._split_heads, project(x, self.q_proj, self.k_proj, self.v_proj))
+        queries, keys = self.rotary(queries, start, rotation), self.rotary(keys, start, rotation)
         if cache is not None:
             keys, values = cache.append(keys, values)
         # is_causal puts the diagonal at the top left, which is right for as many keys as queries only.
@@ -175,21 +237,6 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5  # (B, H, T, S)
     hidden = ~causal_mask(num_queries, num_keys - num_queries, queries.device)
     return softmax(scores.masked_fill(hidden, float("-inf"))) @ values
-
-
-class CrossEntropy(nn.Module):
-    """Mean of -log softmax(logits)[target] in nats, over the first vocab_size columns. A module, so it can be compiled.
-
-    logits (B, T, P) of any float dtype, targets (B, T) int64 in [0, vocab_size) -> 0-d float32. Backward writes the
-    gradient over the logits, see cross_entropy.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(logits.flatten(0, 1), targets.flatten(), self.vocab_size)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:

@@ -6,11 +6,21 @@ AdamW makes bit for bit the steps of torch.optim.AdamW(foreach=True), and its wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BLOCK_ELEMENTS = 2**16
+"""Numbers of a tensor that all operations of an update go over before the next ones, on a CPU.
+
+Nine operations over whole tensors are nine ways through main memory; a block's four arrays, 1 MiB, stay in the cache.
+"""
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class AdamW(torch.optim.Optimizer):
@@ -27,6 +37,9 @@ class AdamW(torch.optim.Optimizer):
         betas: decay of the mean gradient and of the mean squared gradient, each in [0, 1).
         eps: added to the root of the corrected mean squared gradient.
         weight_decay: share of a weight taken off per step and unit of learning rate.
+        local_part: from a tensor that is spread over processes to this process's part, sharing its memory.
+        compile: update each tensor in one pass, by a kernel that torch.compile makes of adam_kernel. Equal within
+            rounding, no longer bit for bit; the same bits in every run.
     """
 
     def __init__(
@@ -36,7 +49,12 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        *,
+        local_part: Callable[[Tensor], Tensor] = _identity,
+        compile: bool = False,
     ) -> None:
+        self.local_part = local_part
+        self.kernel = torch.compile(adam_kernel, dynamic=True) if compile else None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
         for group in self.param_groups:
             _check_group(group)
@@ -90,20 +108,72 @@ class AdamW(torch.optim.Optimizer):
                 "leave parameters that are not trained out of the optimizer"
             )
         group["step"] += 1
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+        self._update_parts(group, params, grads)
+
+    def _update_parts(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         means = [self.state[parameter]["exp_avg"] for parameter in params]
         squares = [self.state[parameter]["exp_avg_sq"] for parameter in params]
+        whole = [[self.local_part(tensor) for tensor in tensors] for tensors in (params, grads, means, squares)]
+        if self.kernel is None:
+            for weights, gradients, block_means, block_squares in blocks(whole):
+                adam_step(weights, gradients, block_means, block_squares, group)
+            return
+        numbers = step_numbers(group)
+        for tensors in zip(*whole, strict=True):
+            self.kernel(*(tensor.view(-1) for tensor in tensors), *numbers)
 
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
 
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(params, means, denominators, value=-lr / (1 - beta1 ** group["step"]))
+def adam_step(
+    params: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor], group: dict[str, Any]
+) -> None:
+    """The update number group["step"] (from 1) of plain tensors; writes into all but the gradients."""
+    lr, (beta1, beta2), step = group["lr"], group["betas"], group["step"]
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_lerp_(means, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+
+    denominators = torch._foreach_sqrt(squares)
+    torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
+    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_addcdiv_(params, means, denominators, value=-lr / (1 - beta1**step))
+
+
+def adam_kernel(  # noqa: PLR0917  # the compiled kernel's own list
+    param: Tensor, grad: Tensor, mean: Tensor, square: Tensor,
+    kept: Tensor, mean_rest: Tensor, beta2: Tensor, square_rest: Tensor, root: Tensor, eps: Tensor, size: Tensor,
+) -> None:  # fmt: skip
+    """adam_step of one flat tensor, for a compiler to make one loop of; the numbers are those of step_numbers."""
+    param.mul_(kept)
+    mean.add_((grad - mean) * mean_rest)
+    square.mul_(beta2).add_(grad * grad * square_rest)
+    param.sub_(mean / (square.sqrt() / root + eps) * size)
+
+
+def step_numbers(group: dict[str, Any]) -> list[Tensor]:
+    """What adam_kernel needs to know of a group, as tensors on the CPU: plain numbers would be compiled into it."""
+    lr, (beta1, beta2), step = group["lr"], group["betas"], group["step"]
+    root, size = math.sqrt(1 - beta2**step), lr / (1 - beta1**step)
+    numbers = (1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, root, group["eps"], size)
+    return [torch.tensor(number, dtype=torch.float64) for number in numbers]
+
+
+def blocks(whole: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """The same lists of tensors in parts, for element-wise work: whole on a GPU, where one launch serves a list.
+
+    Args:
+        whole: lists of equal length; tensors at the same place have the same shape.
+    """
+    if whole[0][0].device.type != "cpu":
+        yield whole
+        return
+    for tensors in zip(*whole, strict=True):
+        if all(tensor.is_contiguous() for tensor in tensors):
+            pieces = (tensor.view(-1).split(BLOCK_ELEMENTS) for tensor in tensors)
+            yield from ([[piece] for piece in block] for block in zip(*pieces, strict=True))
+        else:
+            yield [[tensor] for tensor in tensors]
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -150,10 +220,6 @@ def warmup_cosine(step: int, *, max_lr: float, min_lr: float, warmup_steps: int,
         return max_lr
     progress = (step - peak) / (last - peak) if step < last else 1.0
     return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 @torch.no_grad()

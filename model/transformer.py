@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers import CausalSelfAttention, CrossEntropy, Embedding, LayerCache, Linear, RMSNorm, SwiGLU
+from model.layers import CausalSelfAttention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding, Rotation, SwiGLU
+from model.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
     from model.generation import KVCache
@@ -33,8 +34,8 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache)
+    def forward(self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, rotation)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -47,8 +48,11 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config.padded_vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.rotary = RotaryEmbedding(config.head_dim, config.theta)
         self.output = None if config.tie_embeddings else Linear(config.d_model, config.padded_vocab_size)
-        self.loss = CrossEntropy(config.vocab_size)
+        self.loss = LinearCrossEntropy(config.vocab_size)
+        self.compute_dtype: torch.dtype | None = None
+        """Type of the residual stream and of the matrix products; None: that of the embedding."""
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at each position, or their mean loss against the targets.
@@ -62,18 +66,29 @@ class Transformer(nn.Module):
             Logits (B, T, V) in the weights' dtype; with targets the mean loss in nats, 0-d float32.
         """
         self._check_length(tokens, cache)
-        x = self.embedding(tokens)  # (B, T, D)
-        for index, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[index])
-        logits = self._project(self.norm(x))  # (B, T, P)
-        if targets is None:
-            return logits[..., : self.config.vocab_size]
-        return self.loss(logits, targets)
+        if targets is not None:
+            return self.mean_loss(tokens, targets, cache)
+        x = self._hidden(tokens, cache)  # (B, T, D)
+        return (x @ self._output_weight().to(x.dtype).T)[..., : self.config.vocab_size]  # (B, T, P) -> (B, T, V)
 
-    def _project(self, x: Tensor) -> Tensor:
-        # The tied matrix is used here, in the forward of the module that a sharding wrapper treats as the root: its
-        # weights and the embedding's are gathered together, and are there for the whole of this call.
-        return x @ self.embedding.weight.T if self.output is None else self.output(x)
+    def mean_loss(self, tokens: Tensor, targets: Tensor, cache: KVCache | None = None) -> Tensor:
+        """From tokens to the loss: all that a training step computes forward, in one piece that can be compiled."""
+        return self.loss(self._hidden(tokens, cache), self._output_weight(), targets)
+
+    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        x = self.embedding(tokens)  # (B, T, D)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        start = 0 if cache is None else cache.length
+        rotation = self.rotary.angles(start, tokens.shape[1], tokens.device)  # once, not once a layer
+        for index, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[index], rotation)
+        return self.norm(x)
+
+    def _output_weight(self) -> Tensor:
+        # Used in the forward of the module that a sharding wrapper treats as the root: its weights and the embedding's
+        # are gathered together, and are there for the whole of that call.
+        return self.embedding.weight if self.output is None else self.output.weight
 
     def _check_length(self, tokens: Tensor, cache: KVCache | None) -> None:
         length = tokens.shape[1] + (0 if cache is None else cache.length)

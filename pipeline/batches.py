@@ -9,7 +9,8 @@ workers, and the step number alone is enough to go on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +32,15 @@ class MicroBatch:
     weight: float
     """Factor for the mean loss of this micro-batch, such that the sum over a rank's micro-batches, averaged over ranks,
     is the mean loss of the step."""
+
+    def pinned(self) -> MicroBatch:
+        """The same in page-locked memory."""
+        return replace(self, inputs=self.inputs.pin_memory(), targets=self.targets.pin_memory())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on ``device``; from page-locked memory the copy does not wait."""
+        inputs, targets = (tokens.to(device, non_blocking=True) for tokens in (self.inputs, self.targets))
+        return replace(self, inputs=inputs, targets=targets)
 
 
 class BatchOrder:
@@ -95,6 +105,69 @@ def micro_batches(
         windows = group if len(group) else groups[0][:1]
         tokens = read_windows(stream, windows, length=context_length + 1, stride=context_length + 1, device=device)
         yield MicroBatch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), weight=weight)
+
+
+class BatchLoader:
+    """A rank's micro-batches, each read by a thread while the one before it is computed.
+
+    The thread changes when a micro-batch is read, not what is in it: any step may be asked for at any time, and what
+    was prepared for another is dropped. For a GPU it ends in page-locked memory, from where the copy runs beside the
+    computing and nothing waits for it.
+
+    Args:
+        stream: the training tokens.
+        order: which windows a step takes.
+        context_length: T, tokens of a window's inputs.
+        rank, world_size: whose slice.
+        device: where the batches are needed.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        order: BatchOrder,
+        *,
+        context_length: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.stream, self.order, self.context_length = stream, order, context_length
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Iterator[MicroBatch], Future[MicroBatch]] | None = None  # step, its batches, the next
+
+    def step(self, step: int) -> Iterator[MicroBatch]:
+        """The micro-batches of ``step``, on the device; the first of the next step is read behind the last."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._read_ahead(step, self._batches(step))
+        for left in range(self.order.num_micro_batches(self.world_size) - 1, -1, -1):
+            assert self._ahead is not None
+            _, batches, future = self._ahead
+            batch = future.result()
+            if left:
+                self._read_ahead(step, batches)
+            else:
+                self._read_ahead(step + 1, self._batches(step + 1))
+            yield batch.to(self.device)
+
+    def _read_ahead(self, step: int, batches: Iterator[MicroBatch]) -> None:
+        self._ahead = step, batches, self._reader.submit(self._read, batches)
+
+    def _read(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        batch = next(batches)
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def _batches(self, step: int) -> Iterator[MicroBatch]:
+        return micro_batches(
+            self.stream,
+            self.order,
+            context_length=self.context_length,
+            step=step,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=torch.device("cpu"),
+        )
 
 
 def read_windows(

@@ -12,12 +12,14 @@ written, so it is complete or absent. Loading reshards: any number of ranks read
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import platform
 import re
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -215,12 +217,23 @@ def _prepare(folder: Path) -> None:
 
 def _write_description(partial: Path, info: CheckpointInfo) -> None:
     files = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, **_commit()}
     description = {"format_version": FORMAT_VERSION, **asdict(info), "versions": versions, "files": files}
     with (partial / _DESCRIPTION).open("w", encoding="utf-8") as file:
         json.dump(description, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+
+
+@functools.lru_cache(maxsize=1)
+def _commit() -> dict[str, str]:
+    """The commit of this project's checkout; empty where there is none, as in a job's copy on a cluster."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return {}
+    return {"commit": answer.stdout.strip()} if answer.returncode == 0 else {}
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ ConfigT = TypeVar("ConfigT")
 
 _SCIENTIFIC = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
-SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate")
+SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate", "export", "serve")
 
 
 def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str], *, program: str) -> ConfigT:

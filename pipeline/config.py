@@ -177,6 +177,8 @@ class PretrainConfig:
     """Windows of one micro-batch on one worker."""
     grad_accum_steps: int | None = None
     """Micro-batches per step and worker. Not given: as many as tokens_per_step takes."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices inside the blocks; embeddings, output and vectors keep AdamW."""
     lr: float = 18e-4
     """Highest learning rate."""
     min_lr_fraction: float = 0.1
@@ -284,63 +286,6 @@ class PretrainConfig:
             f"num_workers {self.num_workers} is {product:,} tokens, but tokens_per_step is {tokens:,}; "
             "leave grad_accum_steps out, or change tokens_per_step",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Validation loss and perplexity of a checkpoint over the whole val set (jobs/evaluate.py)."""
-
-    checkpoint: str = "runs/gpt2.5"
-    """A checkpoint folder, or a run folder: its newest checkpoint."""
-    data: str | None = None
-    """Folder of shards. Not given: the one that the checkpoint was trained on."""
-    batch_size: int = 32
-    """Windows of one forward pass on one worker."""
-    num_workers: int = 1
-    """Workers that share the val set."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    tracking_uri: str | None = None
-    """MLflow server or store whose training run gets the result. Not given: MLFLOW_TRACKING_URI, else sqlite."""
-    dry_run: bool = False
-    """Print the resolved settings, then stop."""
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size > 0, f"batch_size is {self.batch_size}; it must be positive")
-        _require(self.num_workers > 0, f"num_workers is {self.num_workers}; it must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Text from a checkpoint (jobs/generate.py)."""
-
-    checkpoint: str = "runs/gpt2.5"
-    """A checkpoint folder, or a run folder: its newest checkpoint."""
-    prompt: str = "Once upon a time, "
-    """What the text begins with."""
-    max_new_tokens: int = 200
-    """Tokens to add at most; the text ends sooner at <|endoftext|>."""
-    num_samples: int = 1
-    """Texts from the same prompt."""
-    temperature: float = 0.8
-    """Below 1: bolder, above: more varied; 0 takes the likeliest token."""
-    top_k: int | None = None
-    """Draw from the likeliest k tokens only."""
-    top_p: float | None = 0.9
-    """Draw from the likeliest tokens that together have this probability."""
-    seed: int = 1337
-    """Same seed, same text."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    dry_run: bool = False
-    """Print the resolved settings, then stop."""
-
-    def __post_init__(self) -> None:
-        _require(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be positive")
-        _require(self.num_samples > 0, f"num_samples is {self.num_samples}; it must be positive")
-        _require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
-        _require(self.top_k is None or self.top_k > 0, f"top_k is {self.top_k}; it must be positive")
-        _require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
 def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:

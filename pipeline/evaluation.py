@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from model.transformer import Transformer
@@ -82,14 +83,25 @@ def _mean_loss(model: Transformer, tokens: torch.Tensor) -> float:
     return float(model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item())
 
 
-def unigram_entropy(stream: TokenStream) -> float:
-    """Entropy in nats of the token frequencies in ``stream``: the loss of the best model that ignores the context.
-
-    What a trained model's loss falls below this is what it has learned of the order of tokens.
-    """
+def count_tokens(stream: TokenStream) -> npt.NDArray[np.int64]:
+    """How often each id occurs, (V,)."""
     counts = np.zeros(stream.vocab_size, dtype=np.int64)
     for start in range(0, len(stream), _COUNT_CHUNK):
         tokens = stream.read(start, min(_COUNT_CHUNK, len(stream) - start))
         counts += np.bincount(tokens, minlength=stream.vocab_size)
-    frequencies = counts[counts > 0] / len(stream)
+    return counts
+
+
+def entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Of the frequencies that ``counts`` has, in nats.
+
+    Of a stream's tokens it is the loss of the best model that ignores the context; what a trained model's loss falls
+    below it is what it has learned of the order of tokens.
+    """
+    frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def unigram_entropy(stream: TokenStream) -> float:
+    """The entropy of the tokens of a stream."""
+    return entropy(count_tokens(stream))

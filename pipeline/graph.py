@@ -122,7 +122,8 @@ def _execute(
         )
     most = num_workers if download is not None else min(num_workers, len(blocks))  # more than blocks: a warning
     strategy = ray.data.TaskPoolStrategy(size=most)
-    dataset = dataset.map_batches(in_turn, fn_kwargs={"steps": steps}, compute=strategy, **options)
+    work: Callable[..., Any] = in_turn
+    dataset = dataset.map_batches(work, fn_kwargs={"steps": steps}, compute=strategy, **options)
     table: Any
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for index in range(table.num_rows):
@@ -132,7 +133,7 @@ def _execute(
 def in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
     """The stages of one item, row by row, before the next item begins.
 
-    As stages of their own, which Ray fuses, each would go on until Ray's buffer behind it holds 128 MB: a worker that is
+    As stages of their own, fused by Ray, each would go on until Ray's buffer behind it holds 128 MB: a worker that is
     killed would take many encoded items with it, and all of them would count as attempted.
     """
     function, arguments = steps[0]

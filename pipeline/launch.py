@@ -6,24 +6,20 @@ finds the newest there, and so does the same command given again after the whole
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline import cluster
-from pipeline.checkpoint import find_checkpoint, load_weights, read_info
-from pipeline.config import EvaluateConfig, PretrainConfig
+from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
-from pipeline.evaluation import unigram_entropy, validation_loss
-from pipeline.shards import Manifest, open_split
+from pipeline.pretrained import resolve_checkpoint
 from pipeline.storage import open_folder
-from pipeline.tracking import MemoryTracker, MLflowRun, MLflowTracker, find_run, open_run
+from pipeline.tracking import MemoryTracker, MLflowRun, MLflowTracker, open_run
 from pipeline.trainer import RunSummary, Trainer, finished_summary
 
 logger = logging.getLogger(__name__)
@@ -53,7 +49,7 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
     if summary is not None:
         return summary, run
     if config.checkpoint:  # found here: workers run in other folders
-        config = replace(config, checkpoint=str(find_checkpoint(cluster.resolve_path(config.checkpoint))))
+        config = replace(config, checkpoint=str(resolve_checkpoint(config.checkpoint)))
     settings = {"config": asdict(config), "data": str(data), "output": str(output), "run": asdict(run)}
     result = run_workers(
         pretrain_worker, settings, config, storage=output / "ray_train", max_failures=config.max_failures
@@ -61,86 +57,20 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
     return RunSummary(**result), run
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationReport:
-    """A checkpoint's loss over a whole val set (<run>/evaluation.json)."""
-
-    checkpoint: str
-    step: int
-    tokens_seen: int
-    manifest_fingerprint: str
-    tokens: int
-    """Predicted."""
-    loss: float
-    """Nats per token."""
-    unigram_entropy: float
-    """Of the same tokens, in nats: what a model reaches that ignores the context."""
+class WorkersConfig(Protocol):
+    """Settings of any job that runs workers."""
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
+    def num_workers(self) -> int: ...
 
     @property
-    def learned(self) -> float:
-        """Nats per token below the unigram entropy."""
-        return self.unigram_entropy - self.loss
-
-
-def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> EvaluationReport:
-    """Loss over the whole val set of the data that the checkpoint was trained on, or of --data.
-
-    Args:
-        reuse: take the report of an earlier evaluation of the same checkpoint on the same data.
-    """
-    path = find_checkpoint(cluster.resolve_path(config.checkpoint))
-    info = read_info(path)
-    data = cluster.resolve_output(config.data or info.data)
-    manifest = Manifest.load(data)
-    if manifest.tokenizer_fingerprint != info.tokenizer_fingerprint:
-        raise UserError(
-            f"the shards in {data} were made with another tokenizer than checkpoint {path}; give other --data"
-        )
-    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path
-    report_file = run_folder / "evaluation.json"
-    if reuse and report_file.is_file():
-        report = EvaluationReport(**json.loads(report_file.read_text(encoding="utf-8")))
-        if (report.checkpoint, report.manifest_fingerprint) == (str(path), manifest.fingerprint):
-            return report
-    settings = {"config": asdict(config), "data": str(data), "checkpoint": str(path)}
-    if config.num_workers == 1:
-        result = _evaluate(settings)
-    else:
-        result = run_workers(evaluate_worker, settings, config, storage=run_folder / "ray_train", max_failures=0)
-    report = EvaluationReport(
-        checkpoint=str(path),
-        step=info.step,
-        tokens_seen=info.tokens_seen,
-        manifest_fingerprint=manifest.fingerprint,
-        unigram_entropy=unigram_entropy(open_split(data, "val")),
-        **result,
-    )
-    report_file.write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
-    _track_evaluation(config, run_folder, report)
-    return report
-
-
-def _track_evaluation(config: EvaluateConfig, run_folder: Path, report: EvaluationReport) -> None:
-    """Put the result into the training run, where the run folder knows one."""
-    run = find_run(
-        tracking_uri=config.tracking_uri, folder=open_folder(run_folder), working_folder=cluster.working_folder()
-    )
-    if run is None:
-        return
-    tracker = MLflowTracker(run)
-    figures = {"loss": report.loss, "perplexity": report.perplexity, "unigram_entropy": report.unigram_entropy}
-    tracker.log_metrics({f"eval/val_{name}": value for name, value in figures.items()}, report.step)
-    tracker.flush()
+    def device(self) -> str: ...
 
 
 def run_workers(
     worker: Callable[[Settings], Settings],
     settings: Settings,
-    config: PretrainConfig | EvaluateConfig,
+    config: WorkersConfig,
     *,
     storage: Path,
     max_failures: int,
@@ -186,12 +116,7 @@ def run_workers(
 
 def pretrain_worker(settings: Settings) -> Settings:
     """One training worker: the trainer with this rank's place."""
-    return _returning_errors(_pretrain, settings)
-
-
-def evaluate_worker(settings: Settings) -> Settings:
-    """One evaluating worker: its share of the val set."""
-    return _returning_errors(_evaluate, settings)
+    return returning_errors(_pretrain, settings)
 
 
 def _pretrain(settings: Settings) -> Settings:
@@ -206,28 +131,7 @@ def _pretrain(settings: Settings) -> Settings:
     return asdict(trainer.run())
 
 
-def _evaluate(settings: Settings) -> Settings:
-    from model.transformer import Transformer
-    from pipeline.parallel import compute_dtype, join_workers, parallelize
-
-    config = EvaluateConfig(**settings["config"])
-    path = Path(settings["checkpoint"])
-    workers = join_workers(config.device)
-    model_config = read_info(path).model_config
-    model = Transformer(model_config)
-    parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)
-    load_weights(path, model)
-    result = validation_loss(
-        model,
-        open_split(open_folder(settings["data"]), "val"),
-        workers,
-        context_length=model_config.context_length,
-        batch_size=config.batch_size,
-    )
-    return asdict(result)
-
-
-def _returning_errors(action: Callable[[Settings], Settings], settings: Settings) -> Settings:
+def returning_errors(action: Callable[[Settings], Settings], settings: Settings) -> Settings:
     """A UserError becomes the result of every worker: Ray Train would restart them, which mends nothing.
 
     The worker that has it notes it and leaves the process group; the others' collectives then fail, and they find the
@@ -256,7 +160,7 @@ def _unwrap(outcome: Settings) -> Settings:
     return dict(outcome["result"])
 
 
-def choose_gpu(config: PretrainConfig | EvaluateConfig) -> bool:
+def choose_gpu(config: WorkersConfig) -> bool:
     """Whether the workers get a GPU each. Needs a joined cluster.
 
     Raises:

@@ -136,9 +136,10 @@ class LocalFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"folder {self} cannot be made: {error.strerror}") from error
+            reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
+            raise UserError(f"output folder {self} cannot be made: {reason}; choose another --output") from error
         if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError(f"folder {self} cannot be written: {os.strerror(errno.EACCES)}")
+            raise UserError(f"output folder {self} cannot be written: {os.strerror(errno.EACCES)}")
 
     def write(self, name: str, parts: Iterable[bytes | memoryview], *, flush: Flush = "name") -> str:
         path = self._path(name)

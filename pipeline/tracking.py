@@ -136,7 +136,7 @@ def open_run(
     Raises:
         UserError: the store does not answer.
     """
-    uri = _resolve_uri(tracking_uri, working_folder)
+    uri = mlflow_uri(tracking_uri, working_folder)
     try:
         client = _client(uri)
         experiment_id = _experiment_id(client, experiment, working_folder)
@@ -147,7 +147,7 @@ def open_run(
             _note_run_id(folder, uri, run_id)
         elif reopen:
             client.update_run(run_id, status="RUNNING")
-    except _store_errors() as error:
+    except mlflow_errors() as error:
         raise UserError(
             f"MLflow at {without_password(uri)} does not answer ({_first_line(error)}); start it, or unset "
             "MLFLOW_TRACKING_URI to track in a file of the working folder"
@@ -157,7 +157,7 @@ def open_run(
 
 def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) -> MLflowRun | None:
     """The MLflow run noted in ``folder``, or None."""
-    uri = _resolve_uri(tracking_uri, working_folder)
+    uri = mlflow_uri(tracking_uri, working_folder)
     client = _client(uri)
     run_id = _noted_run_id(client, folder, uri)
     if run_id is None:
@@ -297,13 +297,13 @@ class MLflowTracker:
         """Whether ``action`` got through; a failure of the store is a warning, because the run matters more."""
         try:
             action()
-        except _store_errors() as error:
+        except mlflow_errors() as error:
             logger.warning("MLflow did not take the %s (%s); training goes on", what, _first_line(error))
             return False
         return True
 
 
-def _store_errors() -> tuple[type[Exception], ...]:
+def mlflow_errors() -> tuple[type[Exception], ...]:
     """What a store that is away or broken raises."""
     import requests
     import sqlalchemy.exc
@@ -316,7 +316,8 @@ def _first_line(error: BaseException) -> str:
     return without_password(next(iter(str(error).splitlines()), type(error).__name__))
 
 
-def _resolve_uri(tracking_uri: str | None, working_folder: Path) -> str:
+def mlflow_uri(tracking_uri: str | None, working_folder: Path) -> str:
+    """The store that is meant: the given one, MLFLOW_TRACKING_URI, or sqlite in the working folder."""
     return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{working_folder / 'mlflow.db'}"
 
 
@@ -369,3 +370,17 @@ def _noted_run_id(client: Any, folder: Folder, uri: str) -> str | None:
     except MlflowException:
         logger.warning("MLflow at %s no longer knows run %s; starting a new one", uri, noted["run_id"])
         return None
+
+
+def read_history(run: MLflowRun, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each metric of a run, by step; what a store that does not answer leaves out costs a warning."""
+    client = _client(run.tracking_uri)
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name in names:
+        try:
+            points = client.get_metric_history(run.run_id, name)
+        except mlflow_errors() as error:
+            logger.warning("MLflow did not give %s (%s)", name, _first_line(error))
+            continue
+        found[name] = sorted({point.step: point.value for point in points}.items())
+    return found

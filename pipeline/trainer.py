@@ -12,16 +12,16 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.optimizer import AdamW, clip_grad_norm, parameter_groups, warmup_cosine
+from model.optimizer import clip_grad_norm, warmup_cosine
 from model.transformer import Transformer, init_weights
-from pipeline.batches import BatchOrder, MicroBatch, micro_batches
+from pipeline import huggingface
+from pipeline.batches import BatchLoader, BatchOrder
 from pipeline.bpe import Tokenizer
 from pipeline.checkpoint import (
     CheckpointInfo,
@@ -29,7 +29,6 @@ from pipeline.checkpoint import (
     check_shape,
     list_checkpoints,
     load_training_state,
-    load_weights,
     read_info,
     training_state,
 )
@@ -37,7 +36,16 @@ from pipeline.config import PretrainConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.evaluation import ValidationResult, validation_loss
 from pipeline.manifest import Manifest, as_folder
-from pipeline.parallel import Workers, compute_dtype, local_part, parallelize, peak_flops, set_gradient_sync
+from pipeline.optimization import build_optimizer, compiles
+from pipeline.parallel import (
+    Workers,
+    compute_dtype,
+    local_part,
+    parallelize,
+    peak_flops,
+    repeatable,
+    set_gradient_sync,
+)
 from pipeline.progress import Clock
 from pipeline.sampling import continue_text
 from pipeline.shards import open_split
@@ -120,8 +128,15 @@ class Trainer:
         self.model_config = config.model_config(self.manifest.vocab_size)
         self.dtype = compute_dtype(config.precision, workers.device)
         self.model = self._build_model()
-        groups = parameter_groups(self.model, config.weight_decay)
-        self.optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+        self.optimizer = build_optimizer(self.model, config, self.workers)
+        self.loader = BatchLoader(
+            self.train_stream,
+            self.order,
+            context_length=config.context_length,
+            rank=workers.rank,
+            world_size=workers.world_size,
+            device=workers.device,
+        )
         self.first_loss = self.last_loss = math.nan
         self.validation: ValidationResult | None = None
         self.sample = ""
@@ -152,9 +167,21 @@ class Trainer:
     def train_step(self, step: int) -> StepResult:
         """Forward and backward over the step's windows, clip, update. ``step`` counts from 0."""
         lr = self._learning_rate(step)
+        with repeatable(self.workers.device):
+            loss, data_wait_seconds = self._gradients(step)
+            gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+            grad_norm = clip_grad_norm(gradients, self.config.grad_clip, all_reduce=self.workers.sum)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_wait_seconds=data_wait_seconds)
+
+    def _gradients(self, step: int) -> tuple[Tensor, float]:
+        """Adds up the step's gradients; returns its loss on this rank, and the seconds spent waiting for batches."""
         loss = torch.zeros((), device=self.workers.device)
         data_wait_seconds = 0.0
-        batches = self._micro_batches(step)
+        batches = self.loader.step(step)
         count = self.order.num_micro_batches(self.workers.world_size)
         for index in range(count):
             start = time.perf_counter()
@@ -164,13 +191,7 @@ class Trainer:
             micro_loss = self.model(batch.inputs, batch.targets) * batch.weight
             micro_loss.backward()
             loss += micro_loss.detach()
-        gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
-        grad_norm = clip_grad_norm(gradients, self.config.grad_clip, all_reduce=self.workers.sum)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_wait_seconds=data_wait_seconds)
+        return loss, data_wait_seconds
 
     def _after_step(self, done: int, result: StepResult) -> None:
         """Everything that is due after ``done`` steps. A checkpoint comes before evaluation, which may fail."""
@@ -191,8 +212,7 @@ class Trainer:
     def _build_model(self) -> Transformer:
         model = Transformer(self.model_config)
         init_weights(model, self.config.seed)
-        on_gpu = self.workers.device.type == "cuda"
-        compile_blocks = self.config.compile == "on" or (self.config.compile == "auto" and on_gpu)
+        compile_blocks = compiles(self.config, self.workers)
         return parallelize(model, self.workers, dtype=self.dtype, compile_blocks=compile_blocks)
 
     def _resume(self) -> int:
@@ -202,8 +222,8 @@ class Trainer:
         if newest < 0:
             if self.config.checkpoint:
                 path = Path(self.config.checkpoint)
-                check_shape(path, read_info(path), self.model_config)
-                load_weights(path, self.model)
+                huggingface.check_shape(path, self.model_config)
+                huggingface.load_weights(path, self.model)
             return 0
         path = self.output / "checkpoints" / f"step-{newest:06d}"
         info = read_info(path)
@@ -227,17 +247,6 @@ class Trainer:
             self.workers.device.type,
             str(self.dtype).removeprefix("torch."),
             f"resuming at step {self.start_step}" if self.start_step else "starting at step 0",
-        )
-
-    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        return micro_batches(
-            self.train_stream,
-            self.order,
-            context_length=self.config.context_length,
-            step=step,
-            rank=self.workers.rank,
-            world_size=self.workers.world_size,
-            device=self.workers.device,
         )
 
     def _learning_rate(self, step: int) -> float:

@@ -122,8 +122,8 @@ def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> No
         ("tokenize.py", "preparation.tokenize", "goes on with the work items that are not finished"),
         ("train_tokenizer.py", "tokenizer_training.train_tokenizer", "counts the text again"),
         ("pretrain.py", "launch.pretrain", "goes on from the newest checkpoint, if there is one"),
-        ("evaluate.py", "launch.evaluate", "begins again"),
-        ("generate.py", "sampling.generate_texts", "begins again"),
+        ("evaluate.py", "scores.evaluate", "begins again"),
+        ("generate.py", "generating.generate_texts", "begins again"),
         ("demo.py", "preparation.tokenize", "goes on with what is not done yet"),
     ],
 )

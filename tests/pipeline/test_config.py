@@ -10,13 +10,12 @@ from pipeline.bpe import MAX_TOKENS
 from pipeline.command_line import resolve
 from pipeline.config import (
     MAX_VOCAB_SIZE,
-    EvaluateConfig,
-    GenerateConfig,
     PretrainConfig,
     TokenizeConfig,
     TrainTokenizerConfig,
     to_dict,
 )
+from pipeline.config_use import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent

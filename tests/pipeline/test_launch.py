@@ -15,9 +15,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import cluster, launch
+from pipeline import cluster, launch, scores
 from pipeline.checkpoint import list_checkpoints
-from pipeline.config import EvaluateConfig, PretrainConfig, to_dict
+from pipeline.config import PretrainConfig, to_dict
+from pipeline.config_use import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.tracking import MLflowRun
 from pipeline.trainer import RunSummary
@@ -164,11 +165,12 @@ def test_a_new_run_starts_from_the_newest_weights_of_another(
 
 
 def test_evaluation_on_two_workers_equals_one(clean: tuple[RunSummary, MLflowRun], folder: Path) -> None:
-    alone = launch.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4))
-    together = launch.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4, num_workers=2))
-    assert together.tokens == alone.tokens
-    assert together.loss == pytest.approx(alone.loss, rel=1e-6)  # float32 means, added up in float64
-    assert alone.learned == pytest.approx(alone.unigram_entropy - alone.loss)
+    alone = scores.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4))
+    together = scores.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4, num_workers=2))
+    assert together.val_tokens == alone.val_tokens
+    assert together.val_loss == pytest.approx(alone.val_loss, rel=1e-6)  # float32 means, added up in float64
+    assert alone.unigram_entropy is not None and alone.val_loss is not None
+    assert alone.learned == pytest.approx(alone.unigram_entropy - alone.val_loss)
 
 
 def test_a_mistake_in_a_worker_is_one_error_and_no_retry(

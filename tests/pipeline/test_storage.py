@@ -239,7 +239,10 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 
 def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
-    assert f"folder {tmp_path}/file cannot be made: File exists" in mistake(open_folder(tmp_path / "file").make)
+    assert (
+        f"output folder {tmp_path}/file cannot be made: there is a file of that name; choose another --output"
+        in mistake(open_folder(tmp_path / "file").make)
+    )
     below = open_folder(tmp_path / "file" / "below")
     assert "cannot be made: Not a directory" in mistake(below.make)
     assert "cannot be written: Not a directory" in mistake(lambda: below.write("a", [b"1"]))
@@ -252,7 +255,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "cannot be written" in mistake(lambda: folder.write("sub", [b"1"]))
     assert folder.names() == ["sub/a"]
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    assert mistake(folder.make) == f"folder {folder} cannot be written: Permission denied"
+    assert mistake(folder.make) == f"output folder {folder} cannot be written: Permission denied"
 
 
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,176 @@
+"""What everything around the step costs: the Trainer beside a bare loop over the same steps, taking turns.
+
+    python benchmarks/overhead.py [--data FOLDER] [--repeats 5] [--steps 10] [--json FILE]
+
+The bare loop is forward, backward, clipping and update on one batch that is there already. The Trainer reads its
+batches from shards, counts, logs every 10 steps to a tracker in memory and writes checkpoints in the background. The
+figure is the median over the repeats of (Trainer's seconds) / (bare seconds of the same repeat) - 1. Without --data
+random tokens are written as shards. Ray Train and MLflow: docs/performance.md says how they are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.optimizer import clip_grad_norm
+from model.transformer import Transformer, init_weights
+from pipeline.bpe_training import train_bpe
+from pipeline.config import PretrainConfig
+from pipeline.optimization import build_optimizer, compiles
+from pipeline.parallel import Workers, compute_dtype, join_workers, local_part, parallelize
+from pipeline.shards import Manifest, ShardEntry, write_shard
+from pipeline.tracking import MemoryTracker
+from pipeline.trainer import Trainer
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"num_layers": 2, "num_heads": 2, "d_model": 64, "d_ff": 176, "context_length": 64, "batch_size": 2},
+    "small": {"num_layers": 4, "num_heads": 4, "d_model": 256, "d_ff": 704, "context_length": 256, "batch_size": 8},
+    "124M": {"num_layers": 12, "num_heads": 12, "d_model": 768, "d_ff": 2048, "context_length": 1024, "batch_size": 32},
+}
+MICRO_BATCHES = 2
+
+
+def main() -> None:
+    arguments = parse()
+    workers = join_workers(arguments.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = arguments.data or write_random_shards(Path(scratch) / "data", num_tokens=500_000)
+        config = run_config(arguments, workers, Path(scratch))
+        trainer = Trainer(config, data=data, output=Path(scratch) / "run", workers=workers, tracker=MemoryTracker())
+        bare = bare_step(config, trainer, workers)
+        trained = trainer_step(trainer)
+        trained()
+        bare()
+        pairs = [
+            (seconds_of(bare, arguments.steps, workers), seconds_of(trained, arguments.steps, workers))
+            for _ in range(arguments.repeats)
+        ]
+        trainer.writer.wait()
+    overheads = sorted(around / alone - 1 for alone, around in pairs)
+    step_seconds = statistics.median(alone for alone, _ in pairs) / arguments.steps
+    print(
+        f"bare step {step_seconds * 1000:.1f} ms; Trainer around it {statistics.median(overheads):+.2%} "
+        f"({overheads[0]:+.2%}..{overheads[-1]:+.2%}), {arguments.repeats} repeats of {arguments.steps} steps"
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"step_seconds": step_seconds, "overheads": overheads}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a folder of shards")
+    parser.add_argument("--size", choices=sorted(SIZES), help="124M on a GPU, small on a CPU")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--checkpoint_every", type=int, default=1000, help="steps; a checkpoint within a repeat counts")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def run_config(arguments: argparse.Namespace, workers: Workers, scratch: Path) -> PretrainConfig:
+    size = SIZES[arguments.size or ("124M" if workers.device.type == "cuda" else "small")]
+    never = 10**9
+    return PretrainConfig(
+        **size,
+        tokens_per_step=MICRO_BATCHES * size["batch_size"] * size["context_length"],
+        train_steps=never,
+        num_workers=1,
+        compile=arguments.compile,
+        checkpoint_every=arguments.checkpoint_every,
+        val_every=never,
+        sample_every=never,
+        output=str(scratch / "run"),
+    )
+
+
+def trainer_step(trainer: Trainer) -> Callable[[], None]:
+    """The trainer's loop body, its steps going on from call to call."""
+    steps = iter(range(10**9))
+
+    def step() -> None:
+        number = next(steps)
+        trainer._after_step(number + 1, trainer.train_step(number))
+
+    return step
+
+
+def bare_step(config: PretrainConfig, trainer: Trainer, workers: Workers) -> Callable[[], None]:
+    """The same network, optimizer and micro-batches, and nothing else."""
+    model = Transformer(trainer.model_config)
+    init_weights(model, config.seed)
+    dtype = compute_dtype(config.precision, workers.device)
+    parallelize(model, workers, dtype=dtype, compile_blocks=compiles(config, workers))
+    optimizer = build_optimizer(model, config, workers)
+    batches = list(trainer.loader.step(0))
+
+    def step() -> None:
+        for batch in batches:
+            (model(batch.inputs, batch.targets) * batch.weight).backward()
+        grads: list[Tensor] = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+        clip_grad_norm(grads, config.grad_clip, all_reduce=workers.sum)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds_of(step: Callable[[], None], num_steps: int, workers: Workers) -> float:
+    _wait(workers)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    _wait(workers)
+    return time.perf_counter() - start
+
+
+def _wait(workers: Workers) -> None:
+    if workers.device.type == "cuda":
+        torch.cuda.synchronize(workers.device)
+
+
+def write_random_shards(folder: Path, num_tokens: int) -> Path:
+    """A folder of shards as jobs/tokenize.py leaves it, of random ids below GPT-2's 50,257; they train nothing."""
+    folder.mkdir(parents=True)
+    tokenizer = train_bpe(["a"], 257)
+    tokenizer.save(folder / "tokenizer.json")
+    generator = np.random.default_rng(0)
+    shards = []
+    for split, count in (("train", num_tokens), ("val", 5000)):
+        tokens = generator.integers(0, 50_257, count).astype(np.uint16)
+        name = f"{split}_000000.bin"
+        digest = write_shard(folder / name, tokens, vocab_size=50_257)
+        entry = ShardEntry(
+            name=name, split=split, tokens=count, documents=1, text_bytes=count, sha256=digest, source="random"
+        )
+        shards.append(entry)
+    manifest = Manifest(
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=50_257,
+        eot_id=tokenizer.eot_id,
+        settings={},
+        inputs=(),
+        shards=tuple(shards),
+        skipped={},
+    )
+    manifest.save(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""A checkpoint as a Hugging Face folder: ``python jobs/export.py runs/demo --output export/demo``; see --help.
+
+transformers, lm-evaluation-harness and llama.cpp's converter read the folder, and every job here takes it back as its
+--checkpoint. The same command again writes it anew.
+"""
+
+import os
+import sys
+
+# Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from jobs._run import print_table, run
+from pipeline.config_use import ExportConfig
+
+
+def main(config: ExportConfig) -> None:
+    from pipeline import exporting
+
+    report = exporting.export(config)
+    files = f"{len(report.files)} file{'s' if len(report.files) > 1 else ''}"
+    print_table(
+        "export: done",
+        [
+            ("checkpoint", report.source),
+            ("parameters", f"{report.parameters:,}, {report.dtype}"),
+            ("weights", f"{report.weight_bytes / 1e6:,.1f} MB in {files}"),
+            ("output", report.output),
+            *([("hub", report.hub)] if report.hub else []),
+            *([("MLflow model", report.mlflow_model)] if report.mlflow_model else []),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # the checkpoint may come first, without its flag
+        sys.argv.insert(1, "--checkpoint")
+    run(ExportConfig, main, section="export", resume="begins again")

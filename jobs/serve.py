@@ -1,0 +1,41 @@
+"""A model behind an OpenAI-compatible address: ``python jobs/serve.py runs/demo``; see --help.
+
+/v1/completions (stream and not), /v1/models, /healthz, and a page to try prompts at /. Only this machine reaches it
+unless --host says otherwise; GPT25_SERVE_TOKEN holds the token that clients must send, if there is one.
+"""
+
+import os
+import sys
+
+# Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from jobs._run import print_table, run
+from pipeline.config_use import ServeConfig
+
+
+def main(config: ServeConfig) -> None:
+    from pipeline import serving
+
+    address = serving.start(config)
+    try:
+        print_table(
+            "serve: ready",
+            [
+                ("page", f"{address.url}/"),
+                ("completions", f"{address.url}/v1/completions"),
+                ("model", address.model_name),
+                ("token", "from GPT25_SERVE_TOKEN" if address.has_token else "none"),
+                ("end", "Ctrl-C"),
+            ],
+        )
+        sys.stdout.flush()
+        serving.wait()
+    finally:
+        serving.stop()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # the checkpoint may come first, without its flag
+        sys.argv.insert(1, "--checkpoint")
+    run(ServeConfig, main, section="serve", resume="starts the server again")

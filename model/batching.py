@@ -1,0 +1,170 @@
+"""Text after text from one Decoder: requests of different lengths and settings come and go while others grow.
+
+A request gives the same tokens alone and among others, now or later: its draws come from a stream of its own, and the
+network computes each text by itself (up to float32 rounding, which differs with the number of texts by about 1e-7 of a
+logit). Tokens are read back once a step, for all texts together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.decoding import Decoder
+from model.generation import check_sampling, sample_token
+
+PROMPT_TOKENS_AT_ONCE = 2048
+"""Prompts read in one forward pass, filling included: texts that already grow wait for it."""
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and how to go on from it; ValueError for settings that sample_token rejects."""
+
+    tokens: Sequence[int]
+    """At least one; of more than context_length the last are read."""
+    max_new_tokens: int
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.9
+    seed: int = 0
+    stop_id: int | None = None
+    """The text ends before this token."""
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        if not self.tokens or self.max_new_tokens < 1:
+            raise ValueError(f"{len(self.tokens)} tokens, max_new_tokens {self.max_new_tokens}; both must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step added to one text."""
+
+    key: Hashable
+    token: int | None
+    """None where the text ended before it."""
+    finished: Reason | None
+    """stop: at stop_id; length: after max_new_tokens."""
+
+
+@dataclass(kw_only=True)
+class _Text:
+    key: Hashable
+    request: Request
+    window: list[int]
+    """Tokens that the network sees, the newest last."""
+    generator: torch.Generator
+    num_new: int = 0
+
+
+class Batch:
+    """Requests in progress, up to ``max_texts`` at a time; the others wait, first come, first served."""
+
+    def __init__(self, decoder: Decoder, *, max_texts: int) -> None:
+        self.decoder = decoder
+        self.max_texts = max_texts
+        self._waiting: deque[_Text] = deque()
+        self._growing: list[_Text] = []  # in the decoder's rows
+
+    def __len__(self) -> int:
+        """Requests that are not finished."""
+        return len(self._waiting) + len(self._growing)
+
+    def add(self, key: Hashable, request: Request) -> None:
+        """Queue a request; ``key`` names it in what step returns."""
+        window = list(request.tokens)[-self.decoder.config.context_length :]
+        generator = torch.Generator().manual_seed(request.seed)
+        self._waiting.append(_Text(key=key, request=request, window=window, generator=generator))
+
+    def cancel(self, key: Hashable) -> None:
+        """Forget a request, wherever it is; nothing where it is finished already."""
+        self._waiting = deque(text for text in self._waiting if text.key != key)
+        for row, text in enumerate(self._growing):
+            if text.key == key:
+                self._remove(row)
+                return
+
+    def step(self) -> list[Step]:
+        """One more token for every text that grows, the first for those that are taken in; nothing when all is done."""
+        self._turn_full_windows()
+        done: list[Step] = []
+        if self._growing:
+            tokens = torch.tensor([text.window[-1] for text in self._growing], device=self.decoder.device)
+            done += self._extend(self._growing, self.decoder.step(tokens))
+            self._remove_finished(done)
+        if self._waiting and len(self._growing) < self.max_texts:
+            taken = self._take()
+            logits = self.decoder.add([text.window for text in taken])
+            self._growing += taken
+            read = self._extend(taken, logits)
+            self._remove_finished(read)
+            done += read
+        return done
+
+    def _take(self) -> list[_Text]:
+        """The next waiting texts that fit; at least one."""
+        longest = 0
+        taken: list[_Text] = []
+        while self._waiting and len(self._growing) + len(taken) < self.max_texts:
+            longest = max(longest, len(self._waiting[0].window))
+            if taken and longest * (len(taken) + 1) > PROMPT_TOKENS_AT_ONCE:
+                break
+            taken.append(self._waiting.popleft())
+        return taken
+
+    def _turn_full_windows(self) -> None:
+        """A window that is full goes on with its newer half, read as a fresh prompt: see generation.generate_tokens."""
+        length = self.decoder.config.context_length
+        for row in reversed(range(len(self._growing))):
+            text = self._growing[row]
+            if len(text.window) > length:
+                text.window = text.window[-max(1, length // 2) :]
+                self._remove(row)
+                self._waiting.appendleft(text)
+
+    def _extend(self, texts: Sequence[_Text], logits: Tensor) -> list[Step]:
+        """Draw a token for each text from its row of the logits."""
+        steps = []
+        for text, token in zip(texts, _draw(logits, texts), strict=True):
+            text.num_new += 1
+            if token == text.request.stop_id:
+                steps.append(Step(key=text.key, token=None, finished="stop"))
+                continue
+            text.window.append(token)
+            finished: Reason | None = "length" if text.num_new >= text.request.max_new_tokens else None
+            steps.append(Step(key=text.key, token=token, finished=finished))
+        return steps
+
+    def _remove_finished(self, steps: Sequence[Step]) -> None:
+        finished = {step.key for step in steps if step.finished}
+        for row in reversed(range(len(self._growing))):
+            if self._growing[row].key in finished:
+                self._remove(row)
+
+    def _remove(self, row: int) -> None:
+        self.decoder.remove(row)
+        last = self._growing.pop()
+        if row < len(self._growing):
+            self._growing[row] = last
+
+
+def _draw(logits: Tensor, texts: Sequence[_Text]) -> list[int]:
+    """A token for each row of logits (B, V); rows with the same settings are drawn together."""
+    groups: dict[tuple[float, int | None, float | None], list[int]] = defaultdict(list)
+    for row, text in enumerate(texts):
+        groups[text.request.temperature, text.request.top_k, text.request.top_p].append(row)
+    drawn = torch.empty(len(texts), dtype=torch.int64, device=logits.device)
+    for (temperature, top_k, top_p), rows in groups.items():
+        chosen = logits if len(groups) == 1 else logits[rows]
+        generators = [texts[row].generator for row in rows]
+        drawn[rows] = sample_token(chosen, temperature, top_k, top_p, generators)
+    tokens: list[int] = drawn.tolist()
+    return tokens

@@ -1,0 +1,74 @@
+"""What a user may call a model: a checkpoint, a run, an exported folder, hf://OWNER/NAME, an MLflow model.
+
+Every job that reads a model takes the same words; resolve_checkpoint turns them into a folder on this machine, and
+open_model into a network and its tokenizer.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+from pipeline import checkpoint, cluster, huggingface, model_hub
+from pipeline.bpe import Tokenizer
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_MLFLOW_SCHEMES = ("models:/", "runs:/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A network with its weights, and what its ids mean."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+def resolve_checkpoint(text: str) -> Path:
+    """The folder that ``text`` stands for: a checkpoint or a Hugging Face folder; both hold a tokenizer.json.
+
+    Args:
+        text: a checkpoint folder; a run folder, which stands for its newest checkpoint; a Hugging Face folder;
+            hf://OWNER/NAME[@REVISION], which is fetched; models:/... or runs:/... of MLflow.
+
+    Raises:
+        UserError: nothing of the kind is there, or it cannot be fetched.
+    """
+    if model_hub.is_hub_address(text):
+        folder = model_hub.download(text)
+        if not huggingface.is_exported(folder):
+            raise UserError(f"{text} has no {huggingface.CONFIG_FILE}; give the address of a LlamaForCausalLM")
+        return folder
+    if text.startswith(_MLFLOW_SCHEMES):
+        from pipeline.pyfunc import find_model
+
+        return find_model(text, cluster.working_folder())
+    path = cluster.resolve_path(text)
+    return path if huggingface.is_exported(path) else checkpoint.find_checkpoint(path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a resolved folder; UserError where it does not fit the model."""
+    tokenizer = Tokenizer.from_file(path / checkpoint.TOKENIZER_FILE)
+    vocab_size = huggingface.read_model_config(path).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}; mend it")
+    return tokenizer
+
+
+def open_model(path: Path, device: torch.device) -> Pretrained:
+    """The network of a resolved folder, float32 on ``device``, and its tokenizer."""
+    model = Transformer(huggingface.read_model_config(path)).to(device)
+    huggingface.load_weights(path, model)
+    return Pretrained(model=model.eval(), tokenizer=read_tokenizer(path))

@@ -1,0 +1,139 @@
+"""A text among others is the text alone: greedy, drawn, beyond the window; requests come and go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.batching import Batch, Request
+from model.decoding import Decoder
+from model.generation import generate, sample_token
+from model.transformer import Transformer
+from tests.model.llama_twin import lively_model, small_config
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return lively_model(small_config())
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return torch.randint(0, 203, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def finish(batch: Batch, texts: dict[Any, list[int]] | None = None) -> tuple[dict[Any, list[int]], dict[Any, str]]:
+    """Every text's new tokens, and why it ended."""
+    texts = {} if texts is None else texts
+    reasons: dict[Any, str] = {}
+    while len(batch):
+        for step in batch.step():
+            if step.token is not None:
+                texts.setdefault(step.key, []).append(step.token)
+            if step.finished:
+                assert step.key not in reasons
+                reasons[step.key] = step.finished
+    return texts, reasons
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"temperature": 0.0, "length": 5, "max_new_tokens": 90},  # beyond the window of 48
+    {"temperature": 0.8, "length": 47, "max_new_tokens": 20},
+    {"temperature": 1.0, "length": 60, "max_new_tokens": 30, "top_k": 5, "top_p": None},
+    {"temperature": 1.3, "length": 1, "max_new_tokens": 60, "top_p": 0.5},
+    {"temperature": 0.0, "length": 48, "max_new_tokens": 3},
+]
+
+
+def request(settings: dict[str, Any], number: int) -> Request:
+    values = dict(settings)
+    return Request(tokens=prompt(values.pop("length"), number), seed=number, **values)
+
+
+def test_among_others_as_alone(model: Transformer) -> None:
+    together = Batch(Decoder(model), max_texts=3)
+    for number, settings in enumerate(REQUESTS):
+        together.add(number, request(settings, number))
+    texts, reasons = finish(together)
+    for number, settings in enumerate(REQUESTS):
+        alone = Batch(Decoder(model), max_texts=1)
+        alone.add("x", request(settings, number))
+        assert finish(alone)[0]["x"] == texts[number]
+        assert len(texts[number]) == settings["max_new_tokens"] and reasons[number] == "length"
+
+
+@pytest.mark.parametrize("number", range(len(REQUESTS)))
+def test_the_same_tokens_as_generate(model: Transformer, number: int) -> None:
+    settings = REQUESTS[number]
+    wanted = request(settings, number)
+    batch = Batch(Decoder(model), max_texts=2)
+    batch.add("other", Request(tokens=[1, 2, 3], max_new_tokens=40, seed=99))
+    batch.add("x", wanted)
+    expected = generate(
+        model,
+        torch.tensor([wanted.tokens]),
+        max_new_tokens=wanted.max_new_tokens,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        top_p=wanted.top_p,
+        seed=number,
+    )
+    assert finish(batch)[0]["x"] == expected[0]
+
+
+def test_stop_ids_and_cancelled_texts_make_room(model: Transformer) -> None:
+    batch = Batch(Decoder(model), max_texts=2)
+    batch.add("first", Request(tokens=prompt(5, 1), max_new_tokens=30, temperature=0.0))
+    first = finish(batch)[0]["first"]
+    stop = next(token for token in first if first.index(token) >= 3)
+    batch.add("stops", Request(tokens=prompt(5, 1), max_new_tokens=30, temperature=0.0, stop_id=stop))
+    for key in ("a", "b", "c"):
+        batch.add(key, Request(tokens=prompt(9, 2), max_new_tokens=25, temperature=0.0))
+    texts: dict[Any, list[int]] = {}
+    for step in batch.step():
+        texts.setdefault(step.key, []).append(step.token or 0)
+    assert set(texts) == {"stops", "a"}
+    batch.cancel("a")  # grows
+    batch.cancel("c")  # waits
+    batch.cancel("nobody")
+    texts, reasons = finish(batch, texts)
+    assert reasons == {"stops": "stop", "b": "length"}
+    assert texts["stops"] == first[: first.index(stop)]
+    assert batch.decoder.num_texts == 0
+
+
+def test_a_text_that_comes_later_joins_the_others(model: Transformer) -> None:
+    batch = Batch(Decoder(model), max_texts=4)
+    batch.add("long", Request(tokens=prompt(20, 1), max_new_tokens=20, seed=1))
+    texts: dict[Any, list[int]] = {}
+    for _ in range(7):
+        for step in batch.step():
+            texts.setdefault(step.key, []).append(step.token or 0)
+    batch.add("late", Request(tokens=prompt(3, 5), max_new_tokens=5, seed=2))
+    keys = [{step.key for step in batch.step()} for _ in range(2)]
+    assert keys == [{"long", "late"}, {"long", "late"}]
+
+
+def test_the_first_look_draws_what_sorting_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(20):
+        logits = torch.randn(6, 400, generator=generator) * (0.1, 1.0, 3.0, 10.0)[trial % 4]
+        if trial % 3 == 0:
+            logits = (logits * 2).round() / 2  # many equals
+        for temperature, top_p in ((1.0, None), (0.8, 0.9), (1.5, 0.3), (0.7, 0.999)):
+            drawn = []
+            for first_look in (16, 400):
+                monkeypatch.setattr("model.generation.FIRST_LOOK", first_look)
+                streams = [torch.Generator().manual_seed(6 * trial + row) for row in range(6)]
+                drawn.append(sample_token(logits, temperature, None, top_p, streams))
+            assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 2.0}, {"max_new_tokens": 0}, {"tokens": []}]
+)
+def test_wrong_requests_are_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        values: dict[str, Any] = {"tokens": [1], "max_new_tokens": 1}
+        Request(**(values | wrong))

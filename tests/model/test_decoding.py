@@ -1,0 +1,92 @@
+"""The decoder against the network that it repeats, and against transformers' generate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.decoding import Decoder
+from model.transformer import Transformer
+from tests.model.llama_twin import ROUNDING, lively_model, llama_twin, relative_error, small_config
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return lively_model(small_config(tie_embeddings=request.param, context_length=200))
+
+
+def random_rows(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 203, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def check(model: Transformer, rows: list[list[int]], logits: torch.Tensor) -> None:
+    assert logits.shape == (len(rows), 203) and logits.dtype == torch.float32
+    for row, found in zip(rows, logits, strict=True):
+        assert relative_error(found, model(torch.tensor([row]))[0, -1]) < ROUNDING
+
+
+def test_texts_of_different_lengths_grow_as_each_would_alone(model: Transformer) -> None:
+    rows = random_rows(5, 131, 1, 30)  # beyond the first capacity
+    decoder = Decoder(model)
+    check(model, rows, decoder.add(rows))
+    for step in range(6):
+        tokens = torch.tensor([(7 * step + 31 * index) % 203 for index in range(len(rows))])
+        rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
+        check(model, rows, decoder.step(tokens))
+    assert decoder.lengths == [11, 137, 7, 36]
+
+
+def test_texts_come_and_go(model: Transformer) -> None:
+    rows = random_rows(3, 9, 140)
+    decoder = Decoder(model)
+    decoder.add(rows)
+    decoder.remove(0)
+    rows = [rows[2], rows[1]]  # the last takes the place
+    more = random_rows(17, 2)
+    check(model, more, decoder.add(more))
+    rows += more
+    tokens = torch.tensor([4, 5, 6, 7])
+    rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
+    check(model, rows, decoder.step(tokens))
+    for _ in range(4):
+        decoder.remove(0)
+    fresh = random_rows(8)
+    check(model, fresh, decoder.add(fresh))
+
+
+def test_greedy_equals_transformers(model: Transformer) -> None:
+    prompt = torch.tensor(random_rows(12, 12))
+    expected = llama_twin(model).generate(  # type: ignore[misc]  # transformers' own annotation of self
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=150, pad_token_id=0
+    )
+    decoder = Decoder(model)
+    logits = decoder.add(prompt.tolist())
+    found = []
+    for _ in range(150):
+        found.append(logits.argmax(dim=-1))
+        logits = decoder.step(found[-1])
+    assert torch.equal(torch.stack(found, dim=1), expected[:, 12:])
+
+
+def test_bf16_stays_close(model: Transformer) -> None:
+    rows = random_rows(5, 60)
+    decoder = Decoder(model, dtype=torch.bfloat16)
+    decoder.add(rows)
+    found = decoder.step(torch.tensor([1, 2]))
+    with torch.no_grad():
+        for row, token, logits in zip(rows, (1, 2), found, strict=True):
+            # bfloat16 has 8 bits: 3 layers of rounding by 1/256 each; a wrong formula misses by more than a half.
+            assert relative_error(logits, model(torch.tensor([[*row, token]]))[0, -1]) < 0.1
+
+
+def test_a_full_context_and_empty_prompts_are_errors(model: Transformer) -> None:
+    decoder = Decoder(model)
+    wrong: list[list[list[int]]] = [[], [[]], [[1], []], [[1] * 201]]
+    for rows in wrong:
+        with pytest.raises(ValueError, match="each must have 1 to 200"):
+            decoder.add(rows)
+    decoder.add([[1] * 200, [1]])
+    with pytest.raises(ValueError, match="context_length of 200"):
+        decoder.step(torch.tensor([1, 1]))
