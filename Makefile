@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow check format bench ui clean
+.PHONY: setup demo test test-slow check format bench bench-data ui clean
 
 setup: $(INSTALLED)
 
@@ -43,6 +43,10 @@ GPT2 ?= ../shared/gpt2
 bench: setup
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmark]'
 	@$(BIN)/python benchmarks/bpe.py $(SECTIONS) --corpus $(CORPUS) --vocab $(GPT2)/vocab.json --merges $(GPT2)/merges.txt
+
+# make bench-data PEER=PATH_TO_PYTHON_WITH_DATATROVE: the data pipeline against one bare core, plain tasks and datatrove
+bench-data: setup
+	@$(BIN)/python benchmarks/data_pipeline.py $(SECTIONS) --corpus $(CORPUS) --vocab $(GPT2)/vocab.json --merges $(GPT2)/merges.txt $(if $(PEER),--peer_python $(PEER))
 
 ui: setup
 	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C stops it)"

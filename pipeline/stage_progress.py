@@ -23,7 +23,7 @@ class ItemProgress:
 
         self._title, self._num_items = title, len(items)
         self._sizes = {item.index: item.size_bytes for item in items}
-        self._files = {item.index: {piece.path for piece in item.pieces} for item in items}
+        self._files = {item.index: {piece.where for piece in item.pieces} for item in items}
         self._items_of_file = Counter(path for paths in self._files.values() for path in paths)
         self._num_files = len(self._items_of_file)
         self._total_bytes = sum(self._sizes.values())
@@ -48,8 +48,10 @@ class ItemProgress:
             self._items += 1
             size_bytes = self._sizes[index]
             self._read_bytes += size_bytes
-            self._items_of_file.subtract(self._files[index])
-            self._items_of_file = +self._items_of_file
+            for path in self._files[index]:
+                self._items_of_file[path] -= 1
+                if not self._items_of_file[path]:
+                    del self._items_of_file[path]
         self._bar.set_postfix_str(self._speed(), refresh=False)
         self._bar.update(size_bytes)
         now = time.perf_counter()
