@@ -18,9 +18,10 @@ from pipeline import cluster
 from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.pretrained import resolve_checkpoint
+from pipeline.runs import RunSummary, finished_summary
 from pipeline.storage import open_folder
 from pipeline.tracking import MemoryTracker, MLflowRun, MLflowTracker, open_run
-from pipeline.trainer import RunSummary, Trainer, finished_summary
+from pipeline.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from pipeline import cluster, ledger
 from pipeline.config import TrainTokenizerConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.ledger import RunRecord
+from pipeline.runs import SUMMARY_FILE
 from pipeline.storage import Folder
 from pipeline.tokenizer_file import TOKENIZER_NAME, save_tokenizer
 from pipeline.tokenizer_learning import learn
 from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
-from pipeline.trainer import SUMMARY_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

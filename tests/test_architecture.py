@@ -35,6 +35,7 @@ FORBIDDEN = {
     "command_line": PIPELINE - {"errors"},
     "stage_progress": PIPELINE - REMOTE - {"pieces"},
     "batches": PIPELINE - SHARDS,
+    "runs": {"trainer", "stages", "launch", "sources", "cluster", "bpe_training", "tokenizer_training"},
     "trainer": {"stages", "launch", "sources", "cluster", "bpe_training", "tokenizer_training"},
     "graph": {"launch", "trainer", "checkpoint", "batches", "parallel", "evaluation", "tokenizer_training"},
 }

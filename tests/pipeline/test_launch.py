@@ -20,8 +20,8 @@ from pipeline.checkpoint import list_checkpoints
 from pipeline.config import PretrainConfig, to_dict
 from pipeline.config_use import EvaluateConfig
 from pipeline.errors import UserError
+from pipeline.runs import RunSummary
 from pipeline.tracking import MLflowRun
-from pipeline.trainer import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60

@@ -22,9 +22,10 @@ from pipeline.batches import BatchOrder
 from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.parallel import Workers, join_workers
+from pipeline.runs import RunSummary, finished_summary
 from pipeline.shards import Manifest, open_split
 from pipeline.tracking import MemoryTracker
-from pipeline.trainer import RunSummary, Trainer, finished_summary
+from pipeline.trainer import Trainer
 from tests.model.llama_twin import llama_twin
 
 STEPS = 12
