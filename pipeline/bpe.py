@@ -147,7 +147,7 @@ class Tokenizer:
         content = {
             "pattern": PATTERNS[self.pattern],
             "tokens": [token.hex() for token in self._vocabulary.tokens],
-            "merges": [list(pair) for pair in self._vocabulary.merges],
+            "merges": self._vocabulary.merges,
             "special_tokens": self._vocabulary.special_tokens,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -9,6 +9,7 @@ front of it by the regular expression that it names. Two are known, GPT-2's and 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import uuid
@@ -66,7 +67,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise UserError(f"{path} has no list of merges; give a byte-level BPE tokenizer.json")
-    vocabulary = _vocabulary(path, model["vocab"], [_pair(path, entry) for entry in merges], special_tokens)
+    vocabulary = _vocabulary(path, model["vocab"], _pairs(path, merges), special_tokens)
     return vocabulary._replace(pattern=pattern)
 
 
@@ -74,7 +75,7 @@ def read_gpt2(vocab_json: Path, merges_txt: Path, end_of_text: str) -> Vocabular
     """The vocabulary of GPT-2's two files; the only special token is end_of_text, if the vocabulary has it."""
     vocab = _read_json(vocab_json)
     lines = _read_text(merges_txt).split("\n")
-    merges = [_pair(merges_txt, line) for line in lines if line and not line.startswith("#version")]
+    merges = _pairs(merges_txt, [line for line in lines if line and not line.startswith("#version")])
     special_tokens = {end_of_text: vocab[end_of_text]} if end_of_text in vocab else {}
     return _vocabulary(vocab_json, vocab, merges, special_tokens)
 
@@ -104,11 +105,18 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {token: token_id for token_id, token in enumerate(shown)},
-            "merges": [f"{shown[left]} {shown[right]}" for left, right in vocabulary.merges],
+            "vocab": {},
+            "merges": [],
         },
     }
-    _write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    # Filled in as text, a line each: with an indent, json takes half a second for them.
+    quote = json.encoder.encode_basestring
+    vocab = ",\n".join(f"      {quote(token)}: {token_id}" for token_id, token in enumerate(shown))
+    merges = ",\n".join(f"      {quote(f'{shown[left]} {shown[right]}')}" for left, right in vocabulary.merges)
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    text = text.replace('"vocab": {}', f'"vocab": {{\n{vocab}\n    }}')
+    text = text.replace('"merges": []', f'"merges": [\n{merges}\n    ]') if merges else text
+    _write_text(path, text + "\n")
 
 
 def _byte_level(*, use_regex: bool) -> dict[str, Any]:
@@ -148,29 +156,49 @@ def _vocabulary(
             raise UserError(
                 f"{path} gives the special token {name!r} the ids {ids[name]} and {token_id}; mend the file"
             )
-    tokens: list[bytes | None] = [None] * len(ids)
+    _require_all_ids(path, ids)
+    shown = sorted(ids, key=ids.__getitem__)
+    tokens = _unshow_all(path, ["" if name in special_tokens else name for name in shown])
+    for name, token_id in special_tokens.items():
+        tokens[token_id] = name.encode()
+    try:
+        pairs = [(ids[left], ids[right]) for left, right in merges]
+    except KeyError as error:
+        raise UserError(f"{path} merges {error}, which is not in its vocabulary; mend the file") from None
+    return Vocabulary(tokens, pairs, special_tokens)
+
+
+def _require_all_ids(path: Path, ids: dict[str, Any]) -> None:
+    """UserError unless the ids are 0, 1, 2, ... in any order."""
+    seen: set[int] = set()
     for shown, token_id in ids.items():
-        if type(token_id) is not int or not 0 <= token_id < len(ids) or tokens[token_id] is not None:
+        if type(token_id) is not int or not 0 <= token_id < len(ids) or token_id in seen:
             raise UserError(
                 f"{path} gives the token {shown!r} the id {token_id}; "
                 f"its {len(ids)} tokens must have the ids 0 to {len(ids) - 1}"
             )
-        tokens[token_id] = shown.encode() if shown in special_tokens else _unshow(path, shown)
+        seen.add(token_id)
+
+
+def _unshow_all(path: Path, shown: list[str]) -> list[bytes]:
+    """The bytes of every token. All at once: every worker reads the file before its first document."""
+    try:
+        content = "".join(shown).translate(_TO_LATIN).encode("latin-1")
+    except UnicodeEncodeError:
+        return [_unshow(path, token) for token in shown]  # one of them raises
+    stops = list(itertools.accumulate(map(len, shown)))  # a character is a byte
+    return [content[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _pairs(path: Path, entries: list[Any]) -> list[list[str]]:
+    """Both sides of every merge, written "a b" or ["a", "b"]."""
     pairs = []
-    for entry in merges:
-        try:
-            pairs.append((ids[entry[0]], ids[entry[1]]))
-        except KeyError as error:
-            raise UserError(f"{path} merges {error}, which is not in its vocabulary; mend the file") from None
-    return Vocabulary([token for token in tokens if token is not None], pairs, special_tokens)
-
-
-def _pair(path: Path, entry: Any) -> list[str]:
-    """Both sides of a merge, written "a b" or ["a", "b"]."""
-    sides = entry.split(" ") if isinstance(entry, str) else entry
-    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, str) for side in sides):
-        raise UserError(f"{path} has the merge {entry!r}, which is not a pair of tokens; mend the file")
-    return sides
+    for entry in entries:
+        sides = entry.split(" ") if isinstance(entry, str) else entry
+        if type(sides) is not list or len(sides) != 2 or not type(sides[0]) is type(sides[1]) is str:
+            raise UserError(f"{path} has the merge {entry!r}, which is not a pair of tokens; mend the file")
+        pairs.append(sides)
+    return pairs
 
 
 def _special_tokens(path: Path, added: Any) -> dict[str, int]:

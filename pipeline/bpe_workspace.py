@@ -89,9 +89,11 @@ def _neighbours(tokens: Sequence[bytes]) -> npt.NDArray[np.uint8]:
 def _borders(tokens: Sequence[bytes], pairs: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
     """Least rank of a merge that reaches across two bytes, at first | second << 8 and in the upper half: uint64 of
     65,536."""
-    edges = np.array([(token[0], token[-1]) if token else (0, 0) for token in tokens], np.int64)
+    content = np.frombuffer(b"".join(tokens) + b"\0", np.uint8).astype(np.int64)  # what an empty last one begins with
+    stops = np.cumsum([len(token) for token in tokens])
+    first, last = content[np.concatenate([[0], stops[:-1]])[pairs[:, 1]]], content[stops[pairs[:, 0]] - 1]
     ranks = np.full(1 << 16, NO_RANK, np.uint64)
-    across = edges[pairs[:, 0], 1] | edges[pairs[:, 1], 0] << 8
+    across = last | first << 8
     ranks[across[::-1]] = np.arange(len(pairs), dtype=np.uint64)[::-1]  # of several, the last one stays: the least
     return ranks << np.uint64(32)
 

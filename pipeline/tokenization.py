@@ -60,7 +60,8 @@ def finished(config: TokenizeConfig, output: Folder) -> Manifest | None:
     """
     if ledger.read_run(output) is None:
         return None
-    return ledger.finished(config, output, ledger.settings_of(config, _given_fingerprint(config)))
+    fingerprint = bpe.Tokenizer.from_file(config.tokenizer).fingerprint if config.tokenizer else None
+    return ledger.finished(config, output, ledger.settings_of(config, fingerprint))
 
 
 def tokenize(config: TokenizeConfig, output: Folder) -> Summary:
@@ -69,12 +70,13 @@ def tokenize(config: TokenizeConfig, output: Folder) -> Summary:
     Raises UserError for what the user can mend, whichever worker met it; the same call then goes on.
     """
     start = time.perf_counter()
-    settings = ledger.settings_of(config, _given_fingerprint(config))
+    given = bpe.Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+    settings = ledger.settings_of(config, given.fingerprint if given else None)
     source = ledger.find_source(config.source, output)
     run = RunRecord(source=config.source, pinned=source.pinned, settings=settings, inputs=tuple(source.inputs()))
     ledger.claim(output, run)
     items = _plan(config, source, output)
-    tokenizer = _prepare_tokenizer(config, source, output)
+    tokenizer = _prepare_tokenizer(config, given, source, output)
     parallelism = Parallelism.of(config)
     job = EncodeJob(
         output=str(output),
@@ -129,10 +131,12 @@ def _plan(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkIt
     return items
 
 
-def _prepare_tokenizer(config: TokenizeConfig, source: Source, output: Folder) -> bpe.Tokenizer:
+def _prepare_tokenizer(
+    config: TokenizeConfig, given: bpe.Tokenizer | None, source: Source, output: Folder
+) -> bpe.Tokenizer:
     """The tokenizer of the run, in the output folder: given, made by an earlier run, or trained now."""
-    if config.tokenizer:
-        tokenizer = bpe.Tokenizer.from_file(config.tokenizer)
+    if given:
+        tokenizer = given
         save_tokenizer(output, tokenizer)
     elif output.size(TOKENIZER_NAME) is not None:
         tokenizer = load_tokenizer(output)
@@ -169,10 +173,6 @@ def _find_duplicates(
     search = {"output": str(output), "num_items": len(items), "partitions": partitions}
     graph.run_rows([str(partition) for partition in range(partitions)], stages.search_duplicates, search, parallelism)
     return partitions
-
-
-def _given_fingerprint(config: TokenizeConfig) -> str | None:
-    return bpe.Tokenizer.from_file(config.tokenizer).fingerprint if config.tokenizer else None
 
 
 def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: Folder) -> Manifest:
