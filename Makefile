@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow check format bench bench-data ui clean
+.PHONY: setup demo test test-slow chaos check format bench bench-data ui cluster-files clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# make chaos CHAOS_KILLS=33 CHAOS_SEED=2026: kills over training on four workers, some 20 minutes; docs/reliability.md
+chaos: setup
+	$(BIN)/python -m pytest --log-cli-level=INFO tests/pipeline/test_training_chaos.py
 
 check: setup
 	$(BIN)/ruff check .
@@ -51,6 +55,13 @@ bench-data: setup
 ui: setup
 	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C stops it)"
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+
+# what `ray up` copies to every node: the token of the cluster, and the environment of its jobs (docs/cluster.md)
+cluster-files:
+	@umask 077; mkdir -p $(HOME)/.ray; touch $(HOME)/.gpt-2.5.env; chmod 600 $(HOME)/.gpt-2.5.env
+	@test -s $(HOME)/.ray/auth_token || $(BIN)/ray get-auth-token --generate > /dev/null
+	@chmod 600 $(HOME)/.ray/auth_token
+	@echo "~/.ray/auth_token is there; write GPT25_HOME=gs://BUCKET/FOLDER and your tokens into ~/.gpt-2.5.env"
 
 clean:
 	rm -rf data/demo runs/demo build *.egg-info .ruff_cache .mypy_cache .hypothesis

@@ -105,7 +105,7 @@ def trainer_step(trainer: Trainer) -> Callable[[], None]:
 
     def step() -> None:
         number = next(steps)
-        trainer._after_step(number + 1, trainer.train_step(number))
+        trainer.advance(number)
 
     return step
 

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.command_line import resolve
 from pipeline.config import to_dict
-from pipeline.errors import UserError
+from pipeline.errors import RunStopped, UserError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -40,6 +40,9 @@ def guarded(job: Callable[[], None], *, resume: str) -> None:
         job()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; the same command {resume}")
 

@@ -14,24 +14,36 @@ from pipeline.config import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from pipeline import launch
+    from pipeline import cluster, journal, launch
+    from pipeline.report import REPORT_FILE
 
     summary, mlflow_run = launch.pretrain(config)
-    print_table(
-        "pretrain: done",
-        [
-            ("parameters", f"{summary.parameters:,}"),
-            ("steps", f"{summary.steps:,} ({summary.tokens_seen:,} tokens)"),
-            ("train loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}"),
-            ("val loss", f"{summary.val_loss:.4f} on {summary.val_tokens:,} tokens"),
-            ("perplexity", f"{summary.perplexity:.2f}"),
-            ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
-            ("peak memory", f"{summary.peak_memory_gib:.2f} GiB on rank 0"),
-            ("sample", repr(summary.sample)),
-            ("checkpoint", summary.checkpoint),
-            ("MLflow", mlflow_run.location),
-        ],
-    )
+    output = cluster.resolve_output(config.output)
+    rows = [
+        ("parameters", f"{summary.parameters:,}"),
+        ("steps", f"{summary.steps:,} ({summary.tokens_seen:,} tokens)"),
+        ("train loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}"),
+        ("val loss", f"{summary.val_loss:.4f} on {summary.val_tokens:,} tokens"),
+        ("perplexity", f"{summary.perplexity:.2f}"),
+        ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
+        ("peak memory", f"{summary.peak_memory_gib:.2f} GiB on rank 0"),
+        ("sample", repr(summary.sample)),
+        ("checkpoint", summary.checkpoint),
+    ]
+    if summary.hellaswag_acc_norm is not None:
+        questions = f"{summary.hellaswag_questions:,} questions"
+        rows.append(
+            ("HellaSwag", f"{summary.hellaswag_acc_norm:.4f} acc_norm, {summary.hellaswag_acc:.4f} acc, {questions}")
+        )
+    if summary.best_step is not None:
+        rows.append(("best", f"step {summary.best_step:,}, val loss {summary.best_val_loss:.4f}"))
+    if output.size(REPORT_FILE) is not None:
+        rows.append(("report", f"{output}/{REPORT_FILE}"))
+    rows.append(("MLflow", mlflow_run.location))
+    waiting = journal.count_waiting(output, mlflow_run.run_id)
+    if waiting:
+        rows.append(("", f"has not got {waiting:,} points yet; they wait in {output}, and the same command sends them"))
+    print_table("pretrain: done", rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(config: TrainTokenizerConfig) -> None:
             ("vocabulary", f"{report.vocab_size:,} ids: 256 bytes, {report.merges:,} merges, {special_tokens}"),
             ("counting", f"{report.count_seconds:,.1f} s, {report.megabytes_per_second:,.1f} MB/s from source on"),
             ("merging", f"{report.merge_seconds:,.1f} s"),
-            ("output", str(cluster.resolve_path(config.output))),
+            ("output", str(cluster.resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
         ],
     )

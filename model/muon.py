@@ -79,20 +79,28 @@ class Muon(AdamW):
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         super().init_state()
 
-    def _update_parts(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update_parts(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], allowed: Tensor | None
+    ) -> None:
         if not group.get("muon"):
-            super()._update_parts(group, params, grads)
+            super()._update_parts(group, params, grads, allowed)
             return
         buffers = [self.local_part(self.state[parameter]["momentum_buffer"]) for parameter in params]
         local = [self.local_part(parameter) for parameter in params]
         local_grads = [self.local_part(grad) for grad in grads]
+        if allowed is not None:  # a mean of itself with itself stays, and what follows is finite
+            local_grads = [torch.where(allowed, *pair) for pair in zip(local_grads, buffers, strict=True)]
         torch._foreach_lerp_(buffers, local_grads, 1 - self.momentum)
         ahead = torch._foreach_lerp(local_grads, buffers, self.momentum)  # Nesterov
         steps = orthogonal_parts(list(ahead), [(p.shape[0], p.shape[1]) for p in params], self.group)
+        before = local if allowed is None else [part.clone() for part in local]
         if group["weight_decay"]:
             torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"])
         for part, step, parameter in zip(local, steps, params, strict=True):
             part.add_(step, alpha=-group["lr"] * MATCHED_RMS * math.sqrt(max(parameter.shape)))
+        if allowed is not None:
+            for part, old in zip(local, before, strict=True):
+                part.copy_(torch.where(allowed, part, old))
 
 
 def muon_groups(model: nn.Module, hidden: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -79,11 +79,16 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, allowed: Tensor | None = None
+    ) -> float | None:
         """One update of every parameter; ValueError where one has no gradient: the shared count would be wrong for it.
 
         Args:
             closure: computes the loss and the gradients afresh, as in torch; seldom needed.
+            allowed: () bool beside the parameters; where it is False, weights and moments stay as they are, bit for
+                bit, whatever the gradients hold. Compiled, nothing waits for its value, and num_steps counts the
+                step all the same: the caller sets it back. Not compiled, the process looks at it.
 
         Returns:
             The closure's loss, or None.
@@ -93,11 +98,15 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.init_state()
+        if allowed is not None and self.kernel is None:
+            if not allowed.item():
+                return loss
+            allowed = None
         for group in self.param_groups:
-            self._update(group)
+            self._update(group, allowed)
         return loss
 
-    def _update(self, group: dict[str, Any]) -> None:
+    def _update(self, group: dict[str, Any], allowed: Tensor | None) -> None:
         params: list[Tensor] = group["params"]
         if not params:
             return
@@ -108,9 +117,11 @@ class AdamW(torch.optim.Optimizer):
                 "leave parameters that are not trained out of the optimizer"
             )
         group["step"] += 1
-        self._update_parts(group, params, grads)
+        self._update_parts(group, params, grads, allowed)
 
-    def _update_parts(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update_parts(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], allowed: Tensor | None
+    ) -> None:
         means = [self.state[parameter]["exp_avg"] for parameter in params]
         squares = [self.state[parameter]["exp_avg_sq"] for parameter in params]
         whole = [[self.local_part(tensor) for tensor in tensors] for tensors in (params, grads, means, squares)]
@@ -118,7 +129,9 @@ class AdamW(torch.optim.Optimizer):
             for weights, gradients, block_means, block_squares in blocks(whole):
                 adam_step(weights, gradients, block_means, block_squares, group)
             return
-        numbers = step_numbers(group)
+        if allowed is None:
+            allowed = torch.ones((), dtype=torch.bool, device=whole[0][0].device)
+        numbers = [allowed, *step_numbers(group)]
         for tensors in zip(*whole, strict=True):
             self.kernel(*(tensor.view(-1) for tensor in tensors), *numbers)
 
@@ -141,14 +154,16 @@ def adam_step(
 
 
 def adam_kernel(  # noqa: PLR0917  # the compiled kernel's own list
-    param: Tensor, grad: Tensor, mean: Tensor, square: Tensor,
+    param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, allowed: Tensor,
     kept: Tensor, mean_rest: Tensor, beta2: Tensor, square_rest: Tensor, root: Tensor, eps: Tensor, size: Tensor,
 ) -> None:  # fmt: skip
-    """adam_step of one flat tensor, for a compiler to make one loop of; the numbers are those of step_numbers."""
-    param.mul_(kept)
-    mean.add_((grad - mean) * mean_rest)
-    square.mul_(beta2).add_(grad * grad * square_rest)
-    param.sub_(mean / (square.sqrt() / root + eps) * size)
+    """adam_step of one flat tensor where ``allowed``, for a compiler to make one loop of; numbers: step_numbers'."""
+    new_mean = mean + (grad - mean) * mean_rest
+    new_square = square * beta2 + grad * grad * square_rest
+    new_param = param * kept - new_mean / (new_square.sqrt() / root + eps) * size
+    param.copy_(torch.where(allowed, new_param, param))
+    mean.copy_(torch.where(allowed, new_mean, mean))
+    square.copy_(torch.where(allowed, new_square, square))
 
 
 def step_numbers(group: dict[str, Any]) -> list[Tensor]:

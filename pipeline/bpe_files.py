@@ -85,7 +85,7 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
     names = {token_id: name for name, token_id in vocabulary.special_tokens.items()}
     shown = [names.get(token_id) or show(token) for token_id, token in enumerate(vocabulary.tokens)]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content = {
+    content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -1,142 +1,212 @@
-"""Checkpoints of a run: sharded save, load, newest, prune.
+"""Checkpoints of a run, written in the background: every rank its own part, complete or absent, the oldest removed.
 
-    <run>/checkpoints/step-000500/
-        shard-00001-model-00001-of-00001.safetensors   one file per rank: its part of the weights and optimizer state
+    <run>/checkpoints/step-000500/                     on a disk, or in a bucket
+        shard-00001-model-00001-of-00023.safetensors   rank 0's part of the weights and optimizer state, in some files
         tokenizer.json                                 what the ids mean
-        checkpoint.json                                step, settings, fingerprints, versions, file sizes
+        checkpoint.json                                step, settings, fingerprints, versions, sha256 of every file
 
-torch.distributed.checkpoint writes the safetensors files, each rank its own part, in a background thread; nothing in
-them is pickled. A checkpoint is built under a name ending in .incomplete and renamed by rank 0 when every rank has
-written, so it is complete or absent. Loading reshards: any number of ranks reads what any number wrote.
+Training stands still while a rank copies its part (checkpoint_staging.py). The rest happens in a thread:
+torch.distributed.checkpoint writes the copy as safetensors, every rank its own part, to the run's folder or, for a
+bucket, to this node first; the files are hashed and uploaded; rank 0 hears of all, writes checkpoint.json last and
+gives the checkpoint its name. No file is pickled. Finding, verifying and reading checkpoints: checkpoint_reading.py.
 """
 
 from __future__ import annotations
 
-import functools
-import json
+import hashlib
 import logging
-import os
-import platform
-import re
 import shutil
-import subprocess
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from model.config import ModelConfig
 from model.transformer import Transformer
+from pipeline import checkpoint_folder
+from pipeline.checkpoint_description import DESCRIPTION_FILE, TOKENIZER_FILE, CheckpointInfo, FileEntry, to_bytes
+from pipeline.checkpoint_staging import StagedState
 from pipeline.errors import UserError
+from pipeline.manifest import as_folder
 from pipeline.parallel import Workers
+from pipeline.storage import Folder, LocalFolder, in_threads, node_cache, write_error
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-_COMPLETE = re.compile(r"^step-(\d{6,})$")
-_INCOMPLETE = ".incomplete"
-_DESCRIPTION = "checkpoint.json"
-TOKENIZER_FILE = "tokenizer.json"
+_AT_ONCE = 4  # files
+_READ_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """What a checkpoint says of itself (checkpoint.json)."""
-
-    step: int
-    """Optimizer steps done."""
-    tokens_seen: int
-    """Training tokens seen."""
-    first_loss: float
-    """Training loss of the run's first step, nats per token."""
-    last_loss: float
-    """Training loss of the last step logged before the save."""
-    model: dict[str, Any]
-    """ModelConfig's fields."""
-    config: dict[str, Any]
-    """The run's resolved settings."""
-    data: str
-    """Folder of the shards."""
-    manifest_fingerprint: str
-    tokenizer_fingerprint: str
-    world_size: int
-    """Ranks that wrote it."""
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return ModelConfig(**self.model)
+def _none() -> Collection[int]:
+    return ()
 
 
 class CheckpointWriter:
-    """Saves one run's checkpoints, one at a time, in the background.
+    """Saves one run's checkpoints, one at a time, in the background. Every rank has one and calls the same methods.
 
     Args:
         folder: ``<run>/checkpoints``, seen by every rank.
-        keep: newest checkpoints that stay.
         tokenizer_json: contents of tokenizer.json, copied into every checkpoint.
+        keep: newest checkpoints that stay.
+        keep_every: steps between checkpoints that stay for good.
+        also_keep: asked on rank 0, from another thread, whenever checkpoints are removed: further steps that stay.
     """
 
-    def __init__(self, folder: Path, workers: Workers, *, keep: int, tokenizer_json: str) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | Folder,
+        workers: Workers,
+        *,
+        tokenizer_json: str,
+        keep: int,
+        keep_every: int | None = None,
+        also_keep: Callable[[], Collection[int]] = _none,
+    ) -> None:
+        self.folder = as_folder(folder)
         self.workers = workers
-        self.keep = keep
         self.tokenizer_json = tokenizer_json
-        _accept_one_process()
-        self._pending: Future[Any] | None = None
-        self._completer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.keep, self.keep_every, self.also_keep = keep, keep_every, also_keep
+        self.stall_seconds = 0.0
+        """How long training stood still for the last save."""
+        self._staged: StagedState | None = None
+        self._touched: Future[None] | None = None
+        self._pending: Future[None] | None = None
+        self._background = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="checkpoint", initializer=_choose_device, initargs=(workers.device,)
+        )
         # Background collectives need a group of their own, or they would mix with the training step's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._on_first(lambda: _prepare(folder))
+        shutil.rmtree(self._staging_folder(), ignore_errors=True)  # of a process that was killed
+        self.workers.raise_together(_error_of(self._prepare) if self.workers.is_first else None)
 
-    def save(self, state: dict[str, Tensor], info: CheckpointInfo) -> Path:
+    def reserve(self, state: Mapping[str, Tensor]) -> None:
+        """Get the memory that saving ``state`` takes, in the background: the first save is then as short as any."""
+        self._staged = StagedState(state)
+        self._touched = self._background.submit(self._staged.touch)
+
+    def save(self, state: Mapping[str, Tensor], info: CheckpointInfo) -> Folder:
         """Start writing; returns when the state is copied, so that training may change it. Collective.
+
+        Returns:
+            Where the checkpoint will be.
 
         Raises:
             UserError: the save before this one failed (a full disk, a lost folder).
         """
+        start = time.perf_counter()
         self.wait()
-        final = self.folder / f"step-{info.step:06d}"
-        partial = final.with_name(final.name + _INCOMPLETE)
-        self._on_first(lambda: partial.mkdir(parents=True, exist_ok=True))
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        upload: Future[Any] = dcp.async_save(  # type: ignore[assignment]  # a plain future: no stager was given
-            dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None
-        )
-        if self.workers.is_first:  # its part of the save ends when every rank has written
-            self._pending = self._completer.submit(self._complete, upload, partial, final, info)
-        else:
-            self._pending = upload
-        return final
+        if self._staged is None or not self._staged.fits(state):
+            self._staged = StagedState(state)
+        elif self._touched is not None:
+            self._touched.result()
+        self._staged.copy(state)
+        self._pending = self._background.submit(self._write, self._staged, info)
+        self.stall_seconds = time.perf_counter() - start
+        return self.place(info.step)
+
+    def place(self, step: int) -> Folder:
+        """Where the checkpoint of a step is, or will be."""
+        return checkpoint_folder.entry(self.folder, step)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk under its final name. Collective."""
+        """Wait until the last save is complete. Collective; raises a UserError on every rank where one failed."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        self.workers.raise_together(_user_error_of(self.folder, pending.result))
+        self.workers.raise_together(_error_of(pending.result))
 
-    def _on_first(self, action: Callable[[], Any]) -> None:
-        """Rank 0 acts; where it fails, every rank raises."""
-        self.workers.raise_together(_user_error_of(self.folder, action) if self.workers.is_first else None)
+    def error(self) -> UserError | None:
+        """Why the last save failed on this rank, if that is known already; never waits.
 
-    def _complete(self, upload: Future[Any], partial: Path, final: Path, info: CheckpointInfo) -> None:
-        upload.result()
-        (partial / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")
-        _write_description(partial, info)
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_folder(self.folder)
-        for _, old in list_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+        Raises:
+            Exception: what no user can mend, as it was met in the background.
+        """
+        pending = self._pending
+        return _error_of(pending.result) if pending is not None and pending.done() else None
+
+    def _prepare(self) -> None:
+        self.folder.make()
+        checkpoint_folder.remove_unfinished(self.folder)
+
+    def _write(self, staged: StagedState, info: CheckpointInfo) -> None:
+        """In the background, on every rank. A rank that fails says so to the others and raises; they end quietly."""
+        first, step = self.workers.is_first, info.step
+        error = _error_of(lambda: checkpoint_folder.begin(self.folder, step)) if first else None
+        if self._exchange(None if error else []) is None:
+            return _raise(error)
+        place = checkpoint_folder.building_place(self.folder, step)
+        own: list[FileEntry] = []
+        error = _error_of(lambda: own.extend(self._write_part(staged, place)))
+        files = self._exchange(None if error else own)
+        if first and files is None:
+            checkpoint_folder.give_up(self.folder, step)
+        elif first and files is not None:
+            self._complete(place, files, info)
+        _raise(error)
+
+    def _write_part(self, staged: StagedState, place: Folder) -> list[FileEntry]:
+        """This rank's files, written to ``place``. Collective, over gloo."""
+        is_local = isinstance(place, LocalFolder)
+        folder = place.path if isinstance(place, LocalFolder) else self._staging_folder()
+        entries: list[FileEntry] = []
+
+        def hash_or_upload(path: Path) -> None:
+            sha256 = _sha256(path) if is_local else place.write(path.name, _blocks(path))
+            entries.append(FileEntry(name=path.name, num_bytes=path.stat().st_size, sha256=sha256))
+
+        try:
+            self._save_to(folder, staged)
+            in_threads(hash_or_upload, self._files_in(folder), _AT_ONCE)
+        finally:
+            if not is_local:
+                shutil.rmtree(folder, ignore_errors=True)
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def _save_to(self, folder: Path, staged: StagedState) -> None:
+        writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=staged.file_of, save_distributed=True)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no mistake here
+        try:
+            dcp.save(dict(staged.state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        except dcp.CheckpointException as error:  # on every rank
+            raise _explain(folder, error) from error
+
+    def _files_in(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob(f"shard-{self.workers.rank + 1:05d}-*.safetensors"))
+
+    def _staging_folder(self) -> Path:
+        """Of this rank, for files on their way to a bucket."""
+        run = hashlib.sha256(self.folder.url.encode()).hexdigest()[:20]
+        return node_cache("saving") / run / f"rank-{self.workers.rank}"
+
+    def _exchange(self, own: list[FileEntry] | None) -> list[FileEntry] | None:
+        """The entries of all ranks, in the order of the ranks; None where a rank gave None. Collective, over gloo."""
+        if self._group is None:
+            return own
+        gathered: list[list[FileEntry] | None] = [None] * self.workers.world_size
+        dist.all_gather_object(gathered, own, group=self._group)
+        if any(entries is None for entries in gathered):
+            return None
+        return [entry for entries in gathered if entries is not None for entry in entries]
+
+    def _complete(self, place: Folder, files: list[FileEntry], info: CheckpointInfo) -> None:
+        tokenizer = self.tokenizer_json.encode()
+        sha256 = place.write(TOKENIZER_FILE, [tokenizer], flush="content")
+        files = [*files, FileEntry(name=TOKENIZER_FILE, num_bytes=len(tokenizer), sha256=sha256)]
+        place.write(DESCRIPTION_FILE, [to_bytes(info, files)])
+        checkpoint_folder.finish(self.folder, info.step)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        steps = checkpoint_folder.list_steps(self.folder)
+        staying = {*steps[-self.keep :], *self.also_keep()}
+        for step in steps:
+            if step not in staying and (self.keep_every is None or step % self.keep_every):
+                checkpoint_folder.remove(self.folder, step)
 
 
 def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -149,133 +219,45 @@ def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict
     return state
 
 
-def load_training_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Read ``state``'s tensors in place, each rank its part. Collective where there are several ranks."""
-    check_complete(path)
-    _accept_one_process()
-    reader = HuggingFaceStorageReader(str(path))
-    no_dist = not dist.is_initialized()
-    error = _user_error_of(path, lambda: dcp.load(dict(state), storage_reader=reader, no_dist=no_dist))
-    if error is not None:  # on every rank: dcp passes failures on
-        raise error
+def _choose_device(device: torch.device) -> None:
+    """A new thread is on the first GPU, whichever its process trains on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
-def load_weights(path: Path, model: Transformer) -> None:
-    """Read the weights alone into ``model``."""
-    load_training_state(path, {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
 
 
-def read_info(path: Path) -> CheckpointInfo:
-    """What the checkpoint at ``path`` says of itself."""
-    return _info_from(_read_description(path))
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            yield block
 
 
-def check_shape(path: Path, info: CheckpointInfo, expected: ModelConfig) -> None:
-    """Raise a UserError that names the field where a checkpoint's model differs from the run's."""
-    for name, value in expected.to_dict().items():
-        if info.model.get(name) != value:
-            raise UserError(
-                f"checkpoint {path} holds a model with {name} {info.model.get(name)}, but this run asks for {value}; "
-                f"use the same {name}, or another --output for a new run"
-            )
+def _explain(folder: Path, error: dcp.CheckpointException) -> UserError:
+    """The first failure of any rank."""
+    failure = next(iter(error.failures.values()))
+    cause = failure[0] if isinstance(failure, tuple) else failure
+    if isinstance(cause, OSError):
+        return write_error(folder / "checkpoint", cause)
+    return UserError(f"the checkpoint in {folder} cannot be written: {cause}")
 
 
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the complete checkpoints in ``<run>/checkpoints``, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = ((_COMPLETE.match(entry.name), entry) for entry in folder.iterdir())
-    return sorted((int(match[1]), entry) for match, entry in found if match and (entry / _DESCRIPTION).is_file())
-
-
-def find_checkpoint(path: Path) -> Path:
-    """``path`` itself if it is a checkpoint, else the newest checkpoint of the run folder ``path``."""
-    if (path / _DESCRIPTION).is_file():
-        return path
-    checkpoints = list_checkpoints(path / "checkpoints")
-    if not checkpoints:
-        raise UserError(f"{path} is neither a checkpoint nor a run folder with one; train first, or give another")
-    return checkpoints[-1][1]
-
-
-def check_complete(path: Path) -> None:
-    """Raise a UserError that names the file which is missing or has another size than was written."""
-    for name, size in _read_description(path)["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise UserError(
-                f"checkpoint {path} is damaged: {name} is missing or truncated; delete it to use an older one"
-            )
-
-
-def _prepare(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"step-*{_INCOMPLETE}"):
-        logger.info("removing the unfinished checkpoint %s", leftover)
-        shutil.rmtree(leftover)
-
-
-def _write_description(partial: Path, info: CheckpointInfo) -> None:
-    files = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, **_commit()}
-    description = {"format_version": FORMAT_VERSION, **asdict(info), "versions": versions, "files": files}
-    with (partial / _DESCRIPTION).open("w", encoding="utf-8") as file:
-        json.dump(description, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@functools.lru_cache(maxsize=1)
-def _commit() -> dict[str, str]:
-    """The commit of this project's checkout; empty where there is none, as in a job's copy on a cluster."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return {}
-    return {"commit": answer.stdout.strip()} if answer.returncode == 0 else {}
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is no checkpoint: it has no {_DESCRIPTION}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {_DESCRIPTION} cannot be read ({error})") from error
-    if description.get("format_version") != FORMAT_VERSION:
-        version = description.get("format_version")
-        raise UserError(f"checkpoint {path} has format version {version}; this program reads {FORMAT_VERSION}")
-    return description
-
-
-def _info_from(description: Mapping[str, Any]) -> CheckpointInfo:
-    return CheckpointInfo(**{field.name: description[field.name] for field in fields(CheckpointInfo)})
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _accept_one_process() -> None:
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp's warning: it is no mistake here
-
-
-def _user_error_of(folder: Path, action: Callable[[], Any]) -> UserError | None:
-    """Run ``action``; a failure to read or write comes back as one sentence that names the folder."""
+def _error_of(action: Callable[[], object]) -> UserError | None:
+    """Run ``action``; what a user can mend comes back."""
     try:
         action()
-    except (OSError, dcp.CheckpointException) as error:
-        return UserError(f"checkpoint files in {folder} cannot be written or read: {_root_cause(error)}")
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"a checkpoint cannot be written: {error}")
     return None
 
 
-def _root_cause(error: BaseException) -> str:
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        failure = next(iter(error.failures.values()))
-        return str(failure[0] if isinstance(failure, tuple) else failure)
-    return str(error)
+def _raise(error: UserError | None) -> None:
+    if error is not None:
+        raise error

@@ -2,7 +2,10 @@
 
 A job runs in three ways, and says nothing about which: alone (a local Ray is started), with RAY_ADDRESS set, and
 under ``ray job submit``. Under the last the current folder is a throw-away copy of the project, so relative paths
-count from GPT25_HOME, or ~/gpt-2.5 where that is not set.
+count from GPT25_HOME, a folder or a bucket, or from ~/gpt-2.5 where that is not set.
+
+What a cluster file tells the jobs by environment (deploy/, docs/cluster.md): GPT25_HOME; GPT25_NODES, nodes that are
+always there; GPT25_AUTOSCALING=1, others come when they are asked for; GPT25_MAX_CPUS, how many CPUs they bring.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import logging
 import os
 import re
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,17 @@ from pipeline.storage import Folder, is_url, open_folder
 logger = logging.getLogger(__name__)
 
 _NOISE = "Failed to query Ray Train Controller|Reporting training result|PreemptionWatcher"
-_PLACES = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "GPT25_CACHE")
+_PLACES = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "GPT25_CACHE", "GPT25_COMMIT")
+_NODES_SECONDS = 180.0  # how long a job waits for machines of the cluster file that still start, or are gone
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": _NOISE,
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_ALONE = {
+    "RAY_AUTH_MODE": "token",  # a joined cluster has its own mode
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node but this one
 }
 
 
@@ -37,31 +45,39 @@ def submitted() -> bool:
 
 
 def working_folder() -> Path:
-    """What relative paths count from."""
-    home = os.environ.get("GPT25_HOME")
-    if home:
+    """The local folder that relative paths count from, unless GPT25_HOME is a bucket."""
+    home = os.environ.get("GPT25_HOME", "")
+    if home and not is_url(home):
         return Path(home).expanduser().absolute()
-    return Path.home() / "gpt-2.5" if submitted() else Path.cwd()
+    return Path.home() / "gpt-2.5" if home or submitted() else Path.cwd()
 
 
 def resolve_path(path: str) -> Path:
     """An absolute path, the same in the driver and in every worker."""
-    expanded = Path(path).expanduser()
-    if re.match(r"^[a-z][a-z0-9]*://", path):
-        raise UserError(
-            f"{path}: only folders that every node sees are supported here; mount the bucket, or give a path"
-        )
-    return expanded if expanded.is_absolute() else working_folder() / expanded
+    url = _in_bucket(path)
+    if url is not None:
+        raise UserError(f"{url}: only folders that every node sees are supported here; give an absolute path")
+    return working_folder() / Path(path).expanduser()
 
 
 def resolve_output(path: str) -> Folder:
     """Where a job writes to: a bucket's address, or an absolute path, the same in the driver and in every worker."""
-    return open_folder(path if is_url(path) else resolve_path(path))
+    return open_folder(_in_bucket(path) or resolve_path(path))
 
 
 def resolve_source(source: str) -> str:
-    """A source as every worker finds it: local paths made absolute; addresses and installed-docs stay."""
-    return source if is_url(source) or source == INSTALLED_DOCS else str(resolve_path(source))
+    """A source as every worker finds it: relative paths made absolute; addresses and installed-docs stay."""
+    return source if source == INSTALLED_DOCS else _in_bucket(source) or str(resolve_path(source))
+
+
+def _in_bucket(path: str) -> str | None:
+    """The URL of ``path``, where it is one or counts from a GPT25_HOME that is one."""
+    if is_url(path):
+        return path
+    home = os.environ.get("GPT25_HOME", "")
+    if not is_url(home) or Path(path).expanduser().is_absolute():
+        return None
+    return f"{home.rstrip('/')}/{path}"
 
 
 def make_output(folder: Path) -> None:
@@ -76,7 +92,7 @@ def make_output(folder: Path) -> None:
 def connect(*, num_cpus: int) -> None:
     """Join the cluster that the environment names, or start a local Ray with ``num_cpus`` logical CPUs."""
     starts_one = not (submitted() or os.environ.get("RAY_ADDRESS"))
-    defaults = {**_QUIET, "RAY_AUTH_MODE": "token"} if starts_one else _QUIET  # a joined cluster has its own mode
+    defaults = {**_QUIET, **_ALONE} if starts_one else _QUIET
     os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
     import ray  # reads the variables as it is imported
 
@@ -84,6 +100,7 @@ def connect(*, num_cpus: int) -> None:
         return
     if submitted():
         ray.init()  # address and runtime environment come with the job
+        _await_nodes(int(os.environ.get("GPT25_NODES", "1")))
     elif not starts_one:
         _require_answer(os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path())
@@ -96,6 +113,22 @@ def connect(*, num_cpus: int) -> None:
             logging_level=logging.WARNING,
             runtime_env=_project_on_path(),
         )
+
+
+def _await_nodes(expected: int) -> None:
+    """Give machines that still start the time for it: ``ray up`` returns when the head is there."""
+    import ray
+
+    deadline = time.monotonic() + _NODES_SECONDS
+    told = False
+    while (alive := sum(bool(node["Alive"]) for node in ray.nodes())) < expected:
+        if time.monotonic() > deadline:
+            logger.warning("%d of the cluster's %d machines are there; going on with them", alive, expected)
+            return
+        if not told:
+            logger.info("%d of the cluster's %d machines are there; waiting for the others", alive, expected)
+            told = True
+        time.sleep(1)
 
 
 def _require_answer(address: str) -> None:
@@ -143,6 +176,13 @@ def require(*, num_workers: int, gpus: bool) -> None:
 def autoscales() -> bool:
     """Whether nodes are added on demand, as cluster.yaml says by GPT25_AUTOSCALING=1."""
     return os.environ.get("GPT25_AUTOSCALING") == "1"
+
+
+def cpus() -> int:
+    """CPUs that work may be cut up for: those of the cluster, or those it can grow to."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)), int(os.environ.get("GPT25_MAX_CPUS", "1")))
 
 
 def _project_on_path() -> dict[str, Any]:

@@ -58,10 +58,19 @@ def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(path) if path else None), rest
 
 
+class _PresetLoader(yaml.SafeLoader):
+    """YAML 1.1 without its numbers to the base of 60: num_workers 2:8 is a range, not 128."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [("tag:yaml.org,2002:str", re.compile(r"^\d+:\d+$")), *resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
     """One section of a YAML preset, its keys checked against the fields of ``config_class``."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_PresetLoader)
     except FileNotFoundError:
         raise UserError(f"there is no preset {path}; the project's own lie in configs/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -24,9 +24,10 @@ _POSITIVE = (
     "val_tokens",
     "sample_every",
     "sample_tokens",
+    "hellaswag_every",
     "checkpoint_every",
     "keep_checkpoints",
-    "num_workers",
+    "collective_timeout",
 )
 
 
@@ -148,7 +149,8 @@ class PretrainConfig:
     data: str = "data/gpt2.5"
     """Folder that jobs/tokenize.py wrote."""
     output: str = "runs/gpt2.5"
-    """Folder of this run: checkpoints, settings, summary. The same folder again goes on where it stopped."""
+    """Folder of this run: checkpoints, settings, summary; s3://BUCKET/FOLDER or gs://BUCKET/FOLDER too. The same folder
+    again goes on where it stopped."""
     checkpoint: str | None = None
     """Start from the weights of this checkpoint, or another run's newest, instead of random ones."""
 
@@ -217,19 +219,37 @@ class PretrainConfig:
     """What the samples begin with."""
     sample_tokens: int = 64
     """Tokens per sample."""
+    hellaswag: str | None = None
+    """HellaSwag's questions: a hellaswag_val.jsonl or .parquet, or hf://datasets/OWNER/NAME[@REVISION]/FILE. Not given:
+    none are asked."""
+    hellaswag_every: int = 2000
+    """Steps between two HellaSwag scores, each of all questions; the last step has one too."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints kept, the newest."""
+    """Checkpoints kept, the newest; the one with the lowest val loss stays too."""
+    keep_every: int | None = None
+    """Steps between checkpoints that stay for good. Not given: none does."""
 
-    num_workers: int = 4
-    """Training workers: one GPU each, or one CPU each."""
+    num_workers: int | str = 4
+    """Training workers: one GPU each, or one CPU each. 2:8 is elastic: as many as the cluster has, from 2 to 8."""
+    resize_seconds: float = 300.0
+    """Elastic: seconds between two looks for room for more workers, which go on from the newest checkpoint."""
+    skip_nonfinite: int = 0
+    """Steps whose loss or gradient is not finite that are left out; one more ends the run."""
+    collective_timeout: int = 600
+    """Seconds without progress after which a worker is taken to hang and its group is started again."""
     max_failures: int = 3
     """Lost workers that a run survives before it gives up; -1 for any number."""
     tracking_uri: str | None = None
     """MLflow server or store. Not given: MLFLOW_TRACKING_URI, else sqlite in the working folder."""
     experiment: str = "gpt-2.5"
     """MLflow experiment."""
+    registered_model: str | None = None
+    """Name in MLflow's model registry whose alias best the best checkpoint gets. Not given: the experiment's; none: it
+    is not registered."""
+    price_per_hour: float | None = None
+    """Dollars for a worker and hour, for the cost in the report."""
     dry_run: bool = False
     """Print the resolved settings, then stop."""
 
@@ -240,6 +260,15 @@ class PretrainConfig:
         for name in ("min_lr_fraction", "warmup_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
+        _require(self.resize_seconds > 0, f"resize_seconds is {self.resize_seconds:g}; it must be positive")
+        every = self.keep_every
+        _require(
+            every is None or (every > 0 and every % self.checkpoint_every == 0),
+            f"keep_every is {every}; it must be a multiple of checkpoint_every {self.checkpoint_every}",
+        )
+        price = self.price_per_hour
+        _require(price is None or price >= 0, f"price_per_hour is {price}; it must not be negative")
+        _require(self.skip_nonfinite >= 0, f"skip_nonfinite is {self.skip_nonfinite}; it must not be negative")
         self.model_config(vocab_size=257)  # the shape is checked before any data is opened
         self._check_batch()
 
@@ -261,31 +290,54 @@ class PretrainConfig:
             raise UserError(str(error)) from error
 
     @property
+    def registry_name(self) -> str | None:
+        """The registered model's name, or None; MLflow takes neither slash nor colon in one."""
+        name = self.experiment if self.registered_model is None else self.registered_model
+        return None if name == "none" else re.sub("[/:]", "-", name)
+
+    @property
     def windows_per_step(self) -> int:
         """Windows of one optimizer step over all workers (the global batch)."""
         return self.tokens_per_step // self.context_length
 
     def _check_batch(self) -> None:
         tokens, length = self.tokens_per_step, self.context_length
+        fewest, most = worker_range(self.num_workers)
         _require(
             tokens % length == 0,
             f"tokens_per_step {tokens:,} is no multiple of context_length {length:,}; "
             f"the nearest that is: {max(1, round(tokens / length)) * length:,}",
         )
         _require(
-            self.windows_per_step >= self.num_workers,
+            self.windows_per_step >= most,
             f"tokens_per_step {tokens:,} gives {self.windows_per_step} windows of {length:,} tokens, fewer than the "
-            f"{self.num_workers} workers; raise tokens_per_step or lower num_workers",
+            f"{most} workers; raise tokens_per_step or lower num_workers",
         )
         if self.grad_accum_steps is None:
             return
-        product = self.batch_size * self.grad_accum_steps * length * self.num_workers
+        _require(
+            fewest == most,
+            f"grad_accum_steps {self.grad_accum_steps} cannot hold on {fewest} to {most} workers alike; "
+            "leave it out: it follows from tokens_per_step",
+        )
+        product = self.batch_size * self.grad_accum_steps * length * most
         _require(
             product == tokens,
             f"batch_size {self.batch_size} x grad_accum_steps {self.grad_accum_steps} x context_length {length} x "
-            f"num_workers {self.num_workers} is {product:,} tokens, but tokens_per_step is {tokens:,}; "
+            f"num_workers {most} is {product:,} tokens, but tokens_per_step is {tokens:,}; "
             "leave grad_accum_steps out, or change tokens_per_step",
         )
+
+
+def worker_range(num_workers: int | str) -> tuple[int, int]:
+    """The fewest and the most workers that ``4`` or ``2:8`` allows."""
+    match = re.fullmatch(r"(-?\d+)(?::(-?\d+))?", str(num_workers))
+    if match is None:
+        raise UserError(f"num_workers is {num_workers}; give a number, or the fewest and the most, for instance 2:8")
+    fewest, most = int(match[1]), int(match[2] or match[1])
+    _require(fewest > 0, f"num_workers is {num_workers}; it must be positive")
+    _require(fewest <= most, f"num_workers is {num_workers}; the fewest come first: {most}:{fewest}")
+    return fewest, most
 
 
 def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:

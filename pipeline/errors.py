@@ -1,4 +1,4 @@
-"""The one exception that users meet: something they can mend, said in one sentence."""
+"""The exceptions that users meet: something they can mend, said in one sentence, and a run that was stopped."""
 
 
 class UserError(Exception):
@@ -11,3 +11,13 @@ class UserError(Exception):
 
 class DamagedInputError(UserError):
     """An input that cannot be read: damaged, truncated, not what it is said to be. ``--skip_bad_files`` goes on."""
+
+
+class RunStopped(Exception):  # noqa: N818  # nothing went wrong
+    """A run that ended early because it was asked to. What is done is saved; the same command goes on from there.
+
+    Jobs print it without a traceback and exit as a shell shows a signal: 143 for SIGTERM, 130 for Ctrl-C.
+    """
+
+    signal_number = 15
+    """What asked for it."""

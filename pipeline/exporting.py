@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoint, cluster, huggingface, model_card, model_hub
+from pipeline import cluster, huggingface, model_card, model_hub
 from pipeline.bpe import END_OF_TEXT, Tokenizer
+from pipeline.checkpoint_description import TOKENIZER_FILE
 from pipeline.config_use import ExportConfig
 from pipeline.errors import UserError
 from pipeline.pretrained import read_tokenizer, resolve_checkpoint
@@ -83,7 +84,7 @@ def _write(config: ExportConfig, source: Path, output: Path, partial: Path, run:
         huggingface.tokenizer_config(END_OF_TEXT, model_config.context_length),
     )
     huggingface.write_json(partial / huggingface.GENERATION_CONFIG_FILE, huggingface.generation_config(eot_id))
-    shutil.copyfile(source / checkpoint.TOKENIZER_FILE, partial / checkpoint.TOKENIZER_FILE)
+    shutil.copyfile(source / TOKENIZER_FILE, partial / TOKENIZER_FILE)
     note = _note(run, tokenizer, config.dtype)
     huggingface.write_json(partial / huggingface.NOTE_FILE, note)
     model_card.write(partial, run, model_config, name=config.push_to_hub or output.name, dtype=config.dtype)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from pipeline import plans, stages
+from pipeline import cluster, plans, stages
 from pipeline.config import TokenizeConfig, TrainTokenizerConfig
 from pipeline.pieces import WorkItem
 from pipeline.stage_progress import ItemProgress
@@ -49,9 +49,7 @@ class Parallelism:
 
     @property
     def slots(self) -> int:
-        import ray
-
-        return self.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        return self.num_workers or cluster.cpus()
 
 
 def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism, *, title: str) -> Iterator[ItemRow]:

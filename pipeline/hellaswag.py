@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from model.transformer import Transformer
 from pipeline.bpe import Tokenizer
 from pipeline.errors import UserError
 from pipeline.parallel import Workers
+from pipeline.storage import is_url, open_folder
 
 NUM_ENDINGS = 4
 _KEYS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
@@ -53,15 +56,20 @@ class HellaSwagResult:
         return float((self.acc_norm * (1 - self.acc_norm) / max(1, self.questions - 1)) ** 0.5)
 
 
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """The first ``limit`` questions of a hellaswag_val.jsonl, all by default.
+def read_questions(path: Path | str, limit: int | None = None) -> list[Question]:
+    """The first ``limit`` questions of a hellaswag_val.jsonl, or of the .parquet file that the hub has; all by default.
+
+    Args:
+        path: of a disk, or s3://BUCKET/NAME, gs://BUCKET/NAME.
 
     Raises:
-        UserError: no such file, or a line that is no question with an answer.
+        UserError: no such file, or a line (or row) that is no question with an answer.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        folder, _, name = str(path).rpartition("/")
+        content = open_folder(folder).read(name) if is_url(str(path)) else Path(path).read_bytes()
+        lines = _parquet_lines(content) if name.endswith(".parquet") else content.decode().split("\n")
+    except (OSError, ValueError) as error:  # pyarrow's and Unicode's errors are ValueErrors
         raise UserError(f"HellaSwag questions {path} cannot be read ({error}); give a hellaswag_val.jsonl") from error
     questions = [_question(path, number, line) for number, line in enumerate(lines[:limit], 1) if line.strip()]
     if not questions:
@@ -69,7 +77,15 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     return questions
 
 
-def _question(path: Path, number: int, line: str) -> Question:
+def _parquet_lines(content: bytes) -> list[str]:
+    """The rows of a parquet file as JSON lines: the hub has the same fields under the same names."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return [json.dumps(row) for row in pq.read_table(pa.BufferReader(content)).to_pylist()]
+
+
+def _question(path: Path | str, number: int, line: str) -> Question:
     try:
         values = json.loads(line)
         missing = [key for key in _KEYS if key not in values]
@@ -96,22 +112,48 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def encode(question: Question, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
-    """(ids of context and ending, how many of them are the ending's), ending by ending.
+@dataclass(frozen=True, kw_only=True)
+class EncodedQuestions:
+    """Questions as ids, for any number of evaluations; a row is a context with one of its endings."""
+
+    ids: npt.NDArray[np.unsignedinteger[Any]]
+    """Of all rows, one behind the other."""
+    offsets: npt.NDArray[np.int64]
+    """Where rows begin, and where the last one ends."""
+    ending_ids: npt.NDArray[np.int64]
+    """Of each row, how many of its ids are the ending's."""
+    endings: tuple[tuple[str, ...], ...]
+    answers: tuple[int, ...]
+
+    def row(self, number: int) -> tuple[list[int], int]:
+        """Ids of a row, and how many of them are the ending's."""
+        ids = self.ids[self.offsets[number] : self.offsets[number + 1]].tolist()
+        return ids, int(self.ending_ids[number])
+
+
+def encode_all(questions: Sequence[Question], tokenizer: Tokenizer) -> EncodedQuestions:
+    """The questions' rows, in arrays: 10,042 questions are 8 MB.
 
     Context and ending are encoded as one text; what lies behind as many ids as the context has alone is the ending's.
     """
-    context = question.context.rstrip()
-    spaces = question.context[len(context) :]
-    num_context = len(tokenizer.encode(context))
-    rows = []
-    for ending in question.endings:
-        ids = tokenizer.encode(f"{context}{spaces} {ending}")
-        rows.append((ids, len(ids) - num_context))
-    return rows
+    stripped = [question.context.rstrip() for question in questions]
+    texts = [
+        f"{context}{question.context[len(context) :]} {ending}"
+        for question, context in zip(questions, stripped, strict=True)
+        for ending in question.endings
+    ]
+    ids, offsets = tokenizer.encode_batch(texts)
+    _, context_offsets = tokenizer.encode_batch(stripped)
+    num_context = np.repeat(np.diff(context_offsets), [len(question.endings) for question in questions])
+    return EncodedQuestions(
+        ids=ids,
+        offsets=offsets,
+        ending_ids=np.diff(offsets) - num_context,
+        endings=tuple(question.endings for question in questions),
+        answers=tuple(question.answer for question in questions),
+    )
 
 
-@torch.no_grad()
 def score(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -120,36 +162,49 @@ def score(
     *,
     tokens_per_batch: int,
 ) -> HellaSwagResult:
+    """Accuracy of ``model`` on the questions; ``score_encoded`` of them. Collective."""
+    return score_encoded(model, encode_all(questions, tokenizer), workers, tokens_per_batch=tokens_per_batch)
+
+
+@torch.no_grad()
+def score_encoded(
+    model: Transformer, questions: EncodedQuestions, workers: Workers, *, tokens_per_batch: int
+) -> HellaSwagResult:
     """Accuracy of ``model`` on the questions, shared by the ranks; the same on every rank. Collective.
 
     Every rank runs as many forward passes as the others, each of about ``tokens_per_batch`` tokens, padding included.
     """
-    rows = [row for question in questions for row in encode(question, tokenizer)]
-    starts = torch.tensor([0, *(len(question.endings) for question in questions)]).cumsum(0).tolist()
-    sums = torch.zeros(len(rows), dtype=torch.float64)
+    lengths = np.diff(questions.offsets).tolist()
+    sums = torch.zeros(len(lengths), dtype=torch.float64)
     training = model.training
     model.eval()
-    batches = _batches([len(ids) for ids, _ in rows], tokens_per_batch)
+    batches = _batches(lengths, tokens_per_batch)
     rounds = -(-len(batches) // workers.world_size)
     for number in range(rounds):
         index = number * workers.world_size + workers.rank
         chosen = batches[index] if index < len(batches) else batches[0][:1]  # takes part, does not count
-        found = ending_log_probabilities(model, [rows[row] for row in chosen], workers.device)
+        found = ending_log_probabilities(model, [questions.row(row) for row in chosen], workers.device)
         if index < len(batches):
             sums[chosen] = found.double().cpu()
     model.train(training)
-    totals = workers.sum(sums.to(workers.device)).cpu()
-    hits = hits_norm = 0
-    for question, start in zip(questions, starts, strict=False):
-        found = totals[start : start + len(question.endings)]
-        lengths = torch.tensor([float(len(ending)) for ending in question.endings])
-        hits += int(found.argmax()) == question.answer
-        hits_norm += int((found / lengths).argmax()) == question.answer
-    return HellaSwagResult(acc=hits / len(questions), acc_norm=hits_norm / len(questions), questions=len(questions))
+    return _count_hits(questions, workers.sum(sums.to(workers.device)).cpu())
+
+
+def _count_hits(questions: EncodedQuestions, log_probabilities: Tensor) -> HellaSwagResult:
+    """log_probabilities: of each row's ending."""
+    hits = hits_norm = start = 0
+    for endings, answer in zip(questions.endings, questions.answers, strict=True):
+        found = log_probabilities[start : start + len(endings)]
+        characters = torch.tensor([float(len(ending)) for ending in endings])
+        hits += int(found.argmax()) == answer
+        hits_norm += int((found / characters).argmax()) == answer
+        start += len(endings)
+    count = len(questions.answers)
+    return HellaSwagResult(acc=hits / count, acc_norm=hits_norm / count, questions=count)
 
 
 def ending_log_probabilities(model: Transformer, rows: Sequence[tuple[list[int], int]], device: torch.device) -> Tensor:
-    """Sum of log p over each row's last ids, in nats, (B,) float32; rows as ``encode`` gives them.
+    """Sum of log p over each row's last ids, in nats, (B,) float32; rows as in EncodedQuestions.
 
     A row longer than the context loses its beginning.
     """

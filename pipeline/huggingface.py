@@ -28,7 +28,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from pipeline import checkpoint
+from pipeline import checkpoint_reading
 from pipeline.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -70,7 +70,7 @@ def read_model_config(path: Path) -> ModelConfig:
         UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
     """
     if not is_exported(path):
-        return checkpoint.read_info(path).model_config
+        return checkpoint_reading.read_info(path).model_config
     return _config_from_llama(path / CONFIG_FILE, _read_json(path / CONFIG_FILE))
 
 
@@ -91,7 +91,7 @@ def load_weights(path: Path, model: Transformer) -> None:
     Every rank calls; a folder's tensors are read whole by each rank, one at a time. Padding rows become zero.
     """
     if not is_exported(path):
-        checkpoint.load_weights(path, model)
+        checkpoint_reading.load_weights(path, model)
         return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -106,9 +106,10 @@ def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]
     """
     shapes = weight_shapes(config)
     if not is_exported(path):
+        checkpoint_reading.verify(path)
         for name, shape in shapes.items():
             tensor = torch.empty(shape)
-            checkpoint.load_training_state(path, {f"model.{name}": tensor})
+            checkpoint_reading.read_tensors(path, {f"model.{name}": tensor})
             yield name, tensor
         return
     with contextlib.ExitStack() as stack:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from pipeline import checkpoint, cluster, huggingface
-from pipeline.checkpoint import CheckpointInfo
+from pipeline import checkpoint_reading, cluster, huggingface
+from pipeline.checkpoint_description import CheckpointInfo
 from pipeline.config import without_password
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
+from pipeline.mlflow_run import MLflowRun, find_run, read_history
 from pipeline.storage import Folder, open_folder
-from pipeline.tracking import MLflowRun, find_run, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ def read_run(source: Path, *, tracking_uri: str | None) -> Run:
     if huggingface.is_exported(source):
         card = source / CARD_FILE
         return Run(old_card=card.read_text(encoding="utf-8") if card.is_file() else None)
-    info = checkpoint.read_info(source)
-    description = json.loads((source / "checkpoint.json").read_text(encoding="utf-8"))
+    info = checkpoint_reading.read_info(source)
     run_folder = source.parent.parent if source.parent.name == "checkpoints" else source
     mlflow_run = None
     if (run_folder / "mlflow_run.json").is_file():
@@ -80,7 +79,7 @@ def read_run(source: Path, *, tracking_uri: str | None) -> Run:
     curves = read_history(mlflow_run, ("train/loss", "val/loss")) if mlflow_run else {}
     return Run(
         info=info,
-        versions=description["versions"],
+        versions=checkpoint_reading.read_versions(source),
         manifest=_read_manifest(cluster.resolve_output(info.data), info),
         scores=_read_scores(run_folder / "evaluation.json", source),
         curves={name: [point for point in points if point[0] <= info.step] for name, points in curves.items()},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Dense bf16 matrix products per second of one device, from the vendors' data sheets (without sparsity).
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 
+_TEXT_BYTES = 2048
 _WHOLE_UNIT_PARAMETERS = 10**9
 """Up to this size a model is gathered as a whole: 2 GB of bfloat16 weights and 4 GB of float32 gradients a worker."""
 
@@ -50,12 +52,21 @@ class Workers:
         return values
 
     def raise_together(self, error: UserError | None) -> None:
-        """Raise on every rank if any rank has an error, so that none waits in the next collective for one that left."""
+        """Raise on every rank the error of the first that has one, so that none waits for a rank that left."""
         failed = self.sum(torch.tensor([error is not None], dtype=torch.int64, device=self.device))
-        if error is not None:
-            raise error
-        if failed.item():
-            raise UserError("another worker could not go on; its message says why")
+        if not failed.item():
+            return
+        sentences = self.share_texts("" if error is None else str(error))
+        raise UserError(next(sentence for sentence in sentences if sentence)) from error
+
+    def share_texts(self, text: str) -> list[str]:
+        """Every rank's text, by rank, cut after some 2,000 bytes. Collective."""
+        table = torch.zeros(self.world_size, _TEXT_BYTES, dtype=torch.uint8)
+        content = bytearray(text.encode()[:_TEXT_BYTES])
+        if content:
+            table[self.rank, : len(content)] = torch.frombuffer(content, dtype=torch.uint8)
+        rows = self.sum(table.to(self.device)).cpu().numpy()
+        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     def agree(self, number: int) -> int:
         """Rank 0's number, on every rank."""
@@ -201,6 +212,13 @@ def peak_flops(workers: Workers, dtype: torch.dtype) -> float:
                 return flops * workers.world_size
     rate = torch.tensor([_measured_flops(workers, dtype)], dtype=torch.float64)
     return float(workers.sum(rate.to(workers.device)).item())
+
+
+def peak_memory_gib(workers: Workers) -> float:
+    """The most this process held: the GPU allocator's peak, or resident memory."""
+    if workers.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(workers.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts KiB
 
 
 def _measured_flops(workers: Workers, dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> float:

@@ -17,11 +17,13 @@ from pathlib import Path
 from pipeline import cluster, shards, tokenization
 from pipeline.config import TokenizeConfig, to_dict
 from pipeline.manifest import MANIFEST_NAME, Manifest
+from pipeline.mlflow_run import MLflowRun, open_run
+from pipeline.mlflow_tracker import MLflowTracker
 from pipeline.runs import SUMMARY_FILE
 from pipeline.stage_progress import CountProgress
 from pipeline.storage import Folder
 from pipeline.tokenizer_file import TOKENIZER_NAME
-from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
+from pipeline.tracking import RunInput
 
 
 @dataclass(frozen=True, kw_only=True)

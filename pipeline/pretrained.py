@@ -14,9 +14,12 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from pipeline import checkpoint, cluster, huggingface, model_hub
+from pipeline import cluster, huggingface, model_hub
 from pipeline.bpe import Tokenizer
+from pipeline.checkpoint_description import TOKENIZER_FILE
+from pipeline.checkpoint_reading import local_checkpoint
 from pipeline.errors import UserError
+from pipeline.storage import Folder, in_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +42,9 @@ def resolve_checkpoint(text: str) -> Path:
     """The folder that ``text`` stands for: a checkpoint or a Hugging Face folder; both hold a tokenizer.json.
 
     Args:
-        text: a checkpoint folder; a run folder, which stands for its newest checkpoint; a Hugging Face folder;
-            hf://OWNER/NAME[@REVISION], which is fetched; models:/... or runs:/... of MLflow.
+        text: a checkpoint folder; a run folder, which stands for its newest checkpoint (either of them on a disk, or in
+            a bucket, from where it is fetched); a Hugging Face folder; hf://OWNER/NAME[@REVISION], which is fetched;
+            models:/... or runs:/... of MLflow.
 
     Raises:
         UserError: nothing of the kind is there, or it cannot be fetched.
@@ -54,13 +58,32 @@ def resolve_checkpoint(text: str) -> Path:
         from pipeline.pyfunc import find_model
 
         return find_model(text, cluster.working_folder())
+    if in_bucket(text):
+        return local_checkpoint(text)
     path = cluster.resolve_path(text)
-    return path if huggingface.is_exported(path) else checkpoint.find_checkpoint(path)
+    return path if huggingface.is_exported(path) else local_checkpoint(path)
+
+
+def find_questions(text: str) -> Path:
+    """HellaSwag's questions, a local file or one of the hub; UserError where it is not there."""
+    if text.startswith("hf://"):
+        return model_hub.download_file(text)
+    path = cluster.resolve_path(text)
+    if not path.is_file():
+        raise UserError(f"there are no HellaSwag questions at {path}; give the path of a hellaswag_val.jsonl")
+    return path
+
+
+def copy_questions(path: Path, run: Folder) -> str:
+    """Put HellaSwag's questions into a run's folder, which every worker sees; returns their address."""
+    name = f"hellaswag{path.suffix}"
+    run.write(name, [path.read_bytes()])
+    return f"{run}/{name}"
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a resolved folder; UserError where it does not fit the model."""
-    tokenizer = Tokenizer.from_file(path / checkpoint.TOKENIZER_FILE)
+    tokenizer = Tokenizer.from_file(path / TOKENIZER_FILE)
     vocab_size = huggingface.read_model_config(path).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}; mend it")

@@ -1,7 +1,7 @@
 """A model as MLflow knows it: log an exported folder, find one again, answer prompts (mlflow.pyfunc, models serve).
 
 What is logged is the exported folder, this project's code and pyfunc_model.py, which MLflow runs to get a TextModel:
-models from code, so nothing is pickled and nothing unpickled. With tracking.py the only file that imports mlflow.
+models from code, so nothing is pickled and nothing unpickled. Beside mlflow_*.py the only file that imports mlflow.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mlflow.pyfunc import PythonModel
 
 from model.batching import Batch, Request
 from model.decoding import Decoder
-from pipeline.checkpoint import find_checkpoint
+from pipeline.checkpoint_reading import local_checkpoint
 from pipeline.errors import UserError
-from pipeline.tracking import MLflowRun, mlflow_errors, mlflow_uri
+from pipeline.mlflow_run import MLflowRun, mlflow_errors, mlflow_uri
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def find_model(address: str, working_folder: Path, tracking_uri: str | None = No
         with _store(mlflow_uri(tracking_uri, working_folder)):
             checkpoint = _named_checkpoint(address)
             if checkpoint:
-                return find_checkpoint(Path(checkpoint))
+                return local_checkpoint(checkpoint)
             local = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
     except mlflow_errors() as error:
         raise UserError(f"MLflow has no model {address}: {' '.join(str(error).split())}") from error
@@ -184,14 +184,25 @@ def _inside(run: MLflowRun | None) -> Iterator[None]:
 
 
 def _named_checkpoint(address: str) -> str | None:
-    """The checkpoint folder that a training run's models:/m-... stands for: those are logged by name only."""
+    """The checkpoint folder that a training run's models:/m-..., models:/NAME@best or models:/NAME/3 stands for: those
+    are logged by name only."""
     from mlflow import MlflowClient
 
     name = address.removeprefix("models:/")
-    if not (address.startswith("models:/m-") and "/" not in name):
+    if name == address:
         return None
-    tags = MlflowClient().get_logged_model(name).tags
-    return tags.get("checkpoint")
+    model, _, alias = name.partition("@")
+    family, _, version = name.partition("/")
+    if alias:
+        tags = MlflowClient().get_model_version_by_alias(model, alias).tags
+    elif version.isdigit():
+        tags = MlflowClient().get_model_version(family, version).tags
+    elif name.startswith("m-") and not version:
+        tags = MlflowClient().get_logged_model(name).tags
+    else:
+        return None
+    checkpoint: str | None = tags.get("checkpoint")
+    return checkpoint
 
 
 def _contents(folder: Path) -> dict[str, Any]:

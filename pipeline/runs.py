@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.bpe import Tokenizer
-from pipeline.checkpoint import CheckpointInfo, check_shape, list_checkpoints, read_info
+from pipeline.checkpoint_description import CheckpointInfo
+from pipeline.checkpoint_reading import check_shape, newest_info
 from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, as_folder
-from pipeline.storage import Folder
+from pipeline.storage import Folder, open_folder
 from pipeline.tokenizer_file import TOKENIZER_NAME, load_tokenizer
 from pipeline.tracking import RunInput
 
 SUMMARY_FILE = "summary.json"
+BEST_FILE = "best.json"
 _ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
 
 
@@ -41,10 +43,37 @@ class RunSummary:
     """Folder of the last checkpoint."""
     peak_memory_gib: float
     """Largest resident memory of rank 0 (on a GPU: of its allocator)."""
+    best_step: int | None = None
+    """Of the checkpoint with the lowest val loss."""
+    best_val_loss: float | None = None
+    hellaswag_acc_norm: float | None = None
+    """Of the last network; None where HellaSwag was not asked for."""
+    hellaswag_acc: float | None = None
+    hellaswag_questions: int | None = None
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.val_loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The checkpoint with the lowest val loss so far (<run>/best.json); it is kept."""
+
+    step: int
+    val_loss: float
+
+
+def read_best(output: Folder) -> Best | None:
+    """The best checkpoint of the run in ``output``; None before the first validation."""
+    try:
+        return Best(**json.loads(output.read(BEST_FILE)))
+    except FileNotFoundError:
+        return None
+
+
+def write_best(output: Folder, best: Best) -> None:
+    output.write(BEST_FILE, [json.dumps(asdict(best)).encode()])
 
 
 def open_data(folder: Folder) -> tuple[Tokenizer, Manifest]:
@@ -63,7 +92,7 @@ def open_data(folder: Folder) -> tuple[Tokenizer, Manifest]:
     return tokenizer, manifest
 
 
-def check_resumable(path: Path, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
+def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
     """Raise a UserError where going on from checkpoint ``path`` would not be the same run."""
     check_shape(path, info, config.model_config(manifest.vocab_size))
     if info.manifest_fingerprint != manifest.fingerprint:
@@ -79,28 +108,29 @@ def check_resumable(path: Path, info: CheckpointInfo, config: PretrainConfig, ma
             )
 
 
-def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Path) -> RunSummary | None:
+def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Path | Folder) -> RunSummary | None:
     """The summary of this very run if it has reached train_steps; checks what a resume would check.
 
     Needs neither Ray nor a process group, so that jobs can say at once what is done or what does not fit.
     """
     _, manifest = open_data(as_folder(data))
-    checkpoints = list_checkpoints(output / "checkpoints")
-    if not checkpoints:
+    output = as_folder(output)
+    newest = newest_info(open_folder(f"{output}/checkpoints"))
+    if newest is None:
         return None
-    step, path = checkpoints[-1]
-    check_resumable(path, read_info(path), config, manifest)
-    summary_file = output / SUMMARY_FILE
-    if step < config.train_steps or not summary_file.is_file():
+    place, info = newest
+    check_resumable(place, info, config, manifest)
+    if info.step < config.train_steps:
         return None
-    summary = RunSummary(**json.loads(summary_file.read_text(encoding="utf-8")))
+    try:
+        summary = RunSummary(**json.loads(output.read(SUMMARY_FILE)))
+    except FileNotFoundError:
+        return None
     return summary if summary.steps >= config.train_steps else None
 
 
-def write_summary(output: Path, summary: RunSummary) -> None:
-    partial = output / f"{SUMMARY_FILE}.tmp"
-    partial.write_text(json.dumps(asdict(summary), indent=2), encoding="utf-8")
-    partial.replace(output / SUMMARY_FILE)
+def write_summary(output: Folder, summary: RunSummary) -> None:
+    output.write(SUMMARY_FILE, [json.dumps(asdict(summary), indent=2).encode()])
 
 
 def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:

@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 
 from model.transformer import Transformer
-from pipeline import checkpoint, cluster, hellaswag, huggingface, launch
+from pipeline import checkpoint_reading, cluster, hellaswag, huggingface, launch
 from pipeline.bpe import Tokenizer
 from pipeline.config_use import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import count_tokens, entropy, validation_loss
 from pipeline.manifest import Manifest
+from pipeline.mlflow_run import find_run
+from pipeline.mlflow_tracker import MLflowTracker
 from pipeline.parallel import Workers, compute_dtype, join_workers, parallelize
-from pipeline.pretrained import read_tokenizer, resolve_checkpoint
+from pipeline.pretrained import find_questions, read_tokenizer, resolve_checkpoint
 from pipeline.shards import open_split
 from pipeline.storage import Folder, open_folder
-from pipeline.tracking import MLflowTracker, find_run
 
 SCORES_FILE = "evaluation.json"
 
@@ -89,8 +90,8 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     if config.num_workers == 1:
         result = score_here(settings)
     else:
-        storage = run_folder / "ray_train" if run_folder else Path(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
-        result = launch.run_workers(score_worker, settings, config, storage=storage, max_failures=0)
+        notes = run_folder or Path(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
+        result = launch.run_workers(score_worker, settings, config, notes=open_folder(notes), max_failures=0)
     scores = Scores(
         checkpoint=str(path),
         manifest_fingerprint=manifest.fingerprint if manifest else None,
@@ -147,22 +148,10 @@ def _val_scores(
     }
 
 
-def find_questions(text: str) -> Path:
-    """A local hellaswag_val.jsonl, or one of the hub; UserError where it is not there."""
-    if text.startswith("hf://"):
-        from pipeline import model_hub
-
-        return model_hub.download_file(text)
-    path = cluster.resolve_path(text)
-    if not path.is_file():
-        raise UserError(f"there are no HellaSwag questions at {path}; give the path of a hellaswag_val.jsonl")
-    return path
-
-
 def _find_data(config: EvaluateConfig, path: Path) -> Folder | None:
     if config.data:
         return cluster.resolve_output(config.data)
-    return None if huggingface.is_exported(path) else cluster.resolve_output(checkpoint.read_info(path).data)
+    return None if huggingface.is_exported(path) else cluster.resolve_output(checkpoint_reading.read_info(path).data)
 
 
 def _check_data(data: Folder, path: Path) -> Manifest:
@@ -180,7 +169,7 @@ def _where_from(path: Path) -> dict[str, Any]:
     if huggingface.is_exported(path):
         note = huggingface.read_note(path)
         return {"step": note.get("step"), "tokens_seen": note.get("tokens_seen")}
-    info = checkpoint.read_info(path)
+    info = checkpoint_reading.read_info(path)
     return {"step": info.step, "tokens_seen": info.tokens_seen}
 
 

@@ -41,7 +41,7 @@ def fetch(folder: Folder, fingerprint: str, files: Sequence[WantedFile]) -> Path
     """
     copy = LocalFolder(url=str(node_cache(f"shards-{fingerprint[:20]}")))
     copy.make()
-    with _only_one_process(copy.path / ".lock"):
+    with only_one_process(copy.path / ".lock"):
         copy.remove_leftovers()
         missing = [file for file in files if copy.size(file.name) != file.size_bytes]
         if missing:
@@ -80,12 +80,12 @@ def _require_room(folder: Folder, copy: LocalFolder, num_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _only_one_process(path: Path) -> Iterator[None]:
+def only_one_process(path: Path) -> Iterator[None]:
     """Hold a lock file, waiting for whoever has it; it is let go when the process ends, however it ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for the process that fetches shards to %s", path.parent)
+            logger.info("waiting for the process that fetches to %s", path.parent)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -40,6 +40,7 @@ _MAX_TOKENS = 2**31 - 1  # the header counts in int32
 
 _MOST_MAPS = 4096  # at a time; a process may have some 65,000, and each takes a file descriptor
 _STATS_AT_ONCE = 16
+_MEND = "put it back, or delete what is left of it and run jobs/tokenize.py again, which makes the same bytes"
 _VERIFIED_BYTES = 8 << 20  # read at a time
 
 
@@ -127,6 +128,16 @@ class TokenStream:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def files(self) -> ShardFiles | None:
+        """The files behind it, where they belong to a manifest."""
+        return self._shards if isinstance(self._shards, ShardFiles) else None
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Of the token at ``position``: the number of its shard, and its place in there."""
+        index = bisect.bisect_right(self._ends, position)
+        return index, position - (self._ends[index - 1] if index else 0)
+
     def read(self, start: int, length: int) -> Tokens:
         """Tokens ``[start, start + length)`` in a new array (uint16, or uint32 above 65,536 ids)."""
         stop = start + length
@@ -155,6 +166,13 @@ class ShardFiles:
         self._max_maps = max_maps
         self._maps: OrderedDict[int, Tokens] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        """The file's name in its folder."""
+        return self._entries[index].name
 
     @property
     def lengths(self) -> list[int]:
@@ -187,7 +205,32 @@ class ShardFiles:
 
         in_threads(check, self._entries, _STATS_AT_ONCE)
 
+    def verify(self, index: int, is_over: Callable[[], bool]) -> bool:
+        """Read one file from end to end and compare its sha256; UserError where it differs. False if cut short.
+
+        Args:
+            is_over: asked before every piece of a file whether to leave off.
+        """
+        entry = self._entries[index]
+        path, digest = self._folder / entry.name, hashlib.sha256()
+        try:
+            with path.open("rb", buffering=0) as file:
+                while piece := file.read(_VERIFIED_BYTES):
+                    digest.update(piece)
+                    if is_over():
+                        return False
+        except OSError as error:
+            raise UserError(f"shard {path} cannot be read any more ({error.strerror}); {_MEND}") from error
+        if digest.hexdigest() != entry.sha256:
+            raise UserError(
+                f"shard {path} is damaged: its sha256 is {digest.hexdigest()[:16]}..., the manifest says "
+                f"{entry.sha256[:16]}...; {_MEND}"
+            )
+        return True
+
     def _open(self, entry: ShardEntry) -> Tokens:
+        if not (self._folder / entry.name).is_file():
+            raise UserError(f"shard {self._folder / entry.name} is missing; {_MEND}")
         shard = open_shard(self._folder / entry.name)
         width = token_dtype(self._vocab_size).itemsize
         if len(shard) != entry.tokens or shard.dtype.itemsize != width:

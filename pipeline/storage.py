@@ -79,6 +79,11 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+def in_bucket(text: str) -> bool:
+    """Whether ``text`` is the URL of a bucket or of something in one."""
+    return text.startswith(("s3://", "gs://"))
+
+
 def open_folder(url: str | Path) -> Folder:
     """The folder at a path or a bucket's URL; nothing is looked at yet. Raises UserError for a URL of another kind."""
     if isinstance(url, Path) or not is_url(url):

@@ -20,11 +20,13 @@ from pipeline import cluster, ledger
 from pipeline.config import TrainTokenizerConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.ledger import RunRecord
+from pipeline.mlflow_run import MLflowRun, open_run
+from pipeline.mlflow_tracker import MLflowTracker
 from pipeline.runs import SUMMARY_FILE
 from pipeline.storage import Folder
 from pipeline.tokenizer_file import TOKENIZER_NAME, save_tokenizer
 from pipeline.tokenizer_learning import learn
-from pipeline.tracking import MLflowRun, MLflowTracker, RunInput, open_run
+from pipeline.tracking import RunInput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,15 +35,21 @@ FORBIDDEN = {
     "command_line": PIPELINE - {"errors"},
     "stage_progress": PIPELINE - REMOTE - {"pieces"},
     "batches": PIPELINE - SHARDS,
+    "stopping": PIPELINE - {"errors"},
+    "heartbeats": PIPELINE,
+    "watchdog": PIPELINE - {"heartbeats"},
+    "outcomes": PIPELINE - {"parallel", "errors"},
+    "shard_checks": PIPELINE - SHARDS,
     "runs": {"trainer", "stages", "launch", "sources", "cluster", "bpe_training", "tokenizer_training"},
     "trainer": {"stages", "launch", "sources", "cluster", "bpe_training", "tokenizer_training"},
     "graph": {"launch", "trainer", "checkpoint", "batches", "parallel", "evaluation", "tokenizer_training"},
 }
 ONLY_IN = {
     "ray.data": {"graph"},
-    "ray.train": {"launch"},
+    "ray.train": {"launch", "worker_group"},
     "ray.serve": {"serving"},
-    "mlflow": {"tracking", "pyfunc", "pyfunc_model"},
+    "ray.util.metrics": {"ray_metrics"},
+    "mlflow": {"mlflow_run", "mlflow_sending", "pyfunc", "pyfunc_model"},
 }
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from model.muon import Muon
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups, warmup_cosine
 from model.transformer import Transformer
 from tests.model.llama_twin import grad_of, small_config
@@ -253,3 +254,28 @@ def test_recipe_schedule() -> None:
 def test_impossible_schedules_are_errors(step: int, warmup_steps: int, total_steps: int) -> None:
     with pytest.raises(ValueError, match=f"step {step}, warmup_steps {warmup_steps}, total_steps {total_steps}"):
         warmup_cosine(step, max_lr=1.0, min_lr=0.1, warmup_steps=warmup_steps, total_steps=total_steps)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_step_that_is_not_allowed_changes_no_bit(compile: bool, muon: bool) -> None:
+    parameters = [parameter for parameter in random_parameters(0) if parameter.ndim == 2 or not muon]
+    groups: list[dict[str, object]] = [{"params": parameters, **({"muon": True} if muon else {})}]
+    optimizer = Muon(groups, lr=1e-2, compile=compile) if muon else AdamW(groups, lr=1e-2, compile=compile)
+    twins = copy.deepcopy(parameters)
+    twin_groups: list[dict[str, object]] = [{"params": twins, **({"muon": True} if muon else {})}]
+    twin = Muon(twin_groups, lr=1e-2, compile=compile) if muon else AdamW(twin_groups, lr=1e-2, compile=compile)
+    for step in range(6):
+        for tensors in (parameters, twins):
+            set_gradients(tensors, step)
+        if step == 3:
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, math.nan if parameter.ndim == 2 else math.inf)
+            optimizer.step(allowed=torch.tensor(False))
+            optimizer.num_steps = 3
+        else:
+            optimizer.step(allowed=torch.tensor(True))
+            twin.step()
+    for mine, other in zip(parameters, twins, strict=True):
+        assert torch.equal(mine, other)
+        assert all(torch.equal(optimizer.state[mine][key], value) for key, value in twin.state[other].items())

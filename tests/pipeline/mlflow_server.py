@@ -21,9 +21,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve(store: str, artifacts: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serve(store: str, artifacts: Path, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Address and process of a server on ``store`` (a sqlite URI), stopped at the end."""
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{port or free_port()}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", url.rsplit(":", 1)[1]]
     command += ["--workers", "1", "--backend-store-uri", store]
     command += ["--artifacts-destination", str(artifacts)]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import batches
 from pipeline.batches import BatchOrder, micro_batches, permute
 from pipeline.errors import UserError
 from pipeline.shards import TokenStream
+
+FIFTEEN_TRILLION = 15 * 10**12
 
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**32 - 1)
@@ -41,11 +47,11 @@ def test_permutations_look_random() -> None:
     windows_per_step=st.integers(1, 64),
     batch_size=st.integers(1, 16),
     seed=seeds,
-    world_size=st.integers(1, 8),
+    world_sizes=st.lists(st.integers(1, 8), min_size=1, max_size=6),
 )
 @settings(max_examples=50)
-def test_each_window_once_an_epoch_for_any_number_of_ranks(
-    num_windows: int, windows_per_step: int, batch_size: int, seed: int, world_size: int
+def test_each_window_once_an_epoch_for_any_number_of_ranks_that_changes_at_any_step(
+    num_windows: int, windows_per_step: int, batch_size: int, seed: int, world_sizes: list[int]
 ) -> None:
     order = BatchOrder(num_windows=num_windows, windows_per_step=windows_per_step, batch_size=batch_size, seed=seed)
     steps = -(-2 * num_windows // windows_per_step)  # two epochs and a bit
@@ -53,7 +59,7 @@ def test_each_window_once_an_epoch_for_any_number_of_ranks(
     together = np.concatenate(
         [
             window
-            for step in range(steps)
+            for step, world_size in zip(range(steps), itertools.cycle(world_sizes), strict=False)
             for rank in range(world_size)
             for window in order.micro_batch_windows(step, rank, world_size)
         ]
@@ -77,13 +83,42 @@ def test_ranks_run_the_same_number_of_micro_batches_of_bounded_size(
 
 
 def test_any_step_of_fifteen_trillion_tokens_is_at_hand() -> None:
-    num_windows = 15 * 10**12 // 1025
+    num_windows = FIFTEEN_TRILLION // 1025
     order = BatchOrder(num_windows=num_windows, windows_per_step=512, batch_size=32, seed=7)
     last_step = num_windows // 512 - 1
     windows = order.step_windows(last_step)
     assert len(np.unique(windows)) == 512
     assert windows.min() >= 0 and windows.max() < num_windows
     assert np.array_equal(windows[128:256], order.step_windows(last_step, rank=1, world_size=4))
+
+
+@given(
+    num_windows=st.integers(1, FIFTEEN_TRILLION // 1025),
+    share=st.floats(0, 3),
+    seed=seeds,
+    rank=st.integers(0, 3),
+)
+@settings(max_examples=50)
+def test_a_step_costs_the_same_wherever_it_lies(num_windows: int, share: float, seed: int, rank: int) -> None:
+    """Counted in values sent through the network's rounds and in bytes, for up to 15 trillion tokens, three epochs."""
+    order = BatchOrder(num_windows=num_windows, windows_per_step=2048, batch_size=32, seed=seed)
+    values: list[int] = []
+
+    def counting(numbers: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
+        values.append(len(numbers))
+        return feistel(numbers, half_bits, keys)
+
+    feistel = batches._feistel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "_feistel", counting)
+        tracemalloc.start()
+        windows = order.step_windows(int(share * num_windows / 2048), rank, 4)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(windows) == 512
+    # At least a quarter of the domain is inside, so a window takes four walks at most on average: 2048, deviation 80.
+    assert sum(values) < 2 * 4 * 512
+    assert peak_bytes < 64 * 8 * 512
 
 
 def stream_of(num_tokens: int) -> TokenStream:

@@ -14,6 +14,7 @@ from pipeline.config import (
     TokenizeConfig,
     TrainTokenizerConfig,
     to_dict,
+    worker_range,
 )
 from pipeline.config_use import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
@@ -62,7 +63,7 @@ def test_the_presets_resolve(name: str, section: str, config_class: type) -> Non
 def test_the_recipe_preset_repeats_the_defaults() -> None:
     from_preset = to_dict(pretrain("--config", str(ROOT / "configs/gpt2.5.yaml")))
     differing = {name for name, value in to_dict(PretrainConfig()).items() if from_preset[name] != value}
-    assert differing == {"device"}  # the recipe asks for GPUs by name, so that it fails at once without
+    assert differing == {"device", "hellaswag"}  # GPUs by name, so that it fails at once without; questions of the hub
 
 
 def test_flags_override_the_preset_and_hyphens_are_underscores(tmp_path: Path) -> None:
@@ -87,6 +88,14 @@ def test_flags_override_the_preset_and_hyphens_are_underscores(tmp_path: Path) -
         (["--tokens_per_step", "1000"], "tokens_per_step 1,000 is no multiple of context_length 1,024"),
         (["--tokens_per_step", "2048"], "fewer than the 4 workers"),
         (["--grad_accum_steps", "2"], "is 262,144 tokens, but tokens_per_step is 524,288"),
+        (["--num_workers", "0"], "num_workers is 0; it must be positive"),
+        (["--num_workers", "-1"], "num_workers is -1; it must be positive"),
+        (["--num_workers", "0:4"], "num_workers is 0:4; it must be positive"),
+        (["--num_workers", "8:2"], "num_workers is 8:2; the fewest come first: 2:8"),
+        (["--num_workers", "2-8"], "num_workers is 2-8; give a number, or the fewest and the most, for instance 2:8"),
+        (["--num_workers", "1:600"], "gives 512 windows of 1,024 tokens, fewer than the 600 workers"),
+        (["--num_workers", "2:8", "--grad_accum_steps", "4"], "grad_accum_steps 4 cannot hold on 2 to 8 workers alike"),
+        (["--resize_seconds", "0"], "resize_seconds is 0; it must be positive"),
     ],
 )
 def test_mistakes_are_one_sentence(flags: list[str], sentence: str) -> None:
@@ -118,6 +127,16 @@ def test_mistakes_in_a_preset_name_it(tmp_path: Path, text: str, sentence: str) 
 
 def test_a_flag_may_mend_what_the_preset_gets_wrong(tmp_path: Path) -> None:
     assert pretrain("--config", preset(tmp_path, "pretrain: {d_model: 100}"), "--d_model", "96").d_model == 96
+
+
+def test_an_elastic_number_of_workers_is_a_range_in_flags_and_presets(tmp_path: Path) -> None:
+    for unquoted in ("2:8", "'2:8'"):  # to YAML 1.1 the first is a number to the base of 60
+        from_preset = pretrain("--config", preset(tmp_path, f"pretrain: {{num_workers: {unquoted}}}"))
+        assert from_preset == pretrain("--num_workers", "2:8") == pretrain("--num-workers=2:8")
+        assert worker_range(from_preset.num_workers) == (2, 8)
+    assert pretrain("--config", preset(tmp_path, "pretrain: {num_workers: 3}")).num_workers == 3
+    assert worker_range(4) == worker_range("4") == worker_range("4:4") == (4, 4)
+    assert pretrain("--num_workers", "4:4", "--grad_accum_steps", "4").grad_accum_steps == 4
 
 
 def train_tokenizer(*flags: str) -> TrainTokenizerConfig:

@@ -169,7 +169,10 @@ def question() -> dict[str, Any]:
 
 def test_ids_are_split_where_the_context_ends(ours: pretrained.Pretrained) -> None:
     tokenizer: Tokenizer = ours.tokenizer
-    rows = hellaswag.encode(Question(context="import os ", endings=("a b", "c"), answer=0), tokenizer)
-    for (ids, count), ending in zip(rows, ("a b", "c"), strict=True):
+    first = Question(context="def f", endings=("x",), answer=0)
+    second = Question(context="import os ", endings=("a b", "c"), answer=0)
+    encoded = hellaswag.encode_all([first, second], tokenizer)
+    for row, ending in ((1, "a b"), (2, "c")):
+        ids, count = encoded.row(row)
         assert tokenizer.decode(ids) == f"import os  {ending}"
         assert tokenizer.decode(ids[-count:]).endswith(ending)

@@ -297,6 +297,6 @@ def big_checkpoint(tmp_path: Path, config: Any, info: Any) -> Path:
     state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     state |= {f"optimizer.exp_avg.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     writer = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1, tokenizer_json="{}")
-    path = writer.save(state, dataclasses.replace(info(1), model=config.to_dict()))
+    place = writer.save(state, dataclasses.replace(info(1), model=config.to_dict()))
     writer.wait()
-    return path
+    return Path(str(place))

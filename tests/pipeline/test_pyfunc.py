@@ -22,8 +22,9 @@ from pipeline import pretrained, pyfunc
 from pipeline.config_use import ExportConfig
 from pipeline.errors import UserError
 from pipeline.exporting import export
+from pipeline.mlflow_run import open_run
+from pipeline.mlflow_tracker import MLflowTracker
 from pipeline.storage import open_folder
-from pipeline.tracking import MLflowTracker, open_run
 from tests.pipeline.models import train
 
 BIN = Path(sys.executable).parent  # MLflow starts uvicorn by its name
@@ -85,8 +86,8 @@ def test_logged_to_the_run_and_found_again(checkpoint: Path, home: Path, monkeyp
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = open_folder(checkpoint.parents[1])
     run = open_run(tracking_uri=None, experiment="e", folder=folder, working_folder=home, job="pretrain")
-    tracker = MLflowTracker(run)
-    tracker.log_checkpoint(40, checkpoint, {"train_loss": 1.0})
+    tracker = MLflowTracker(run, registered_model="family")
+    tracker.log_checkpoint(40, checkpoint, {"val_loss": 1.0}, best=True)
     tracker.finish("FINISHED")
     report = export(ExportConfig(checkpoint=str(checkpoint), output="logged", mlflow=True))
     assert report.mlflow_model is not None and report.mlflow_model.startswith("models:/m-")
@@ -96,6 +97,10 @@ def test_logged_to_the_run_and_found_again(checkpoint: Path, home: Path, monkeyp
     assert client.get_run(run.run_id).info.status == "FINISHED"
     (named,) = [m for m in client.search_logged_models([run.experiment_id]) if "checkpoint" in m.tags]
     assert pretrained.resolve_checkpoint(f"models:/{named.model_id}") == checkpoint
+    assert pretrained.resolve_checkpoint("models:/family@best") == checkpoint
+    assert pretrained.resolve_checkpoint("models:/family/1") == checkpoint
+    with pytest.raises(UserError, match="MLflow has no model models:/family@worst"):
+        pretrained.resolve_checkpoint("models:/family@worst")
     with pytest.raises(UserError, match="MLflow has no model models:/m-0"):
         pretrained.resolve_checkpoint("models:/m-0")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from model.optimizer import warmup_cosine
 from model.transformer import Transformer, init_weights
-from pipeline.batches import BatchOrder
+from pipeline.batches import BatchOrder, permute
 from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.parallel import Workers, join_workers
@@ -76,10 +76,25 @@ def run(tiny_data: Path, tmp_path: Path) -> Run:
         )
         assert result.returncode == 0, result.stderr
         found = json.loads(history.read_text())
+        found["windows"] = windows_fed(history, world_size)
         found["losses"] = {int(step): float.fromhex(loss) for step, loss in found["losses"].items()}
         return found
 
     return start
+
+
+def windows_fed(history: Path, world_size: int) -> list[list[int]]:
+    """What all ranks together were fed, in training order: step by step, rank by rank."""
+    by_step: dict[int, list[list[int]]] = {}
+    for rank in range(world_size):
+        for step, windows in json.loads(Path(f"{history}.{rank}").read_text()):
+            by_step.setdefault(step, []).extend(windows)
+    return [window for step in sorted(by_step) for window in by_step[step]]
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard file, read without the pipeline."""
+    return np.fromfile(path, dtype="<u2", offset=1024)
 
 
 def checkpoint_tensors(run_folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -141,15 +156,22 @@ def test_four_ranks_give_the_curve_of_one_and_resume_bit_for_bit(run: Run, tiny_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_another_number_of_workers_goes_on_with_the_same_curve(run: Run, tiny_data: Path, tmp_path: Path) -> None:
+def test_four_then_two_then_three_workers_read_the_same_windows_and_have_the_same_curve(
+    run: Run, tiny_data: Path, tmp_path: Path
+) -> None:
     _, tracker = train_here(CONFIG, tiny_data, tmp_path / "one")
-    assert run(4, "changing", stop_after=5)["start_step"] == 0
+    four = run(4, "changing", stop_after=5)
     two = run(2, "changing", stop_after=10)
     three = run(3, "changing")  # 12 windows on 3 ranks in micro-batches of 2
-    assert (two["start_step"], three["start_step"]) == (5, 10)
-    losses = {**two["losses"], **three["losses"]}
-    expected = {step: loss for step, loss in tracker.metrics["train/loss"] if step > 5}
-    assert losses == pytest.approx(expected, rel=1e-4)
+    assert [part["start_step"] for part in (four, two, three)] == [0, 5, 10]
+    losses = {**four["losses"], **two["losses"], **three["losses"]}
+    assert losses == pytest.approx(dict(tracker.metrics["train/loss"]), rel=1e-4)
+
+    stream = np.concatenate([read_shard(tiny_data / f"train_{index:06d}.bin") for index in range(2)])
+    size = len(stream) // 33
+    order = permute(np.arange(STEPS * 12), size=size, seed=CONFIG.seed, epoch=0)
+    expected = [stream[window * 33 : (window + 1) * 33].tolist() for window in order]
+    assert four["windows"] + two["windows"] + three["windows"] == expected
 
 
 def test_everything_is_tracked(tiny_data: Path, tmp_path: Path) -> None:
@@ -157,6 +179,7 @@ def test_everything_is_tracked(tiny_data: Path, tmp_path: Path) -> None:
     assert [step for step, _ in tracker.metrics["train/loss"]] == list(range(1, STEPS + 1))
     contract = {"train/loss", "train/grad_norm", "train/lr", "val/loss", "val/perplexity", "perf/tokens_per_second"}
     contract |= {"perf/mfu", "perf/step_seconds", "perf/data_wait_seconds", "tokens_seen"}
+    contract.add("perf/checkpoint_stall_seconds")
     assert tracker.metrics.keys() == contract
     assert [step for step, _ in tracker.metrics["val/loss"]] == [6, 12]
     assert [step for step, _ in tracker.checkpoints] == [5, 10, 12]
@@ -216,14 +239,15 @@ def test_shards_of_another_tokenizer_are_an_error(tiny_data: Path, tmp_path: Pat
         finished_summary(CONFIG, data=data, output=tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
+def test_weights_that_are_spoilt_stop_the_run_and_keep_the_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
     trainer = Trainer(CONFIG, data=tiny_data, output=tmp_path, workers=ALONE, tracker=MemoryTracker())
     for step in range(5):
-        trainer._after_step(step + 1, trainer.train_step(step))
+        trainer.advance(step)
     with torch.no_grad():
         trainer.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="loss of step 6 is nan"):
-        trainer._after_step(6, trainer.train_step(5))
+    with pytest.raises(UserError, match=r"loss of step 6 is nan .* of rank 0 on window \d+ \(train_00000.* and 1 more"):
+        trainer.advance(5)
+    trainer.writer.wait()
     assert (tmp_path / "checkpoints" / "step-000005" / "checkpoint.json").is_file()
 
 
