@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +27,10 @@ S3_PORT = 5555
 TUNNEL_PORT = 18265
 MLFLOW_PORT = 15000
 HEAD, WORKERS = "head", ("one", "two")
+# Made anew each time: --working-dir takes this file along, and it must not be what is found.
 SECRETS = {
-    "HF_TOKEN": "hf_PLANTEDplantedPLANTED01",
-    "AWS_SECRET_ACCESS_KEY": "PLANTEDaws+secret/key02",
-    "MLFLOW_TRACKING_PASSWORD": "PLANTEDmlflowpassword03",
+    name: f"planted{secrets.token_hex(12)}"
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")
 }
 
 
@@ -132,16 +134,19 @@ class Rented:
             self._tunnel.wait(30)
             self._tunnel = None
 
-    def api(self, path: str) -> Any:
+    def page(self, path: str) -> bytes:
         """What the dashboard's API says to whoever has the token."""
         headers = {"Authorization": f"Bearer {self.token}"}
         request = urllib.request.Request(f"http://127.0.0.1:{TUNNEL_PORT}{path}", headers=headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.read()
 
     def listed(self, kind: str) -> list[dict[str, Any]]:
         """Rows of Ray's state API: nodes, tasks, actors."""
-        answer = self.api(f"/api/v0/{kind}?limit=10000&detail=1")
+        answer = json.loads(self.page(f"/api/v0/{kind}?limit=10000&detail=1"))
         return list(answer["data"]["result"]["result"])
 
     def nodes(self) -> dict[str, str] | None:

@@ -29,6 +29,7 @@ def gauges(text: str, run: str) -> dict[str, float]:
     return {match[1]: float(match[2]) for match in matches if match}
 
 
+@pytest.mark.slow
 def test_figures_of_a_run_are_at_the_node_s_endpoint() -> None:
     import ray
 

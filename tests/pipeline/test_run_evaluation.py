@@ -89,6 +89,7 @@ def test_hellaswag_is_asked_when_due_and_training_is_the_same_without(
     assert points[-1] == (12, again.acc_norm) and summary.hellaswag_questions == NUM_QUESTIONS
 
 
+@pytest.mark.slow
 def test_three_ranks_share_the_questions(tiny_data: Path, questions: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, hellaswag=str(questions), output=str(tmp_path / "three"))
     settings: dict[str, Any] = {"config": dataclasses.asdict(config), "data": str(tiny_data), "stop_after": None}

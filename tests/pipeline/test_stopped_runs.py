@@ -119,7 +119,7 @@ def test_a_worker_that_stands_still_costs_a_restart(start: Start, tmp_path: Path
 def test_a_node_that_is_about_to_leave_costs_nothing_but_a_restart(tiny_data: Path, tmp_path: Path) -> None:
     never = 10**6
     shape: dict[str, Any] = {**FLAGS, "train_steps": never, "checkpoint_every": never, "val_every": never}
-    changes = {"data": str(tiny_data), "output": "run", "max_failures": 0, "tokens_per_step": 32 * 64}
+    changes: dict[str, Any] = {"data": str(tiny_data), "output": "run", "max_failures": 0, "tokens_per_step": 32 * 64}
     config = PretrainConfig(**{**shape, **changes, "sample_every": never, "tracking_uri": f"sqlite:///{tmp_path}/m.db"})
     with running_cluster(2, 2) as nodes:
         job = TrainingJob(nodes, config, tmp_path)

@@ -193,10 +193,14 @@ class Chaos:
         elif kind == "MLflow server":
             self.server.kill_and_restart(self.choose.uniform(0, 10))
         else:
+            if kind == "hang":  # in the middle of a step: a checkpoint or an evaluation may take half an hour more
+                known = job.step()
+                job.wait_for(lambda: job.step() > known and job.step() % 10 in range(2, 7), "a step", pause=0.005)
             workers = job.wait_for(job.workers, "a worker")
             self.strike_workers(workers if kind == "all workers" else [self.choose.choice(workers)], kind)
 
     def strike_workers(self, victims: list[psutil.Process], kind: str) -> None:
+        """SIGKILL, or SIGSTOP for a hang."""
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if kind == "hang":
@@ -266,7 +270,10 @@ def test_kills(config: PretrainConfig, tmp_path: Path) -> None:
             chaos.run(KILLS)
         finally:
             logger.info("CHAOS_SEED=%d, %d kills", SEED, len(chaos.events))
+        mlflow_server.wait_until_healthy(server.url, server.process)
         for job in chaos.jobs:
+            job.start()  # done: says so, and sends what MLflow was not there for
+            job.finish()
             require_equal(job, clean)
     chaos.measure()
     report(chaos.events)
