@@ -1,10 +1,8 @@
 """Tokens per second of greedy generation on the CPU against transformers, in the same run: 124M shape, random weights.
 
-Both go on with the same texts in turns, some tokens each, so that whatever else the machine does hits both; a figure is
-the median over the turns. The floor of a token without drafts is reading every weight once: bytes of weights over the
-measured speed of reading memory. What drafts give depends on how often they are right, which is printed. The random
-weights are large enough for the logits to depend on the whole text (``--spread``): no token stands out as in the text
-of a trained network, and a guess is wrong more often. ``python benchmarks/generation.py [--threads N] [--turns N]``.
+Both make the same steps in turns, one token for every text each, so that whatever else the machine does hits both; the
+figures are those of each one's fastest and median step. The floor of a step is reading every weight once: bytes of
+weights over the measured speed of reading memory. ``python benchmarks/generation.py [--threads N] [--steps N]``.
 """
 
 import os
@@ -23,7 +21,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from model.batching import Batch, Request
 from model.config import ModelConfig
 from model.decoding import Decoder
 from model.transformer import Transformer, init_weights
@@ -63,56 +60,42 @@ def their_stepper(theirs: Any, prompts: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-class Ours:
-    """Greedy texts in a Batch, as jobs/generate.py makes them."""
+def our_stepper(decoder: Decoder, prompts: Tensor) -> Callable[[], Tensor]:
+    state: dict[str, Tensor] = {}
 
-    def __init__(self, decoder: Decoder, prompts: Tensor) -> None:
-        self.batch = Batch(decoder, max_texts=len(prompts))
-        for row, prompt in enumerate(prompts.tolist()):
-            self.batch.add(
-                row, Request(tokens=prompt, max_new_tokens=SHAPE.context_length - len(prompt), temperature=0)
-            )
-        self.texts: list[list[int]] = [[] for _ in prompts]
-        self.num_calls = 0
+    def step() -> Tensor:
+        logits = decoder.step(state["tokens"]) if state else decoder.add(prompts.tolist())
+        state["tokens"] = logits.argmax(dim=-1)
+        return state["tokens"]
 
-    def go_on(self, num_tokens: int) -> int:
-        """Until every text has so many more; returns how many all have got."""
-        before = [len(text) for text in self.texts]
-        while any(len(text) < start + num_tokens for text, start in zip(self.texts, before, strict=True)):
-            self.num_calls += 1
-            for step in self.batch.step():
-                row: Any = step.key
-                assert step.token is not None
-                self.texts[row].append(step.token)
-        return sum(map(len, self.texts)) - sum(before)
+    return step
 
 
-def race(model: Transformer, dtype: torch.dtype, batch: int, turns: int, tokens: int) -> None:
+def race(model: Transformer, dtype: torch.dtype, batch: int, steps: int) -> None:
     prompts = torch.randint(0, SHAPE.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
-    ours, step = Ours(Decoder(model, dtype=dtype), prompts), their_stepper(peer(model, dtype), prompts)
-    ours.go_on(1)
-    theirs = [step()]  # the first reads the prompt
-    speeds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(turns):
-        start = time.perf_counter()
-        count = ours.go_on(tokens)
-        speeds["ours"].append(count / (time.perf_counter() - start))
-        start = time.perf_counter()
-        theirs += [step() for _ in range(tokens)]
-        speeds["theirs"].append(batch * tokens / (time.perf_counter() - start))
-    rows = torch.stack(theirs, dim=1).tolist()
-    same = sum(
-        ours_row[: turns * tokens] == row[: turns * tokens] for ours_row, row in zip(ours.texts, rows, strict=True)
+    ours, theirs = (
+        our_stepper(Decoder(model, dtype=dtype, texts=batch), prompts),
+        their_stepper(peer(model, dtype), prompts),
     )
-    middle = {name: statistics.median(values) for name, values in speeds.items()}
-    ratios = sorted(our / their for our, their in zip(speeds["ours"], speeds["theirs"], strict=True))
+    same = 0
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for number in range(steps + 1):
+        found = {}
+        for name, step in (("ours", ours), ("theirs", theirs))[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            found[name] = step()
+            if number:  # the first reads the prompt
+                seconds[name].append(time.perf_counter() - start)
+        same += int(torch.equal(found["ours"], found["theirs"]))
+    best = {name: batch / min(values) for name, values in seconds.items()}
+    middle = {name: batch / statistics.median(values) for name, values in seconds.items()}
     num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    a_step = sum(map(len, ours.texts)) / batch / ours.num_calls
+    floor = batch / (num_bytes / reading_speed())
     print(
-        f"{str(dtype).removeprefix('torch.'):>8}  batch {batch:>2}  ours {middle['ours']:7.1f} tokens/s  transformers "
-        f"{middle['theirs']:7.1f}  ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})  floor "
-        f"without drafts {batch * reading_speed() / num_bytes:7.1f}  {a_step:.2f} tokens a step and text  "
-        f"{same} of {batch} texts equal over {turns * tokens} tokens",
+        f"{str(dtype).removeprefix('torch.'):>8}  batch {batch:>2}  ours {best['ours']:7.1f} tokens/s (median "
+        f"{middle['ours']:7.1f})  transformers {best['theirs']:7.1f} ({middle['theirs']:7.1f})  ratio "
+        f"{best['ours'] / best['theirs']:.2f} ({middle['ours'] / middle['theirs']:.2f})  floor {floor:7.1f}"
+        f"  same tokens in {same} of {steps + 1} steps",
         flush=True,
     )
 
@@ -131,9 +114,7 @@ def reading_speed(num_bytes: int = 500_000_000) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=16, help="of each text in a turn")
-    parser.add_argument("--spread", type=float, default=3.0, help="factor on the usual random weights")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     options = parser.parse_args()
@@ -141,13 +122,9 @@ def main() -> None:
     print(f"{torch.__version__}, {options.threads} threads, reading {reading_speed() / 1e9:.1f} GB/s")
     model = Transformer(SHAPE)
     init_weights(model, 0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(options.spread)
     for name in options.dtypes:
         for batch in options.batches:
-            race(model, getattr(torch, name), batch, options.turns, options.tokens)
+            race(model, getattr(torch, name), batch, options.steps)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,6 @@
 A request gives the same tokens alone and among others, now or later: its draws come from a stream of its own, and the
 network computes each text by itself (up to float32 rounding, which differs with the number of texts by about 1e-7 of a
 logit). Tokens are read back once a step, for all texts together.
-
-Where the decoder has weights to draft with, a step guesses a few tokens with them, drawn by the very numbers that the
-exact draw will use, and computes all of them exactly at once. A text takes exact draws alone, as far as the guesses
-before them were right: the tokens are those that it would get without drafting, and most steps give several.
 """
 
 from __future__ import annotations
@@ -24,14 +20,6 @@ from model.generation import check_sampling, sample_token
 
 PROMPT_TOKENS_AT_ONCE = 2048
 """Prompts read in one forward pass, filling included: texts that already grow wait for it."""
-
-NUM_DRAFTS = 4
-"""Tokens guessed in a step: see benchmarks/generation.py."""
-
-LEAST_RIGHT = 0.4
-"""Share of right guesses, averaged over some ten steps, below which a batch stops guessing for PAUSE_STEPS."""
-
-PAUSE_STEPS = 200
 
 Reason = Literal["stop", "length"]
 
@@ -85,8 +73,6 @@ class Batch:
         self.max_texts = max_texts
         self._waiting: deque[_Text] = deque()
         self._growing: list[_Text] = []  # in the decoder's rows
-        self._right = 1.0  # share of guesses
-        self._pause_steps = 0 if decoder.drafts else -1  # never ends
 
     def __len__(self) -> int:
         """Requests that are not finished."""
@@ -107,12 +93,12 @@ class Batch:
                 return
 
     def step(self) -> list[Step]:
-        """A token or several, in order, for every text that grows, the first for those that are taken in; nothing when
-        all is done."""
+        """One more token for every text that grows, the first for those that are taken in; nothing when all is done."""
         self._turn_full_windows()
         done: list[Step] = []
         if self._growing:
-            done += self._grow()
+            tokens = torch.tensor([text.window[-1] for text in self._growing], device=self.decoder.device)
+            done += self._extend(self._growing, self.decoder.step(tokens))
             self._remove_finished(done)
         if self._waiting and len(self._growing) < self.max_texts:
             taken = self._take()
@@ -122,60 +108,6 @@ class Batch:
             self._remove_finished(read)
             done += read
         return done
-
-    def _grow(self) -> list[Step]:
-        """Tokens for all texts that grow, with drafts where that pays."""
-        texts, decoder = self._growing, self.decoder
-        newest = torch.tensor([[text.window[-1]] for text in texts], device=decoder.device)  # (B, 1)
-        count = self._num_drafts()
-        if count == 0:
-            return self._extend(texts, decoder.step(newest[:, 0]))
-        lengths = list(decoder.lengths)
-        guesses = self._guess(newest, count)  # (B, count)
-        decoder.cut(lengths)
-        logits = decoder.extend(torch.cat((newest, guesses), dim=1))  # (B, count + 1, V)
-        expected = guesses.tolist()
-        steps: list[Step] = []
-        rows = list(range(len(texts)))  # whose tokens up to here are what was put in
-        for place in range(count + 1):
-            drawn = self._extend([texts[row] for row in rows], logits[rows, place])
-            steps += drawn
-            for row in rows:
-                lengths[row] += 1
-            rows = [
-                row
-                for row, step in zip(rows, drawn, strict=True)
-                if place < count and step.finished is None and step.token == expected[row][place]
-            ]
-            if not rows:
-                break
-        decoder.cut(lengths)
-        self._judge((len(steps) - len(texts)) / (count * len(texts)))
-        return steps
-
-    def _num_drafts(self) -> int:
-        """Tokens to guess now."""
-        if self._pause_steps:
-            self._pause_steps -= self._pause_steps > 0
-            return 0
-        room = self.decoder.config.context_length - max(self.decoder.lengths) - 1
-        wanted = max(text.request.max_new_tokens - text.num_new for text in self._growing) - 1
-        return max(0, min(NUM_DRAFTS, room, wanted))
-
-    def _guess(self, newest: Tensor, count: int) -> Tensor:
-        """(B, count) tokens by the draft weights, behind the newest (B, 1), drawn as the exact ones will be."""
-        generators = [torch.Generator().set_state(text.generator.get_state()) for text in self._growing]
-        guesses = []
-        for _ in range(count):
-            logits = self.decoder.extend(newest, draft=True)[:, 0]
-            newest = _draw(logits, self._growing, generators)[:, None]
-            guesses.append(newest)
-        return torch.cat(guesses, dim=1)
-
-    def _judge(self, right: float) -> None:
-        self._right = 0.9 * self._right + 0.1 * right
-        if self._right < LEAST_RIGHT:
-            self._right, self._pause_steps = 1.0, PAUSE_STEPS
 
     def _take(self) -> list[_Text]:
         """The next waiting texts that fit; at least one."""
@@ -201,8 +133,7 @@ class Batch:
     def _extend(self, texts: Sequence[_Text], logits: Tensor) -> list[Step]:
         """Draw a token for each text from its row of the logits."""
         steps = []
-        drawn = _draw(logits, texts, [text.generator for text in texts]).tolist()
-        for text, token in zip(texts, drawn, strict=True):
+        for text, token in zip(texts, _draw(logits, texts), strict=True):
             text.num_new += 1
             if token == text.request.stop_id:
                 steps.append(Step(key=text.key, token=None, finished="stop"))
@@ -225,13 +156,15 @@ class Batch:
             self._growing[row] = last
 
 
-def _draw(logits: Tensor, texts: Sequence[_Text], generators: Sequence[torch.Generator]) -> Tensor:
-    """A token for each row of logits (B, V), (B,) int64; rows with the same settings are drawn together."""
+def _draw(logits: Tensor, texts: Sequence[_Text]) -> list[int]:
+    """A token for each row of logits (B, V); rows with the same settings are drawn together."""
     groups: dict[tuple[float, int | None, float | None], list[int]] = defaultdict(list)
     for row, text in enumerate(texts):
         groups[text.request.temperature, text.request.top_k, text.request.top_p].append(row)
     drawn = torch.empty(len(texts), dtype=torch.int64, device=logits.device)
     for (temperature, top_k, top_p), rows in groups.items():
         chosen = logits if len(groups) == 1 else logits[rows]
-        drawn[rows] = sample_token(chosen, temperature, top_k, top_p, [generators[row] for row in rows])
-    return drawn
+        generators = [texts[row].generator for row in rows]
+        drawn[rows] = sample_token(chosen, temperature, top_k, top_p, generators)
+    tokens: list[int] = drawn.tolist()
+    return tokens

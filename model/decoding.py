@@ -5,11 +5,7 @@ turned by a table, keys and values lie in one growing block per layer, and only 
 through the output matrix. A token for a few texts then costs little more than reading the weights once, which is the
 floor; more texts share that reading. Tested against Transformer (tests/model/test_decoding.py).
 
-Below that floor leads drafting (arXiv 2211.17192, with the network as its own draft): int8 copies of the weights, a
-quarter of the bytes, guess the next few tokens, and the exact weights check them all in one reading (batching.py).
-
-Shapes: B texts, N new tokens of each, T time, S time seen so far, C capacity, D model, H heads, K head dim,
-F feed-forward, V vocab.
+Shapes: B texts, T time, S time seen so far, C capacity, D model, H heads, K head dim, F feed-forward, V vocab.
 """
 
 from __future__ import annotations
@@ -28,13 +24,7 @@ FIRST_CAPACITY = 128
 """Positions that the cache begins with; it doubles up to context_length."""
 
 TYPICAL_TEXTS = 16
-"""For which the order of the weights is chosen; any number works."""
-
-INT8_ROWS = 0
-"""Up to so many, drafts read int8 weights; for more, bfloat16 is faster, whose products the processor has."""
-
-DRAFTING_BYTES = 1 << 27
-"""Of float32 weights from which on drafting pays: they come from memory, not from a cache."""
+"""For which the order of the weights is chosen."""
 
 
 class Decoder:
@@ -46,22 +36,21 @@ class Decoder:
     Args:
         model: on the device that is to compute.
         dtype: of the matrix products and of the cache; norms and the residual stream are float32 always.
-        drafts: keep int8 copies of the weights for drafting. Not given: where that pays, see ``drafting_pays``.
+        texts: how many are expected at a time; any number works, but one alone is fastest with 1.
     """
 
-    def __init__(self, model: Transformer, *, dtype: torch.dtype = torch.float32, drafts: bool | None = None) -> None:
+    def __init__(self, model: Transformer, *, dtype: torch.dtype = torch.float32, texts: int = TYPICAL_TEXTS) -> None:
         self.config = model.config
         self.dtype = dtype
-        self.drafts = drafting_pays(model, dtype) if drafts is None else drafts
         self.device = model.embedding.weight.device
         self.lengths: list[int] = []
         """Positions held, text by text."""
         with torch.no_grad():
             self._embedding = _copy(model.embedding.weight[: self.config.vocab_size], dtype)  # (V, D)
             output = model.embedding if model.output is None else model.output
-            self._output = _Projection([output.weight[: self.config.vocab_size]], dtype, self.drafts)
+            self._output = _Matrix([output.weight[: self.config.vocab_size]], dtype, texts)
             self._norm = _copy(model.norm.weight, torch.float32)
-            self._layers = [_Layer(block, self.config, dtype, self.drafts) for block in model.blocks]  # type: ignore[arg-type]
+            self._layers = [_Layer(block, self.config, dtype, texts) for block in model.blocks]  # type: ignore[arg-type]
             self._turns = _turns(self.config, self.device)
 
     @property
@@ -90,50 +79,28 @@ class Decoder:
         last = torch.tensor(lengths, device=self.device) - 1
         return self._logits(x[torch.arange(len(prompts), device=self.device), last])
 
+    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Put one token (B,) int64 behind each text; returns the logits (B, V), float32, of the next.
 
         ValueError where a text has no room for it.
         """
-        return self.extend(tokens[:, None])[:, 0]
-
-    @torch.no_grad()
-    def extend(self, tokens: Tensor, *, draft: bool = False) -> Tensor:
-        """Put tokens (B, N) int64 behind each text; returns the logits (B, N, V), float32, of what follows each.
-
-        Args:
-            draft: with the int8 weights; take such tokens away again (``cut``) before exact ones follow.
-
-        ValueError where a text has no room for them.
-        """
-        count = tokens.shape[1]
-        longest = max(self.lengths) + count
+        longest = max(self.lengths) + 1
         if longest > self.config.context_length:
-            raise ValueError(
-                f"{count} more tokens do not fit behind a text of {max(self.lengths)} tokens: that is more than the "
-                f"context_length of {self.config.context_length}"
-            )
-        starts = torch.tensor(self.lengths, device=self.device)
-        positions = starts[:, None] + torch.arange(count, device=self.device)  # (B, N)
-        are_equal = min(self.lengths) == max(self.lengths)
+            raise ValueError(f"a text already has the context_length of {self.config.context_length} tokens")
+        positions = torch.tensor(self.lengths, device=self.device)
         now = _Now(
-            turn=self._turns[positions, None],  # (B, N, 1, K/2) complex
-            positions=None if are_equal else positions,
-            start=longest - count,
+            turn=self._turns[positions, None],  # (B, 1, K/2) complex
+            positions=positions if min(self.lengths) + 1 < longest else None,
             longest=longest,
-            mask=None if are_equal and count == 1 else self._mask(positions, longest),
-            draft=draft,
+            mask=self._mask(positions, longest) if min(self.lengths) + 1 < longest else None,
         )
-        x = self._embedding[tokens].float()  # (B, N, D)
+        x = self._embedding[tokens].float()  # (B, D)
         for layer in self._layers:
             layer.make_room(self.num_texts, longest)
             x = layer.step(x, now)
-        self.lengths = [length + count for length in self.lengths]
-        return self._logits(x, draft=draft)
-
-    def cut(self, lengths: Sequence[int]) -> None:
-        """Forget what each text has behind its first ``lengths`` tokens."""
-        self.lengths = list(lengths)
+        self.lengths = [length + 1 for length in self.lengths]
+        return self._logits(x)
 
     def remove(self, row: int) -> None:
         """Forget a text; the last one moves into its row."""
@@ -145,22 +112,15 @@ class Decoder:
         self.lengths.pop()
 
     def _mask(self, positions: Tensor, longest: int) -> Tensor:
-        """(B, 1, N, S): 0 where keys are that positions (B, N) may see, -inf behind them."""
-        hidden = torch.arange(longest, device=self.device) > positions[:, :, None]
+        """(B, 1, 1, S): 0 where a text's keys are, -inf behind them."""
+        hidden = torch.arange(longest, device=self.device) > positions[:, None]
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(hidden, float("-inf"))[:, None]
+        return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
-    def _logits(self, x: Tensor, *, draft: bool = False) -> Tensor:
-        """(..., D) -> (..., V)."""
+    def _logits(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, V)."""
         x = _rms_norm(x, self._norm, self.config.norm_eps).to(self.dtype)
-        return self._output(x, draft).float()
-
-
-def drafting_pays(model: Transformer, dtype: torch.dtype) -> bool:
-    """Whether reading the weights is what a token costs: in float32, on a CPU, too many for its caches."""
-    num_bytes = model.config.num_parameters * dtype.itemsize
-    on_cpu = model.embedding.weight.device.type == "cpu"
-    return on_cpu and dtype == torch.float32 and num_bytes >= DRAFTING_BYTES
+        return self._output(x).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,30 +128,26 @@ class _Now:
     """Where the texts are in one step; the same for every layer."""
 
     turn: Tensor
-    """(B, N, 1, K/2) complex: the rotation of each new position."""
+    """(B, 1, K/2) complex: the rotation of each text's new position."""
     positions: Tensor | None
-    """(B, N) of the new tokens; None where all texts have the same."""
-    start: int
-    """The first new position of the longest text."""
+    """(B,) of the new token; None where all texts have the same."""
     longest: int
-    """Keys of the longest text, the new ones included."""
+    """Keys of the longest text, the new one included."""
     mask: Tensor | None
-    draft: bool
 
 
 class _Layer:
     """One block: packed weights, keys and values."""
 
-    def __init__(self, block: Block, config: ModelConfig, dtype: torch.dtype, drafts: bool) -> None:
+    def __init__(self, block: Block, config: ModelConfig, dtype: torch.dtype, texts: int) -> None:
         attention, feed_forward = block.attention, block.feed_forward
         self.config = config
         self.attention_norm = _copy(block.attention_norm.weight, torch.float32)
         self.feed_forward_norm = _copy(block.feed_forward_norm.weight, torch.float32)
-        joined = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        self.qkv = _Projection(joined, dtype, drafts)
-        self.o = _Projection([attention.o_proj.weight], dtype, drafts)
-        self.gate_up = _Projection([feed_forward.gate_proj.weight, feed_forward.up_proj.weight], dtype, drafts)
-        self.down = _Projection([feed_forward.down_proj.weight], dtype, drafts)
+        self.qkv = _Matrix([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight], dtype, texts)
+        self.o = _Matrix([attention.o_proj.weight], dtype, texts)
+        self.gate_up = _Matrix([feed_forward.gate_proj.weight, feed_forward.up_proj.weight], dtype, texts)
+        self.down = _Matrix([feed_forward.down_proj.weight], dtype, texts)
         self.dtype = dtype
         # Keys, then values: (2, rows, H, C, K).
         shape = (2, 0, config.num_heads, 0, config.head_dim)
@@ -208,19 +164,19 @@ class _Layer:
         return self._finish(x, mixed.transpose(1, 2))
 
     def step(self, x: Tensor, now: _Now) -> Tensor:
-        """A few tokens behind each text: x (B, N, D)."""
-        queries, keys, values = self._project(x, now.turn, draft=now.draft)  # (B, N, H, K) each
+        """One token a text: x (B, D)."""
+        queries, keys, values = self._project(x, now.turn)  # (B, H, K) each
         count = x.shape[0]
         if now.positions is None:
-            self.memory[0, :count, :, now.start : now.longest] = keys.transpose(1, 2)
-            self.memory[1, :count, :, now.start : now.longest] = values.transpose(1, 2)
+            self.memory[0, :count, :, now.longest - 1] = keys
+            self.memory[1, :count, :, now.longest - 1] = values
         else:
-            rows = torch.arange(count, device=x.device)[:, None]
+            rows = torch.arange(count, device=x.device)
             self.memory[0, rows, :, now.positions] = keys
             self.memory[1, rows, :, now.positions] = values
         known = self.memory[:, :count, :, : now.longest]  # (2, B, H, S, K)
-        mixed = F.scaled_dot_product_attention(queries.transpose(1, 2), known[0], known[1], attn_mask=now.mask)
-        return self._finish(x, mixed.transpose(1, 2), draft=now.draft)
+        mixed = F.scaled_dot_product_attention(queries[:, :, None], known[0], known[1], attn_mask=now.mask)
+        return self._finish(x, mixed)
 
     def move(self, source: int, target: int, length: int) -> None:
         self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
@@ -239,65 +195,40 @@ class _Layer:
         grown[:, : self.memory.shape[1], :, : self.memory.shape[3]] = self.memory
         self.memory = grown
 
-    def _project(self, x: Tensor, turn: Tensor, *, draft: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) -> queries, keys, turned, and values, (..., H, K) each."""
         normed = _rms_norm(x, self.attention_norm, self.config.norm_eps).to(self.dtype)
-        joined = self.qkv(normed, draft).unflatten(-1, (3, self.config.num_heads, -1))  # (..., 3, H, K)
+        joined = self.qkv(normed).unflatten(-1, (3, self.config.num_heads, -1))  # (..., 3, H, K)
         queries, keys, values = joined.unbind(-3)
         return _rotate(queries, turn), _rotate(keys, turn), values
 
-    def _finish(self, x: Tensor, mixed: Tensor, *, draft: bool = False) -> Tensor:
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows the mixing of values (..., H, K): output projection, feed-forward."""
-        x = x + self.o(mixed.reshape(*x.shape[:-1], -1), draft).float()
+        x = x + self.o(mixed.reshape(*x.shape[:-1], -1)).float()
         normed = _rms_norm(x, self.feed_forward_norm, self.config.norm_eps).to(self.dtype)
-        gate, up = self.gate_up(normed, draft).chunk(2, dim=-1)  # (..., F) each
-        return x + self.down(gate * torch.sigmoid(gate) * up, draft).float()
-
-
-class _Projection:
-    """x (..., in) -> x W^T (..., out) for the rows of several weights together; exact, or with a rough copy of W."""
-
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, drafts: bool) -> None:
-        weight = torch.cat([each.detach() for each in weights]).to(dtype, copy=True)
-        self._exact = _Matrix(weight)
-        self._rough = _Matrix(weight.bfloat16()) if drafts else None
-        self._rougher = _Int8Matrix(weight) if drafts else None
-
-    def __call__(self, x: Tensor, draft: bool = False) -> Tensor:
-        if not draft:
-            return self._exact(x)
-        assert self._rough is not None and self._rougher is not None
-        few = x.shape[:-1].numel() <= INT8_ROWS
-        return (self._rougher if few else self._rough)(x.bfloat16()).to(x.dtype)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)  # (..., F) each
+        return x + self.down(gate * torch.sigmoid(gate) * up).float()
 
 
 class _Matrix:
-    """On a CPU the weight (out, in) lies in the order in which oneDNN's products read it: for 16 texts of 124M
-    parameters a step takes three quarters of the time (benchmarks/generation.py)."""
+    """x (..., in) -> x W^T (..., out) for the rows of several weights together.
 
-    def __init__(self, weight: Tensor) -> None:
-        self._packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    On a CPU the weight lies in the order in which oneDNN's products read it: for 16 texts of 124M parameters a step
+    takes three quarters of the time (benchmarks/generation.py). One text in float32 is read by BLAS, which takes four
+    fifths of oneDNN's time for a vector.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, texts: int) -> None:
+        weight = torch.cat([each.detach() for each in weights]).to(dtype, copy=True)
+        is_vector = texts == 1 and dtype == torch.float32
+        self._packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and not is_vector
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_TEXTS) if self._packs else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._packs:
-            return x @ self._weight.T
+            return F.linear(x, self._weight)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         return product
-
-
-class _Int8Matrix:
-    """The weight (out, in) as int8 with a bfloat16 scale for each row: the largest of a row becomes 127."""
-
-    def __init__(self, weight: Tensor) -> None:
-        scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
-        self._weight = (weight / scales[:, None]).round().to(torch.int8)
-        self._scales = scales.bfloat16()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (..., in) bfloat16 -> (..., out) bfloat16."""
-        product: Tensor = torch._weight_int8pack_mm(x.flatten(end_dim=-2), self._weight, self._scales)
-        return product.unflatten(0, x.shape[:-1])
 
 
 def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:

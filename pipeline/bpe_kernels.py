@@ -25,6 +25,7 @@ from pipeline.bpe_memory_kernels import (
     apart,
     get_32,
     get_64,
+    load_byte,
     load_word,
     signed,
     store_16,
@@ -32,7 +33,7 @@ from pipeline.bpe_memory_kernels import (
     store_word,
     trailing_zeros,
 )
-from pipeline.bpe_merge_kernels import NOTHING, Merges, end_of_part, ends_of_parts, merge_short, tokens_of_three
+from pipeline.bpe_merge_kernels import NOTHING, Merges, end_of_part, ends_of_parts, merge_short, tokens_of_two
 from pipeline.bpe_scan_kernels import Scanner, scan_gpt2
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
@@ -277,15 +278,17 @@ def encode_long(address: int, length: int, encoder: Encoder, target: int) -> int
         start = 0
         while ends != NOTHING:
             size = trailing_zeros(ends) + 1 - start
-            if size > 3 or address + start + 3 > end:  # the latter: nothing behind it that could be read
+            if size > 2:
                 count = merge_short(address + start, size, merges, encoder.ids, encoder.ranks)
                 target = write_ids(encoder.ids, count, target, id_shift)
+            elif address + start + 1 == end:  # one byte, and nothing behind it that could be read
+                write_id(get_32(merges.byte_ids, load_byte(address + start)), target, id_shift)
+                target += 1 << id_shift
             else:
-                first, second, third, count = tokens_of_three(address + start, size, merges)
+                first, second, is_merged = tokens_of_two(address + start, merges)
                 write_id(first, target, id_shift)
                 write_id(second, target + (1 << id_shift), id_shift)
-                write_id(third, target + (2 << id_shift), id_shift)
-                target += count << id_shift
+                target += (1 if is_merged else size) << id_shift
             start += size
             ends &= ends - ONE
         address += start

@@ -317,25 +317,11 @@ def end_of_part(address: int, end: int, merges: Merges) -> int:
 
 
 @inlined
-def tokens_of_three(address: int, size: int, merges: Merges) -> tuple[int, int, int, int]:
-    """Ids of a part of one to three bytes, and how many of them count. Three bytes can be read.
-
-    Without a branch: no processor could guess which of them Chinese takes. No merge reaches out of a part of one byte,
-    nor out of its end; that of the second byte with the third counts only where both are in the part.
-    """
-    first = get_32(merges.byte_ids, load_byte(address))
-    second = get_32(merges.byte_ids, load_byte(address + 1))
-    third = get_32(merges.byte_ids, load_byte(address + 2))
+def tokens_of_two(address: int, merges: Merges) -> tuple[int, int, bool]:
+    """Two bytes: the id of the first or of both together, the id of the second, whether they are merged. Without a
+    branch: no processor could guess which of them Chinese takes."""
     rank = get_32(merges.byte_pairs, 2 * load_16(address)) & NO_RANK
-    later = get_32(merges.byte_pairs, 2 * load_16(address + 1)) & NO_RANK
-    later = later if size == 3 else NO_RANK
-    is_later = later < rank  # of equals the first is merged
-    rank = later if is_later else rank
     is_merged = rank != NO_RANK
     merged = merged_id(merges, rank if is_merged else 0)
-    left = merged if is_merged and not is_later else first
-    right = (merged if is_later else third) if is_merged else second
-    again = rank_of(merges, left, right) if size == 3 else NO_RANK
-    is_one = is_merged and again != NO_RANK
-    whole = merged_id(merges, again if is_one else 0)
-    return whole if is_one else left, right, third, size - int(is_merged) - int(is_one)
+    first = get_32(merges.byte_ids, load_byte(address))
+    return merged if is_merged else first, get_32(merges.byte_ids, load_byte(address + 1)), is_merged

@@ -49,7 +49,9 @@ def generate_texts(config: GenerateConfig) -> Iterator[Piece]:
     found = open_model(path, device)
     wanted = list(itertools.product(prompts, range(config.num_samples)))
     encoded = {prompt: encode_prompt(found.tokenizer, prompt, found.config.context_length) for prompt in prompts}
-    batch = Batch(Decoder(found.model, dtype=decoder_dtype(config.dtype, device)), max_texts=config.batch_size)
+    texts = min(config.batch_size, len(wanted))
+    decoder = Decoder(found.model, dtype=decoder_dtype(config.dtype, device), texts=texts)
+    batch = Batch(decoder, max_texts=texts)
     for number, (prompt, sample) in enumerate(wanted):
         request = Request(
             tokens=encoded[prompt],

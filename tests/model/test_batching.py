@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -81,49 +80,6 @@ def test_the_same_tokens_as_generate(model: Transformer, number: int) -> None:
         seed=number,
     )
     assert finish(batch)[0]["x"] == expected[0]
-
-
-@pytest.mark.parametrize("guesses", ["by the int8 weights", "always wrong", "always right"])
-def test_drafting_changes_no_token(model: Transformer, guesses: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected: dict[Any, list[int]] = {}
-    calls = {}
-    for drafts in (False, True):
-        batch = Batch(Decoder(model, drafts=drafts), max_texts=3)
-        if drafts and guesses == "always wrong":
-            monkeypatch.setattr(batch, "_guess", lambda newest, count: torch.full((len(newest), count), 202))
-        if drafts and guesses == "always right":  # as far as texts are what they were without drafts
-            monkeypatch.setattr(batch, "_guess", functools.partial(oracle, batch, dict(expected)))
-        for number, settings in enumerate(REQUESTS):
-            batch.add(number, request(settings, number))
-        texts: dict[Any, list[int]] = {}
-        calls[drafts] = 0
-        while len(batch):
-            calls[drafts] += 1
-            for step in batch.step():
-                assert step.token is not None
-                texts.setdefault(step.key, []).append(step.token)
-        assert not expected or texts == expected
-        expected = texts
-    assert calls[True] == calls[False] if guesses == "always wrong" else calls[True] < calls[False]
-
-
-def oracle(batch: Batch, texts: dict[Any, list[int]], newest: torch.Tensor, count: int) -> torch.Tensor:
-    rows = []
-    for text in batch._growing:
-        rest = texts[text.key][text.num_new : text.num_new + count]
-        rows.append(rest + [0] * (count - len(rest)))
-    return torch.tensor(rows)
-
-
-def test_drafting_pauses_where_guesses_are_wrong(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch(Decoder(model, drafts=True), max_texts=1)
-    guessed = []
-    monkeypatch.setattr(
-        batch, "_guess", lambda newest, count: guessed.append(count) or torch.full((len(newest), count), 202)
-    )
-    batch.add("x", Request(tokens=prompt(4, 1), max_new_tokens=40, temperature=0.0))
-    finish(batch)
-    assert 5 < len(guessed) < 15  # 0.9^n < LEAST_RIGHT: about nine steps
 
 
 def test_stop_ids_and_cancelled_texts_make_room(model: Transformer) -> None:
