@@ -226,7 +226,7 @@ class _Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._packs:
-            return F.linear(x, self._weight)
+            return x @ self._weight.T
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         return product
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -245,8 +246,10 @@ def test_weights_that_are_spoilt_stop_the_run_and_keep_the_checkpoint(tiny_data:
         trainer.advance(step)
     with torch.no_grad():
         trainer.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UserError, match=r"loss of step 6 is nan .* of rank 0 on window \d+ \(train_00000.* and 1 more"):
+    place = r"the loss of rank 0 on window \d+ \(train_00000\d\.bin, token [\d,]+: "
+    with pytest.raises(UserError, match="the loss of step 6 is nan and its gradient norm nan") as caught:
         trainer.advance(5)
+    assert len(re.findall(place, str(caught.value))) == 6, "every micro-batch"
     trainer.writer.wait()
     assert (tmp_path / "checkpoints" / "step-000005" / "checkpoint.json").is_file()
 
