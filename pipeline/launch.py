@@ -108,13 +108,22 @@ def run_workers(
     cluster.require(num_workers=fewest, gpus=use_gpu)
     from ray.train import TrainingFailedError
 
+    from pipeline.worker_group import was_lost_while_starting
+
     note = f"error-{uuid.uuid4().hex}"
     settings = {**settings, "notes": str(notes), "error_note": note}
     elastic = fewest < most
     with _environment(_ray_train_settings(elastic)), tempfile.TemporaryDirectory(prefix="gpt25-") as storage:
-        trainer = _ray_trainer(worker, settings, config, use_gpu=use_gpu, max_failures=max_failures, storage=storage)
         try:
-            return _unwrap(_fit(trainer, notes, settings.get("stop_note")))
+            while True:
+                trainer = _ray_trainer(
+                    worker, settings, config, use_gpu=use_gpu, max_failures=max_failures, storage=storage
+                )
+                try:
+                    return _unwrap(_fit(trainer, notes, settings.get("stop_note")))
+                except TrainingFailedError as error:
+                    if not was_lost_while_starting(error):
+                        raise
         except TrainingFailedError as error:
             logger.warning("the last failure:", exc_info=error)
             raise UserError(

@@ -10,20 +10,22 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.train import UserCallback
+from ray.train import ControllerError, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
 from pipeline import startup
 
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 5
+_MOST_FAILED_JOINS = 5  # in a row; then it is no accident
 
 
 @dataclass
@@ -44,15 +46,28 @@ class _WorkerGroupBackend(_TorchBackend):
     def __init__(self) -> None:
         super().__init__()
         self._stamps: list[tuple[str, float]] = []
+        self._failed_joins = 0
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         again = bool(self._stamps)
         stamps = [*(self._stamps or [("", backend_config.began)]), ("processes", time.time())]
-        worker_group.execute(load_libraries)
-        stamps.append(("imports", time.time()))
-        super().on_start(worker_group, backend_config)
-        stamps.append(("process group", time.time()))
-        worker_group.execute(startup.leave_stamps, stamps, again)
+        with _cleared_away(worker_group):
+            worker_group.execute(load_libraries)
+            stamps.append(("imports", time.time()))
+            self._join(worker_group, backend_config)
+            stamps.append(("process group", time.time()))
+            worker_group.execute(startup.leave_stamps, stamps, again)
+
+    def _join(self, worker_group: Any, backend_config: Any) -> None:
+        """A worker may miss the others because one of them was killed meanwhile: Ray Train then tries again."""
+        try:
+            super().on_start(worker_group, backend_config)
+        except RayTaskError as error:
+            self._failed_joins += 1
+            if self._failed_joins > _MOST_FAILED_JOINS:
+                raise
+            raise WorkerGroupStartupFailedError("the workers did not find each other") from error
+        self._failed_joins = 0
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         noticed = time.time()
@@ -63,9 +78,28 @@ class _WorkerGroupBackend(_TorchBackend):
         self._stamps = [("", noticed), ("shutdown", time.time())]
 
 
+@contextlib.contextmanager
+def _cleared_away(worker_group: Any) -> Iterator[None]:
+    """A group that fails inside leaves nothing behind.
+
+    Ray Train clears away only what has not come as far as this: the workers' places would stay taken, and the next
+    group would wait for them for ever.
+    """
+    try:
+        yield
+    except BaseException:
+        worker_group.shutdown()
+        raise
+
+
 def load_libraries() -> None:
     """Import everything that training takes, in a worker whose group is being started."""
     import pipeline.launch  # noqa: F401
+
+
+def was_lost_while_starting(error: TrainingFailedError) -> bool:
+    """Whether Ray Train gave up because a worker died in the moment when it was given its work."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
 
 
 class LossReporter(UserCallback):

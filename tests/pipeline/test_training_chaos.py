@@ -278,3 +278,24 @@ def test_kills(config: PretrainConfig, tmp_path: Path) -> None:
     chaos.measure()
     report(chaos.events)
     assert len(chaos.events) == KILLS
+
+
+def test_a_worker_killed_while_its_group_joins_leaves_no_places_taken(config: PretrainConfig, tmp_path: Path) -> None:
+    """When it has imported numba: its process is there, the process group is not."""
+    with running_cluster(CPUS_PER_NODE, CPUS_PER_NODE) as cluster:
+        config = dataclasses.replace(config, output="joins", train_steps=12, val_every=12, sample_every=12)
+        job = TrainingJob(cluster, config, tmp_path)
+        try:
+            victim = job.wait_for(lambda: next(filter(is_joining, job.workers()), None), "an import", pause=0.01)
+            victim.kill()
+            job.wait_for(job.step, "a step", seconds=90)
+            job.finish()
+        finally:
+            job.stop()
+
+
+def is_joining(process: psutil.Process) -> bool:
+    try:
+        return "llvmlite" in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return False
