@@ -25,7 +25,7 @@ import pyarrow as pa
 from pipeline import bpe_kernels, bpe_merge_kernels, bpe_table_kernels
 from pipeline.bpe_files import PATTERNS, Pattern, Vocabulary, read_gpt2, read_tokenizer_json, write_tokenizer_json
 from pipeline.bpe_texts import TextBuffer, Texts, bytes_buffer, guess_bytes, require_texts, shares, text_buffers, utf8
-from pipeline.bpe_workspace import Arrays, PieceTable, new_merges, new_scanner
+from pipeline.bpe_workspace import Arrays, PieceTable, merge_space, new_merges, new_scanner
 from pipeline.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -284,11 +284,7 @@ class Tokenizer:
         )
         scanner, scanner_arrays = new_scanner(bpe_kernels.MAX_PIECES)
         batch = np.empty(bpe_table_kernels.BATCH_WORDS, np.uint64)
-        guard = bpe_merge_kernels.GUARD
-        ids, ranks = (
-            np.full(bpe_merge_kernels.SHORT_MERGE_BYTES + 2 * guard, bpe_merge_kernels.NO_TOKEN, np.uint32)
-            for _ in range(2)
-        )
+        (ids, ranks), space = merge_space()
         merges, merge_arrays = self._merges
         encoder = bpe_kernels.Encoder(
             pattern=PATTERN_NUMBERS[self.pattern],
@@ -298,10 +294,10 @@ class Tokenizer:
             id_shift=self.id_dtype.itemsize.bit_length() - 1,
             prefix=-1,
             batch=batch.ctypes.data,
-            ids=ids.ctypes.data + guard * ids.itemsize,
-            ranks=ranks.ctypes.data + guard * ranks.itemsize,
+            ids=ids,
+            ranks=ranks,
         )
-        return _Workspace(encoder, pieces, [*scanner_arrays, batch, ids, ranks, *merge_arrays])
+        return _Workspace(encoder, pieces, [*scanner_arrays, batch, *space, *merge_arrays])
 
     @functools.cached_property
     def _merges(self) -> tuple[bpe_merge_kernels.Merges, Arrays]:

@@ -33,7 +33,16 @@ from pipeline.bpe_memory_kernels import (
     store_word,
     trailing_zeros,
 )
-from pipeline.bpe_merge_kernels import NOTHING, Merges, end_of_part, ends_of_parts, merge_short, tokens_of_two
+from pipeline.bpe_merge_kernels import (
+    NOTHING,
+    Merges,
+    end_of_part,
+    ends_of_parts,
+    is_character,
+    merge_short,
+    tokens_of_character,
+    tokens_of_two,
+)
 from pipeline.bpe_scan_kernels import Scanner, scan_gpt2
 from pipeline.bpe_table_kernels import (
     BATCH_PIECES,
@@ -60,6 +69,7 @@ MOST_PIECES = MAX_PIECES + BLOCK_BYTES  # that a scan may find
 MAX_CACHED_BYTES = 256  # longer pieces hardly ever come twice
 MOST_CACHED_BYTES = MOST_PIECES * (MAX_CACHED_BYTES + 8)  # that the pieces of a scan may take
 TABLE_IS_FULL = -1
+THIRD = np.uint64(4)  # bit
 LOW_HALF = np.uint64(0xFFFFFFFF)
 INLINE_BYTES = 12  # of ids in an entry's payload; below the count
 
@@ -275,24 +285,36 @@ def encode_long(address: int, length: int, encoder: Encoder, target: int) -> int
             size = end_of_part(address, end, merges) - address
             target = encode_long_part(address, size, encoder, target, np.empty(size, np.uint32))
             address += size
-        start = 0
         while ends != NOTHING:
-            size = trailing_zeros(ends) + 1 - start
-            if size > 2:
-                count = merge_short(address + start, size, merges, encoder.ids, encoder.ranks)
-                target = write_ids(encoder.ids, count, target, id_shift)
-            elif address + start + 1 == end:  # one byte, and nothing behind it that could be read
-                write_id(get_32(merges.byte_ids, load_byte(address + start)), target, id_shift)
-                target += 1 << id_shift
-            else:
-                first, second, is_merged = tokens_of_two(address + start, merges)
+            if ends & THIRD != NOTHING and is_character(address):
+                size = 3
+                first, second, third, count = tokens_of_character(address, merges)
                 write_id(first, target, id_shift)
                 write_id(second, target + (1 << id_shift), id_shift)
-                target += (1 if is_merged else size) << id_shift
-            start += size
-            ends &= ends - ONE
-        address += start
+                write_id(third, target + (2 << id_shift), id_shift)
+                target += count << id_shift
+            else:
+                size = trailing_zeros(ends) + 1
+                target = encode_part(address, size, end, encoder, target)
+            address += size
+            ends = ends >> np.uint64(size - 1) >> ONE
     return target
+
+
+@inlined
+def encode_part(address: int, size: int, end: int, encoder: Encoder, target: int) -> int:
+    """Write the ids of a part of up to 64 bytes of a piece that ends at end; returns the address behind them."""
+    merges, id_shift = encoder.merges, encoder.id_shift
+    if size > 2:
+        count = merge_short(address, size, merges, encoder.ids, encoder.ranks)
+        return write_ids(encoder.ids, count, target, id_shift)
+    if address + 1 == end:  # one byte, and nothing behind it that could be read
+        write_id(get_32(merges.byte_ids, load_byte(address)), target, id_shift)
+        return target + (1 << id_shift)
+    first, second, is_merged = tokens_of_two(address, merges)
+    write_id(first, target, id_shift)
+    write_id(second, target + (1 << id_shift), id_shift)
+    return target + ((1 if is_merged else size) << id_shift)
 
 
 @helper

@@ -16,7 +16,9 @@ reach across it. Two bytes whose rank is below those of the borders on both side
 in from there, whatever happens elsewhere; so all such pairs of a piece are merged at once.
 
 No merge reaches across two bytes that are side by side in no token. GPT-2's tokens have 2,689 of the 65,536 pairs, so a
-line of Chinese falls apart into bits of one to three bytes, each merged by itself (``ends_of_parts``).
+line of Chinese falls apart into bits of one to three bytes, each merged by itself (``ends_of_parts``). Nine in ten of
+its characters are alone in this sense, and what becomes of a character of three bytes by itself is known beforehand
+(``tokens_of_character``).
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ WORD_SHIFT = np.uint64(3)
 STEP_BITS = np.uint64(16)
 STEP_MASK = np.uint64((1 << 16) - 1)
 MAX_DISPLACEMENTS = 1 << 16
+CHARACTER_BITS, CHARACTER_PATTERN = 0xC0C0F0, 0x8080E0  # of three bytes of UTF-8, the first one lowest
+COUNT_BITS = np.uint64(60)  # below the number of a character's ids
 MULTIPLIER_1 = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER_2 = np.uint64(0xD6E8FEB86659FD93)
 
@@ -82,6 +86,7 @@ class Merges(NamedTuple):
     byte_ids: int  # uint32 of 256: id of every byte
     neighbours: int  # uint8 of 65,536: whether some token has these two bytes side by side
     byte_pairs: int  # uint64 of 65,536: rank of the border of these two bytes << 32 | rank of their merge, or NO_RANK
+    characters: int  # uint64 of 65,536: ids of every character of three bytes, see tokens_of_character
     merged_ids: int  # uint32: id that the merge of a rank makes
     displacements: int  # uint16 of every bucket
     slots: int  # uint64: left << 44 | right << 24 | rank of every merge; all ones where empty
@@ -325,3 +330,31 @@ def tokens_of_two(address: int, merges: Merges) -> tuple[int, int, bool]:
     merged = merged_id(merges, rank if is_merged else 0)
     first = get_32(merges.byte_ids, load_byte(address))
     return merged if is_merged else first, get_32(merges.byte_ids, load_byte(address + 1)), is_merged
+
+
+@kernel
+def build_characters(merges: Merges, ids: int, ranks: int) -> None:
+    """Fill merges.characters; ids, ranks: working space of merge_short."""
+    text = np.empty(3, np.uint8)
+    for number in range(1 << 16):
+        text[0], text[1], text[2] = 0xE0 | number >> 12, 0x80 | number >> 6 & 63, 0x80 | number & 63
+        count = merge_short(text.ctypes.data, 3, merges, ids, ranks)
+        entry = np.uint64(count) << COUNT_BITS
+        for place in range(count):
+            entry |= np.uint64(get_32(ids, place)) << np.uint64(place) * TOKEN_BITS
+        store_word(merges.characters + 8 * number, entry)
+
+
+@inlined
+def is_character(address: int) -> bool:
+    """Whether the three bytes there look like a character of UTF-8."""
+    return (load_16(address) | load_byte(address + 2) << 16) & CHARACTER_BITS == CHARACTER_PATTERN
+
+
+@inlined
+def tokens_of_character(address: int, merges: Merges) -> tuple[int, int, int, int]:
+    """Three ids of a character of three bytes by itself, and how many of them count."""
+    number = (load_byte(address) & 15) << 12 | (load_byte(address + 1) & 63) << 6 | load_byte(address + 2) & 63
+    entry = load_word(merges.characters + 8 * number)
+    first, second = signed(entry) & NO_TOKEN, signed(entry >> TOKEN_BITS) & NO_TOKEN
+    return first, second, signed(entry >> TOKEN_BITS >> TOKEN_BITS) & NO_TOKEN, signed(entry >> COUNT_BITS)

@@ -14,7 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.bpe_memory_kernels import BLOCK_BYTES
-from pipeline.bpe_merge_kernels import NO_RANK, Merges, build_merges
+from pipeline.bpe_merge_kernels import (
+    GUARD,
+    NO_RANK,
+    NO_TOKEN,
+    SHORT_MERGE_BYTES,
+    Merges,
+    build_characters,
+    build_merges,
+)
 from pipeline.bpe_scan_kernels import END_SLACK, Scanner
 from pipeline.bpe_table_kernels import ENTRY_BYTES, KEPT_BYTES, Table, key_masks, rehash
 from pipeline.unicode_table import character_classes
@@ -47,6 +55,13 @@ def new_scanner(max_pieces: int) -> tuple[Scanner, Arrays]:
     return Scanner(classes.ctypes.data, ends.ctypes.data, max_pieces, block.ctypes.data), [ends, block, classes]
 
 
+def merge_space() -> tuple[tuple[int, int], Arrays]:
+    """Addresses of the ids and ranks that merge_short works with, and the arrays that they lie in."""
+    arrays: Arrays = [np.full(SHORT_MERGE_BYTES + 2 * GUARD, NO_TOKEN, np.uint32) for _ in range(2)]
+    ids, ranks = (array.ctypes.data + GUARD * array.itemsize for array in arrays)
+    return (ids, ranks), arrays
+
+
 def new_merges(
     tokens: Sequence[bytes], merges: Sequence[tuple[int, int]], byte_ids: list[int], merged_ids: list[int]
 ) -> tuple[Merges, Arrays]:
@@ -54,7 +69,7 @@ def new_merges(
     bytes; merged_ids: what every merge makes."""
     pairs = np.array(merges, np.uint32).reshape(len(merges), 2)
     byte_array, merged_array = np.array(byte_ids, np.uint32), np.array(merged_ids, np.uint32)
-    byte_pairs, neighbours = _borders(tokens, pairs), _neighbours(tokens)
+    byte_pairs, neighbours, characters = _borders(tokens, pairs), _neighbours(tokens), np.empty(1 << 16, np.uint64)
     log_slots = max(4, (len(pairs) * 5 // 4).bit_length())
     while True:
         log_buckets = log_slots - 2
@@ -63,6 +78,7 @@ def new_merges(
             byte_ids=byte_array.ctypes.data,
             neighbours=neighbours.ctypes.data,
             byte_pairs=byte_pairs.ctypes.data,
+            characters=characters.ctypes.data,
             merged_ids=merged_array.ctypes.data,
             displacements=displacements.ctypes.data,
             slots=slots.ctypes.data,
@@ -71,7 +87,9 @@ def new_merges(
             mask=slots.size - 1,
         )
         if build_merges(pairs, view):
-            return view, [byte_array, neighbours, byte_pairs, merged_array, displacements, slots]
+            (ids, ranks), _space = merge_space()
+            build_characters(view, ids, ranks)
+            return view, [byte_array, neighbours, byte_pairs, characters, merged_array, displacements, slots]
         log_slots += 1
 
 

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.bpe import CACHE_LOAD, FIRST_SLOTS, Tokenizer
+from pipeline.bpe import CACHE_LOAD, FIRST_SLOTS, Tokenizer, cut
 from pipeline.bpe_merge_kernels import SHORT_MERGE_BYTES
 from pipeline.errors import UserError
 from tests.pipeline.bpe_references import NASTY, documents, gpt2, gpt2_tiktoken, naive_ids
 
 nasty_text = st.lists(st.sampled_from(NASTY), max_size=40).map("".join)
+high_bytes = st.lists(st.integers(0x80, 0xFF), min_size=1, max_size=40).map(bytes)
 BYTE_TOKENS = [bytes([byte]) for byte in range(256)]
 END = "<|endoftext|>"
 
@@ -175,6 +176,20 @@ def test_merging_is_as_it_is_defined(word: str, data: st.DataObject) -> None:
     tokenizer = Tokenizer(tokens, data.draw(st.permutations(pairs)), {})
     for piece in pieces:
         assert tokenizer.encode(piece) == naive_ids(tokenizer, piece.encode())
+
+
+def test_every_letter_of_three_bytes_among_others() -> None:
+    letters = [chr(code) for code in range(0x800, 0x10000) if chr(code).isalpha()]
+    random.Random(0).shuffle(letters)
+    texts = ["".join(letters[start : start + 25]) for start in range(0, len(letters), 25)]
+    assert split(*gpt2().encode_batch(texts)) == gpt2_tiktoken().encode_ordinary_batch(texts, num_threads=1)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.one_of(st.sampled_from("漢字的一ー한").map(str.encode), high_bytes), min_size=6).map(b"".join))
+def test_long_pieces_of_characters_and_halves_of_them(data: bytes) -> None:
+    expected = [token for piece in cut(data) for token in naive_ids(gpt2(), piece)]
+    assert gpt2().encode_bytes(data) == expected
 
 
 def test_ids_need_not_be_in_the_order_of_the_merges() -> None:
