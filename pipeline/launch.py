@@ -115,6 +115,7 @@ def run_workers(
     elastic = fewest < most
     with _environment(_ray_train_settings(elastic)), tempfile.TemporaryDirectory(prefix="gpt25-") as storage:
         try:
+            lost = 0
             while True:
                 trainer = _ray_trainer(
                     worker, settings, config, use_gpu=use_gpu, max_failures=max_failures, storage=storage
@@ -122,7 +123,8 @@ def run_workers(
                 try:
                     return _unwrap(_fit(trainer, notes, settings.get("stop_note")))
                 except TrainingFailedError as error:
-                    if not was_lost_while_starting(error):
+                    lost += 1
+                    if not was_lost_while_starting(error) or 0 <= max_failures < lost:
                         raise
         except TrainingFailedError as error:
             logger.warning("the last failure:", exc_info=error)

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
 
 from pipeline import cluster, launch, scores
 from pipeline.checkpoint_reading import list_checkpoints
@@ -22,6 +24,7 @@ from pipeline.config_use import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.mlflow_run import MLflowRun
 from pipeline.runs import RunSummary
+from pipeline.storage import open_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -191,3 +194,35 @@ def test_more_workers_than_the_cluster_has_cpus_is_said_at_once(config: Pretrain
 def test_gpus_that_the_cluster_does_not_have_are_said_at_once(config: PretrainConfig, folder: Path) -> None:
     with pytest.raises(UserError, match="--device cuda was asked for, but the cluster has no GPU"):
         launch.pretrain(dataclasses.replace(config, output="gpu", device="cuda"))
+
+
+class Starts:
+    """Ray Train's answer, one after the other: a worker that dies in the moment when it gets its work, or a result."""
+
+    def __init__(self, *, lost: int) -> None:
+        self.lost, self.number = lost, 0
+
+    def __call__(self, *_: object) -> dict[str, object]:
+        self.number += 1
+        if self.number > self.lost:
+            return {"result": {"steps": 1}}
+        raise ControllerError(ActorDiedError())
+
+
+def run_starts(
+    starts: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch, *, max_failures: int
+) -> dict[str, object]:
+    monkeypatch.setattr(launch, "_fit", starts)
+    config = EvaluateConfig(device="cpu", num_workers=1)
+    return launch.run_workers(dict, {}, config, notes=open_folder(str(folder)), max_failures=max_failures)
+
+
+def test_a_worker_lost_as_it_gets_its_work_is_a_failure_like_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_starts(Starts(lost=2), folder, monkeypatch, max_failures=2) == {"steps": 1}
+    assert run_starts(Starts(lost=9), folder, monkeypatch, max_failures=-1) == {"steps": 1}
+    starts = Starts(lost=9)
+    with pytest.raises(UserError, match="failed more often than max_failures 2 allows"):
+        run_starts(starts, folder, monkeypatch, max_failures=2)
+    assert starts.number == 3
