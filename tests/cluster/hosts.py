@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.77.0"
 LAPTOP = f"{NETWORK}.254"  # this machine's own address on the bridge
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter")
@@ -33,9 +34,10 @@ mount -t tmpfs -o size=64m tmpfs /run
 mkdir -p /run/sshd
 mkdir -p {base}/tmp
 chmod 1777 {base}/tmp
+{keep_checkout}
 touch {base}/up
 /usr/sbin/sshd -D -e -f {base}/sshd_config &
-mount --bind {base}/tmp /tmp
+mount --rbind {base}/tmp /tmp
 while true; do wait -n || sleep 1; done
 """
 
@@ -52,6 +54,12 @@ UsePAM no
 """
 
 
+def _keep_checkout(base: Path) -> str:
+    """What lets a machine, whose /tmp is its own, see a checkout that lies in /tmp."""
+    inside = f"{base}{ROOT}"
+    return f"mkdir -p {inside} && mount --bind {ROOT} {inside}" if ROOT.is_relative_to("/tmp") else "true"
+
+
 class Host:
     """One machine; running from the time it is made until ``switch_off``."""
 
@@ -59,12 +67,13 @@ class Host:
         self.name, self.address, self.base, self._bridge, self._key = name, address, base, bridge, key
         self.namespace = f"{bridge}-{name}"
         self.home = base / "home"
+        self.is_on = True
         if not self.home.exists():
             self._write_files()
         (base / "up").unlink(missing_ok=True)
         self._join()
         command = ["ip", "netns", "exec", self.namespace, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        start = _START.format(name=name, base=base)
+        start = _START.format(name=name, base=base, keep_checkout=_keep_checkout(base))
         with (base / "host.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, "--mount", "--uts", "--ipc", "bash", "-c", start],
@@ -123,6 +132,7 @@ class Host:
 
     def switch_off(self) -> None:
         """As if its power were cut: no process of it says goodbye, and nobody answers at its address."""
+        self.is_on = False
         subprocess.run(["ip", "-n", self.namespace, "link", "set", "eth0", "down"], check=False, capture_output=True)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._init, signal.SIGKILL)  # the kernel kills all others of the pid namespace

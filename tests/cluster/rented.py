@@ -13,15 +13,13 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline.kernel_cache import cache_root
-from tests.cluster.hosts import LAPTOP, Hosts, wait_until
+from tests.cluster.hosts import LAPTOP, ROOT, Hosts, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
 S3_PORT = 5555
 TUNNEL_PORT = 18265

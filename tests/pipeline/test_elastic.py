@@ -25,7 +25,7 @@ def config(tiny_data: Path, tmp_path: Path) -> PretrainConfig:
         d_model=32,
         d_ff=64,
         context_length=32,
-        tokens_per_step=32 * 256,
+        tokens_per_step=32 * 1024,
         batch_size=8,
         train_steps=STEPS,
         lr=1e-3,
