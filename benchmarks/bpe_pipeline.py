@@ -168,8 +168,7 @@ def _job(tokenizer: Tokenizer, paths: Sequence[Path], column: str) -> tuple[Stop
 
 def _timed_job(items: Sequence[WorkItem], job: stages.EncodeJob) -> tuple[Stopwatch, float]:
     """Both stages, with a tokenizer that has loaded its files and has seen no text."""
-    stages._load_tokenizer.cache_clear()
-    stages._load_tokenizer(job.output, job.tokenizer_fingerprint).encode("loaded")
+    stages.get_tokenizer(job.tokenizer).encode("loaded")
     steps: graph.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
     text_bytes = 0
     watch = Stopwatch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def _one_task(material: Material, source: Path) -> float:
 
     with material.output() as output:
         items, job = make_job(material.config(source, output))
+        job = dataclasses.replace(job, tokenizer=ray.put(job.tokenizer))
         task = ray.remote(num_cpus=1)(work)
         start = time.perf_counter()
         num_bytes = sum(ray.get([task.remote(item.to_json(), job) for item in items]))

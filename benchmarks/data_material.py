@@ -99,6 +99,7 @@ def make_job(config: TokenizeConfig) -> tuple[list[WorkItem], stages.EncodeJob]:
     save_tokenizer(folder, tokenizer)
     return items, stages.EncodeJob(
         output=config.output,
+        tokenizer=tokenizer,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         settings="{}",

@@ -29,6 +29,7 @@ from benchmarks.data_material import (
 from pipeline import graph, stages
 from pipeline.stage_rows import ItemRow
 
+_PEERS = {"in order": "datatrove, documents in order", "recipe": "datatrove's recipe: shuffled, merged, shuffled"}
 SHARE_OF_CORES, TIMES_DATATROVE, ITEM_MILLISECONDS, DRIVER_MEGABYTES = 0.8, 50.0, 15.0, 1000.0
 
 
@@ -92,13 +93,19 @@ def peer(material: Material) -> Section:
         before = run_job(material, source)
         theirs = _run_peer(material, python, source)
         runs = [before, run_job(material, source)]
-    if theirs["tokens"] != before.tokens:
-        raise SystemExit(f"error: datatrove wrote {theirs['tokens']:,} tokens, ours are {before.tokens:,}")
-    ours, speed = Spread.of(speeds(runs)), before.megabytes / theirs["seconds"]
-    rows: list[Row] = [{"": "ours", "MB/s": ours}, {"": "datatrove", "MB/s": speed}]
-    section.tables.append((f"{before.megabytes:,.0f} MB, {before.tokens:,} tokens from both", rows))
-    target = Target(name="ours / datatrove", found=ours.median / speed, limit=TIMES_DATATROVE)
-    section.targets.append(target)
+    ours = Spread.of(speeds(runs))
+    rows: list[Row] = [{"": "ours", "MB/s": ours, "ours / it": 1.0}]
+    for name, what in _PEERS.items():
+        if theirs["tokens"][name] != before.tokens:
+            raise SystemExit(f"error: datatrove wrote {theirs['tokens'][name]:,} tokens, ours are {before.tokens:,}")
+        speed = before.megabytes / theirs["seconds"][name]
+        rows.append({"": what, "MB/s": speed, "ours / it": ours.median / speed})
+        section.targets.append(Target(name=f"ours / {what}", found=ours.median / speed, limit=TIMES_DATATROVE))
+    section.tables.append((f"{before.megabytes:,.0f} MB, {before.tokens:,} tokens from each", rows))
+    section.notes += [
+        "Ours ends with a manifest that has the checksum of every shard; datatrove's ends with files of tokens.",
+        "Documents in order is what our shards hold too. Its recipe shuffles, which we do when a model reads them.",
+    ]
     return section
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -21,6 +21,10 @@ from pipeline.pieces import WorkItem
 from pipeline.stage_progress import ItemProgress
 from pipeline.stage_rows import ItemRow
 
+if TYPE_CHECKING:
+    import ray
+
+T = TypeVar("T")
 Stages: TypeAlias = list[tuple[Callable[..., Any], dict[str, Any]]]
 
 _BLOCK_BYTES = 64_000_000  # of text, at least, are one task's work: Ray takes some 15 ms to hand out one
@@ -68,6 +72,13 @@ def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism
             yield row
     finally:
         progress.close()
+
+
+def share(value: T) -> ray.ObjectRef[T]:
+    """Keep a value where the tasks of all nodes can get it."""
+    import ray
+
+    return ray.put(value)
 
 
 def run_rows(
@@ -118,14 +129,27 @@ def _execute(
             num_cpus=0,  # waits for the network
             **options,
         )
-    most = num_workers if download is not None else min(num_workers, len(blocks))  # more than blocks: a warning
-    strategy = ray.data.TaskPoolStrategy(size=most)
+    strategy = ray.data.TaskPoolStrategy(
+        size=num_workers if download is not None else _tasks_at_once(dataset, num_workers, len(blocks))
+    )
     work: Callable[..., Any] = in_turn
     dataset = dataset.map_batches(work, fn_kwargs={"steps": steps}, compute=strategy, **options)
     table: Any
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for index in range(table.num_rows):
             yield ItemRow.from_table(table.slice(index, 1))
+
+
+def _tasks_at_once(dataset: ray.data.Dataset, num_workers: int, num_blocks: int) -> int:
+    """Twice as many tasks as workers, where these are all that the cluster can run at a time: half of them wait in it.
+
+    Ray Data looks for finished tasks every 100 ms, and needs two looks for each, while a task that waits in the cluster
+    takes the place of the one before within 15 ms. Ray Data's own account of CPUs, which lets no task wait and does
+    not know for the first second that there are any, is left out: the cluster keeps one.
+    """
+    dataset.context.op_resource_reservation_enabled = False
+    waiting = num_workers if num_workers >= cluster.cpus() else 0
+    return min(num_workers + waiting, num_blocks)  # more than there are blocks: a warning
 
 
 def in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:

@@ -80,6 +80,7 @@ def tokenize(config: TokenizeConfig, output: Folder) -> Summary:
     parallelism = Parallelism.of(config)
     job = EncodeJob(
         output=str(output),
+        tokenizer=graph.share(tokenizer),
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         settings=json.dumps(settings, sort_keys=True),

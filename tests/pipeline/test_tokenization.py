@@ -150,6 +150,23 @@ def test_stages_of_an_item_are_one_task() -> None:
     assert len(set.union(*tasks)) == 4
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_no_more_items_at_a_time_than_workers(num_workers: int) -> None:
+    """Though more tasks than that are handed to Ray, which has two CPUs."""
+
+    def note_times(table: pa.Table) -> Iterator[pa.Table]:
+        row, start = ItemRow.from_table(table), time.time()
+        time.sleep(0.3)
+        figures = {"text_bytes": 1, "tokens": 1, "is_last": True, "times": [start, time.time()]}
+        yield ItemRow(item=row.item, figures=figures).to_table()
+
+    items = [WorkItem(index=index, pieces=(), text_column="text") for index in range(6)]
+    parallelism = graph.Parallelism(num_workers=num_workers, download_workers=None, cache_bytes=1)
+    times = [row.figures["times"] for row in graph.run_items(items, [(note_times, {})], parallelism, title="test")]
+    at_once = [sum(begin <= start < end for begin, end in times) for start, _ in times]
+    assert len(times) == 6 and max(at_once) <= num_workers
+
+
 # ---- crashes and resumes ---------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ def make_job(output: Path, tokenizer: Tokenizer, items: list[WorkItem], *, item_
     save_tokenizer(folder, tokenizer)
     return stages.EncodeJob(
         output=str(output),
+        tokenizer=tokenizer,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         settings="{}",
@@ -39,7 +40,7 @@ def main(source: str, output: str, tokenizer: str, item_bytes: str) -> None:
     """All items, one after the other, as one worker has them."""
     items = make_plan(find(source).layouts("text"), text_column="text", item_bytes=int(item_bytes))
     job = make_job(Path(output), Tokenizer.from_file(tokenizer), items, item_bytes=int(item_bytes))
-    stages._load_tokenizer(job.output, job.tokenizer_fingerprint).encode("kernels are loaded")
+    stages.get_tokenizer(job.tokenizer).encode("kernels are loaded")
     before_mb, start = memory_mb("VmRSS"), time.perf_counter()
     text_bytes = tokens = 0
     for item in items:
