@@ -1,8 +1,9 @@
-"""Tokens per second of greedy generation on the CPU against transformers, in the same run: 124M shape, random weights.
+"""Greedy text on the CPU, tokens per second against transformers' generate in the same run: 124M shape, random weights.
 
-Both make the same steps in turns, one token for every text each, so that whatever else the machine does hits both; the
-figures are those of each one's fastest and median step. The floor of a step is reading every weight once: bytes of
-weights over the measured speed of reading memory. ``python benchmarks/generation.py [--threads N] [--steps N]``.
+The same prompts and the same number of new tokens, whole calls in turns, so that whatever else the machine does hits
+both: ours is a Batch, as jobs/generate.py, the server and the MLflow model run it; theirs is ``generate``, and, to tell
+the network from the loop around it, their forward pass called by hand. Reading the prompts counts. The floor is reading
+every weight once a token. ``python benchmarks/generation.py [--threads N] [--repeats N] [--tokens N]``.
 """
 
 import os
@@ -14,13 +15,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from model.batching import Batch, Request
 from model.config import ModelConfig
 from model.decoding import Decoder
 from model.transformer import Transformer, init_weights
@@ -31,9 +32,7 @@ PROMPT_TOKENS = 32
 
 
 def peer(model: Transformer, dtype: torch.dtype) -> Any:
-    """transformers' Llama with the same weights and its fastest attention."""
-    from transformers import LlamaConfig
-
+    """transformers' Llama with the same weights and its fastest attention; no token ends a text."""
     values = llama_config(model.config, dtype=dtype, eot_id=0)
     theirs = LlamaForCausalLM._from_config(LlamaConfig(**values), attn_implementation="sdpa").to(dtype)
     vocab_size = model.config.vocab_size
@@ -43,61 +42,66 @@ def peer(model: Transformer, dtype: torch.dtype) -> Any:
     }
     theirs.load_state_dict(weights, strict=False)
     theirs.tie_weights()
+    theirs.generation_config.eos_token_id = None
     return theirs.eval()
 
 
-def their_stepper(theirs: Any, prompts: Tensor) -> Callable[[], Tensor]:
-    """Greedy generation as transformers' generate does it, a token for each call."""
-    state: dict[str, Any] = {}
-
-    def step() -> Tensor:
-        with torch.no_grad():
-            tokens = state.get("tokens", prompts)
-            output = theirs(tokens, past_key_values=state.get("cache"), use_cache=True, logits_to_keep=1)
-        state["cache"], state["tokens"] = output.past_key_values, output.logits[:, -1].argmax(dim=-1, keepdim=True)
-        return state["tokens"][:, 0]
-
-    return step
+def by_generate(theirs: Any, prompts: Tensor, num_tokens: int) -> Tensor:
+    mask = torch.ones_like(prompts)
+    found = theirs.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
+    new: Tensor = found[:, prompts.shape[1] :]
+    return new
 
 
-def our_stepper(decoder: Decoder, prompts: Tensor) -> Callable[[], Tensor]:
-    state: dict[str, Tensor] = {}
+@torch.no_grad()
+def by_hand(theirs: Any, prompts: Tensor, num_tokens: int) -> Tensor:
+    found, cache = [prompts], None
+    for _ in range(num_tokens):
+        output = theirs(found[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        found.append(output.logits[:, -1].argmax(dim=-1, keepdim=True))
+    return torch.cat(found[1:], dim=1)
 
-    def step() -> Tensor:
-        logits = decoder.step(state["tokens"]) if state else decoder.add(prompts.tolist())
-        state["tokens"] = logits.argmax(dim=-1)
-        return state["tokens"]
 
-    return step
+def by_ours(decoder: Decoder, prompts: Tensor, num_tokens: int) -> Tensor:
+    batch = Batch(decoder, max_texts=len(prompts))
+    for number, prompt in enumerate(prompts.tolist()):
+        batch.add(number, Request(tokens=prompt, max_new_tokens=num_tokens, temperature=0.0))
+    found: list[list[int]] = [[] for _ in prompts]
+    while len(batch):
+        for step in batch.step():
+            if step.token is not None:
+                found[int(str(step.key))].append(step.token)
+    return torch.tensor(found)
 
 
-def race(model: Transformer, dtype: torch.dtype, batch: int, steps: int) -> None:
-    prompts = torch.randint(0, SHAPE.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
-    ours, theirs = (
-        our_stepper(Decoder(model, dtype=dtype, texts=batch), prompts),
-        their_stepper(peer(model, dtype), prompts),
-    )
-    same = 0
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for number in range(steps + 1):
-        found = {}
-        for name, step in (("ours", ours), ("theirs", theirs))[:: 1 if number % 2 else -1]:
+def race(model: Transformer, dtype: torch.dtype, texts: int, num_tokens: int, repeats: int) -> None:
+    prompts = torch.randint(0, SHAPE.vocab_size, (texts, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+    decoder, theirs = Decoder(model, dtype=dtype, texts=texts), peer(model, dtype)
+    runners = {"ours": (by_ours, decoder), "generate": (by_generate, theirs), "by hand": (by_hand, theirs)}
+    rates: dict[str, list[float]] = {name: [] for name in runners}
+    found: dict[str, Tensor] = {}
+    for number in range(repeats + 1):
+        for name, (run, one) in list(runners.items())[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
-            found[name] = step()
-            if number:  # the first reads the prompt
-                seconds[name].append(time.perf_counter() - start)
-        same += int(torch.equal(found["ours"], found["theirs"]))
-    best = {name: batch / min(values) for name, values in seconds.items()}
-    middle = {name: batch / statistics.median(values) for name, values in seconds.items()}
+            found[name] = run(one, prompts, num_tokens)
+            if number:  # the first warms up
+                rates[name].append(found[name].numel() / (time.perf_counter() - start))
+    print(f"{str(dtype).removeprefix('torch.')}, {texts} texts, {floor(model, dtype, texts):.0f} tokens/s at most:")
+    for name, values in rates.items():
+        ratios = [ours / each for ours, each in zip(rates["ours"], values, strict=True)]
+        same = (found["ours"] == found[name]).float().mean().item()
+        print(
+            f"  {name:<9}{statistics.median(values):7.1f} tokens/s ({min(values):.1f} to {max(values):.1f})  ours / it "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})  same tokens {same:.2%}",
+            flush=True,
+        )
+
+
+def floor(model: Transformer, dtype: torch.dtype, texts: int) -> float:
+    """Tokens per second when a step takes as long as reading all weights once."""
     num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    floor = batch / (num_bytes / reading_speed())
-    print(
-        f"{str(dtype).removeprefix('torch.'):>8}  batch {batch:>2}  ours {best['ours']:7.1f} tokens/s (median "
-        f"{middle['ours']:7.1f})  transformers {best['theirs']:7.1f} ({middle['theirs']:7.1f})  ratio "
-        f"{best['ours'] / best['theirs']:.2f} ({middle['ours'] / middle['theirs']:.2f})  floor {floor:7.1f}"
-        f"  same tokens in {same} of {steps + 1} steps",
-        flush=True,
-    )
+    return texts * reading_speed() / num_bytes
 
 
 def reading_speed(num_bytes: int = 500_000_000) -> float:
@@ -114,7 +118,8 @@ def reading_speed(num_bytes: int = 500_000_000) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     options = parser.parse_args()
@@ -124,7 +129,7 @@ def main() -> None:
     init_weights(model, 0)
     for name in options.dtypes:
         for batch in options.batches:
-            race(model, getattr(torch, name), batch, options.steps)
+            race(model, getattr(torch, name), batch, options.tokens, options.repeats)
 
 
 if __name__ == "__main__":

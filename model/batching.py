@@ -98,13 +98,21 @@ class Batch:
         done: list[Step] = []
         if self._growing:
             tokens = torch.tensor([text.window[-1] for text in self._growing], device=self.decoder.device)
-            done += self._extend(self._growing, self.decoder.step(tokens))
+            if _are_greedy(self._growing):
+                drawn = self.decoder.step_greedy(tokens).tolist()
+            else:
+                drawn = _draw(self.decoder.step(tokens), self._growing)
+            done += self._extend(self._growing, drawn)
             self._remove_finished(done)
         if self._waiting and len(self._growing) < self.max_texts:
             taken = self._take()
-            logits = self.decoder.add([text.window for text in taken])
+            windows = [text.window for text in taken]
+            if _are_greedy(taken):
+                drawn = self.decoder.add_greedy(windows).tolist()
+            else:
+                drawn = _draw(self.decoder.add(windows), taken)
             self._growing += taken
-            read = self._extend(taken, logits)
+            read = self._extend(taken, drawn)
             self._remove_finished(read)
             done += read
         return done
@@ -130,10 +138,10 @@ class Batch:
                 self._remove(row)
                 self._waiting.appendleft(text)
 
-    def _extend(self, texts: Sequence[_Text], logits: Tensor) -> list[Step]:
-        """Draw a token for each text from its row of the logits."""
+    def _extend(self, texts: Sequence[_Text], tokens: Sequence[int]) -> list[Step]:
+        """Put its new token behind each text."""
         steps = []
-        for text, token in zip(texts, _draw(logits, texts), strict=True):
+        for text, token in zip(texts, tokens, strict=True):
             text.num_new += 1
             if token == text.request.stop_id:
                 steps.append(Step(key=text.key, token=None, finished="stop"))
@@ -154,6 +162,10 @@ class Batch:
         last = self._growing.pop()
         if row < len(self._growing):
             self._growing[row] = last
+
+
+def _are_greedy(texts: Sequence[_Text]) -> bool:
+    return all(text.request.temperature == 0 for text in texts)
 
 
 def _draw(logits: Tensor, texts: Sequence[_Text]) -> list[int]:

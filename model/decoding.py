@@ -1,15 +1,18 @@
 """The network once more, for generation alone: several texts of different lengths grow by one token at a time.
 
 What Transformer computes, with less around it: projections that read the same input are one matrix, positions are
-turned by a table, keys and values lie in one growing block per layer, and only the positions that are asked for go
-through the output matrix. A token for a few texts then costs little more than reading the weights once, which is the
-floor; more texts share that reading. Tested against Transformer (tests/model/test_decoding.py).
+turned by a table, keys and values lie in one growing block per layer, only the positions that are asked for go through
+the output matrix, and where just the likeliest token is wanted, most of that matrix is not read (greedy.py). A token
+for a few texts then costs little more than reading the weights once; more texts share that reading. Tested against
+Transformer (tests/model/test_decoding.py).
 
 Shapes: B texts, T time, S time seen so far, C capacity, D model, H heads, K head dim, F feed-forward, V vocab.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.greedy import GreedySearch
 from model.transformer import Block, Transformer
 
 FIRST_CAPACITY = 128
@@ -40,29 +44,62 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, *, dtype: torch.dtype = torch.float32, texts: int = TYPICAL_TEXTS) -> None:
-        self.config = model.config
+        self.config = config = model.config
         self.dtype = dtype
         self.device = model.embedding.weight.device
         self.lengths: list[int] = []
         """Positions held, text by text."""
+        self._texts = texts
         with torch.no_grad():
-            self._embedding = _copy(model.embedding.weight[: self.config.vocab_size], dtype)  # (V, D)
-            output = model.embedding if model.output is None else model.output
-            self._output = _Matrix([output.weight[: self.config.vocab_size]], dtype, texts)
-            self._norm = _copy(model.norm.weight, torch.float32)
-            self._layers = [_Layer(block, self.config, dtype, texts) for block in model.blocks]  # type: ignore[arg-type]
-            self._turns = _turns(self.config, self.device)
+            self._embedding = _copy(model.embedding.weight[: config.vocab_size], dtype)  # (V, D)
+            self._output_weight = self._embedding  # (V, D)
+            if model.output is not None:
+                self._output_weight = _copy(model.output.weight[: config.vocab_size], dtype)
+            self._norm = _Norm(model.norm.weight, config.norm_eps)
+            self._layers = [_Layer(block, config, dtype, texts) for block in model.blocks]  # type: ignore[arg-type]
+            self._turns = _turns(config, self.device)
+        shape = (2, 0, config.num_heads, 0, config.head_dim)
+        self._memories = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in self._layers]
+        """Keys, then values, layer by layer: (2, rows, H, C, K)."""
 
     @property
     def num_texts(self) -> int:
         return len(self.lengths)
 
-    @torch.no_grad()
     def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts into new rows behind the others; returns the logits (B, V), float32, of what follows each.
 
         ValueError where one is empty or longer than the context.
         """
+        return self._logits(self._read(prompts))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Put one token (B,) int64 behind each text; returns the logits (B, V), float32, of the next.
+
+        ValueError where a text has no room for it.
+        """
+        return self._logits(self._advance(tokens))
+
+    def add_greedy(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """As add; returns the likeliest ids (B,) int64, the lowest among equals: add(prompts).argmax(-1), sooner."""
+        return self._likeliest(self._read(prompts))
+
+    def step_greedy(self, tokens: Tensor) -> Tensor:
+        """As step; returns the likeliest ids (B,) int64, the lowest among equals: step(tokens).argmax(-1), sooner."""
+        return self._likeliest(self._advance(tokens))
+
+    def remove(self, row: int) -> None:
+        """Forget a text; the last one moves into its row."""
+        last = self.num_texts - 1
+        if row != last:
+            length = self.lengths[row] = self.lengths[last]
+            for memory in self._memories:
+                memory[:, row, :, :length] = memory[:, last, :, :length]
+        self.lengths.pop()
+
+    @torch.no_grad()
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The last hidden state (B, D) of each prompt, normed, in ``dtype``."""
         lengths = [len(prompt) for prompt in prompts]
         if not lengths or min(lengths) < 1 or max(lengths) > self.config.context_length:
             raise ValueError(f"prompts of {lengths} tokens; each must have 1 to {self.config.context_length}")
@@ -70,57 +107,76 @@ class Decoder:
         # Shorter prompts are filled up on the right: under the causal mask no real position sees what follows it, and
         # the keys and values of the filling are hidden until the growing text overwrites them.
         tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
-        turn = self._turns[:longest, None]  # (T, 1, K/2) complex
+        self._make_room(rows.stop, max([longest, *self.lengths]))
+        turn = self._turns[:longest, None, None]  # (T, 1, 1, K/2) complex
         x = self._embedding[tokens].float()  # (B, T, D)
-        for layer in self._layers:
-            layer.make_room(rows.stop, max([longest, *self.lengths]))
-            x = layer.read(x, turn, rows)
+        for layer, memory in zip(self._layers, self._memories, strict=True):
+            x = layer.read(x, memory[:, rows, :, :longest], turn)
         self.lengths += lengths
         last = torch.tensor(lengths, device=self.device) - 1
-        return self._logits(x[torch.arange(len(prompts), device=self.device), last])
+        return self._normed(x[torch.arange(len(prompts), device=self.device), last])
 
     @torch.no_grad()
-    def step(self, tokens: Tensor) -> Tensor:
-        """Put one token (B,) int64 behind each text; returns the logits (B, V), float32, of the next.
-
-        ValueError where a text has no room for it.
-        """
+    def _advance(self, tokens: Tensor) -> Tensor:
+        """The hidden state (B, D) of each text's new token, normed, in ``dtype``."""
         longest = max(self.lengths) + 1
         if longest > self.config.context_length:
             raise ValueError(f"a text already has the context_length of {self.config.context_length} tokens")
-        positions = torch.tensor(self.lengths, device=self.device)
-        now = _Now(
-            turn=self._turns[positions, None],  # (B, 1, K/2) complex
-            positions=positions if min(self.lengths) + 1 < longest else None,
-            longest=longest,
-            mask=self._mask(positions, longest) if min(self.lengths) + 1 < longest else None,
-        )
+        self._make_room(self.num_texts, longest)
+        now = self._now(longest)
         x = self._embedding[tokens].float()  # (B, D)
-        for layer in self._layers:
-            layer.make_room(self.num_texts, longest)
-            x = layer.step(x, now)
+        for layer, memory in zip(self._layers, self._memories, strict=True):
+            x = layer.step(x, memory[:, : self.num_texts, :, :longest], now)
         self.lengths = [length + 1 for length in self.lengths]
-        return self._logits(x)
+        return self._normed(x)
 
-    def remove(self, row: int) -> None:
-        """Forget a text; the last one moves into its row."""
-        last = self.num_texts - 1
-        if row != last:
-            for layer in self._layers:
-                layer.move(last, row, self.lengths[last])
-            self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-
-    def _mask(self, positions: Tensor, longest: int) -> Tensor:
-        """(B, 1, 1, S): 0 where a text's keys are, -inf behind them."""
+    def _now(self, longest: int) -> _Now:
+        if min(self.lengths) + 1 == longest:
+            return _Now(turn=self._turns[longest - 1], places=None, mask=None)
+        positions = torch.tensor(self.lengths, device=self.device)
         hidden = torch.arange(longest, device=self.device) > positions[:, None]
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        rows = torch.arange(self.num_texts, device=self.device)
+        return _Now(turn=self._turns[positions, None, None], places=(rows, positions), mask=mask[:, None, None])
 
+    def _make_room(self, num_rows: int, length: int) -> None:
+        """Capacity for that many texts and positions, doubled when it does not suffice."""
+        _, rows, _, capacity, _ = self._memories[0].shape
+        if num_rows <= rows and length <= capacity:
+            return
+        if num_rows > rows:
+            rows = max(num_rows, 2 * rows)
+        while length > capacity:
+            capacity = min(max(FIRST_CAPACITY, 2 * capacity), self.config.context_length)
+        for index, old in enumerate(self._memories):
+            # Zeros: what is masked is multiplied by nothing, and nothing times a stray infinity would be NaN.
+            grown = old.new_zeros(2, rows, self.config.num_heads, capacity, self.config.head_dim)
+            grown[:, : old.shape[1], :, : old.shape[3]] = old
+            self._memories[index] = grown
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self._norm(x).to(self.dtype)
+
+    @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, V)."""
-        x = _rms_norm(x, self._norm, self.config.norm_eps).to(self.dtype)
+        """(B, D) -> (B, V) float32."""
         return self._output(x).float()
+
+    @torch.no_grad()
+    def _likeliest(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B,) int64."""
+        found = None if self._search is None else self._search(x)
+        return self._logits(x).argmax(dim=-1) if found is None else found
+
+    @functools.cached_property
+    def _output(self) -> _Matrix:
+        # Packed when first needed: greedy texts rarely are in need of it.
+        return _Matrix([self._output_weight], self.dtype, self._texts)
+
+    @functools.cached_property
+    def _search(self) -> GreedySearch | None:
+        is_possible = self.device.type == "cpu" and GreedySearch.is_available()
+        return GreedySearch(self._output_weight) if is_possible else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,86 +184,78 @@ class _Now:
     """Where the texts are in one step; the same for every layer."""
 
     turn: Tensor
-    """(B, 1, K/2) complex: the rotation of each text's new position."""
-    positions: Tensor | None
-    """(B,) of the new token; None where all texts have the same."""
-    longest: int
-    """Keys of the longest text, the new one included."""
+    """(B, 1, 1, K/2) complex, or (K/2,) where it is the same for all: the rotation of each text's new position."""
+    places: tuple[Tensor, Tensor] | None
+    """Row and position (B,) of each new token; None where all have the last position."""
     mask: Tensor | None
+    """(B, 1, 1, S): 0 where a text's keys are, -inf behind them; None where all have the same length."""
 
 
 class _Layer:
-    """One block: packed weights, keys and values."""
+    """One block, its weights packed."""
 
     def __init__(self, block: Block, config: ModelConfig, dtype: torch.dtype, texts: int) -> None:
         attention, feed_forward = block.attention, block.feed_forward
-        self.config = config
-        self.attention_norm = _copy(block.attention_norm.weight, torch.float32)
-        self.feed_forward_norm = _copy(block.feed_forward_norm.weight, torch.float32)
-        self.qkv = _Matrix([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight], dtype, texts)
+        self.num_heads, self.dtype = config.num_heads, dtype
+        self.attention_norm = _Norm(block.attention_norm.weight, config.norm_eps)
+        self.feed_forward_norm = _Norm(block.feed_forward_norm.weight, config.norm_eps)
+        queries, keys = (_paired(each.weight, config) for each in (attention.q_proj, attention.k_proj))
+        self.qkv = _Matrix([queries, keys, attention.v_proj.weight], dtype, texts)
         self.o = _Matrix([attention.o_proj.weight], dtype, texts)
         self.gate_up = _Matrix([feed_forward.gate_proj.weight, feed_forward.up_proj.weight], dtype, texts)
         self.down = _Matrix([feed_forward.down_proj.weight], dtype, texts)
-        self.dtype = dtype
-        # Keys, then values: (2, rows, H, C, K).
-        shape = (2, 0, config.num_heads, 0, config.head_dim)
-        self.memory = torch.zeros(shape, dtype=dtype, device=self.attention_norm.device)
 
-    def read(self, x: Tensor, turn: Tensor, rows: slice) -> Tensor:
-        """Whole prompts x (B, T, D) into ``rows``."""
-        queries, keys, values = self._project(x, turn)  # (B, T, H, K) each
-        self.memory[0, rows, :, : x.shape[1]] = keys.transpose(1, 2)
-        self.memory[1, rows, :, : x.shape[1]] = values.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True
-        )
+    def read(self, x: Tensor, memory: Tensor, turn: Tensor) -> Tensor:
+        """Whole prompts x (B, T, D), changed in place; keys and values go to memory (2, B, H, T, K)."""
+        joined = self._project(x, turn)  # (B, T, 3, H, K)
+        memory.copy_(joined[:, :, 1:].permute(2, 0, 3, 1, 4))
+        queries = joined[:, :, 0].transpose(1, 2).to(self.dtype)  # (B, H, T, K)
+        mixed = F.scaled_dot_product_attention(queries, memory[0], memory[1], is_causal=True)
         return self._finish(x, mixed.transpose(1, 2))
 
-    def step(self, x: Tensor, now: _Now) -> Tensor:
-        """One token a text: x (B, D)."""
-        queries, keys, values = self._project(x, now.turn)  # (B, H, K) each
-        count = x.shape[0]
-        if now.positions is None:
-            self.memory[0, :count, :, now.longest - 1] = keys
-            self.memory[1, :count, :, now.longest - 1] = values
+    def step(self, x: Tensor, memory: Tensor, now: _Now) -> Tensor:
+        """One token a text: x (B, D), changed in place; memory (2, B, H, S, K) gets its key and value."""
+        joined = self._project(x, now.turn)  # (B, 3, H, K)
+        if now.places is None:
+            memory[..., -1, :].copy_(joined[:, 1:].transpose(0, 1))
         else:
-            rows = torch.arange(count, device=x.device)
-            self.memory[0, rows, :, now.positions] = keys
-            self.memory[1, rows, :, now.positions] = values
-        known = self.memory[:, :count, :, : now.longest]  # (2, B, H, S, K)
-        mixed = F.scaled_dot_product_attention(queries[:, :, None], known[0], known[1], attn_mask=now.mask)
+            rows, positions = now.places
+            memory[:, rows, :, positions] = joined[:, 1:].to(self.dtype)
+        queries = joined[:, 0, :, None].to(self.dtype)  # (B, H, 1, K)
+        mixed = F.scaled_dot_product_attention(queries, memory[0], memory[1], attn_mask=now.mask)
         return self._finish(x, mixed)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
-
-    def make_room(self, num_rows: int, length: int) -> None:
-        """Capacity in both directions, doubled when it does not suffice."""
-        _, rows, _, capacity, _ = self.memory.shape
-        if num_rows <= rows and length <= capacity:
-            return
-        if num_rows > rows:
-            rows = max(num_rows, 2 * rows)
-        while length > capacity:
-            capacity = min(max(FIRST_CAPACITY, 2 * capacity), self.config.context_length)
-        # Zeros: what is masked is multiplied by nothing, and nothing times a stray infinity would be NaN.
-        grown = self.memory.new_zeros(2, rows, self.config.num_heads, capacity, self.config.head_dim)
-        grown[:, : self.memory.shape[1], :, : self.memory.shape[3]] = self.memory
-        self.memory = grown
-
-    def _project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., D) -> queries, keys, turned, and values, (..., H, K) each."""
-        normed = _rms_norm(x, self.attention_norm, self.config.norm_eps).to(self.dtype)
-        joined = self.qkv(normed).unflatten(-1, (3, self.config.num_heads, -1))  # (..., 3, H, K)
-        queries, keys, values = joined.unbind(-3)
-        return _rotate(queries, turn), _rotate(keys, turn), values
+    def _project(self, x: Tensor, turn: Tensor) -> Tensor:
+        """(..., D) -> queries, keys, both turned, and values (..., 3, H, K), float32."""
+        normed = self.attention_norm(x).to(self.dtype)
+        joined = self.qkv(normed).float().unflatten(-1, (3, self.num_heads, -1, 2))  # (..., 3, H, K/2, 2)
+        torch.view_as_complex(joined)[..., :2, :, :].mul_(turn)
+        return joined.flatten(-2)
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows the mixing of values (..., H, K): output projection, feed-forward."""
-        x = x + self.o(mixed.reshape(*x.shape[:-1], -1)).float()
-        normed = _rms_norm(x, self.feed_forward_norm, self.config.norm_eps).to(self.dtype)
+        x += self.o(mixed.reshape(*x.shape[:-1], -1))
+        normed = self.feed_forward_norm(x).to(self.dtype)
         gate, up = self.gate_up(normed).chunk(2, dim=-1)  # (..., F) each
-        return x + self.down(gate * torch.sigmoid(gate) * up).float()
+        x += self.down(F.silu(gate).mul_(up))
+        return x
+
+
+class _Norm:
+    """As layers.RMSNorm, for float32: x w sqrt(D) / sqrt(|x|^2 + D eps).
+
+    Each operation costs a few times its work here, because reading the weights has pushed its code out of the cache;
+    these are four, those of F.rms_norm six.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        width = weight.shape[0]
+        self._weight = _copy(weight, torch.float32) * math.sqrt(width)
+        self._least = torch.tensor(math.sqrt(width * eps), device=weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._least)
+        return (x / size).mul_(self._weight)
 
 
 class _Matrix:
@@ -222,22 +270,17 @@ class _Matrix:
         weight = torch.cat([each.detach() for each in weights]).to(dtype, copy=True)
         is_vector = texts == 1 and dtype == torch.float32
         self._packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and not is_vector
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_TEXTS) if self._packs else weight
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_TEXTS) if self._packs else weight.T
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._packs:
-            return x @ self._weight.T
+            return x @ self._weight
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         return product
 
 
 def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.detach().to(dtype, copy=True)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As layers.RMSNorm, for float32."""
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
 def _turns(config: ModelConfig, device: torch.device) -> Tensor:
@@ -248,8 +291,9 @@ def _turns(config: ModelConfig, device: torch.device) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())
 
 
-def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x (..., H, K) with pair (j, j + K/2) turned by turn (..., 1, K/2)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.complex(first, second) * turn
-    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+def _paired(weight: Tensor, config: ModelConfig) -> Tensor:
+    """Rows of a projection (H K, D) in another order: pair (j, j + K/2), which is turned together, side by side.
+
+    What is turned is then a complex number where it lies; queries and keys in the same order have the same products.
+    """
+    return weight.unflatten(0, (config.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)

@@ -63,11 +63,9 @@ def test_greedy_equals_transformers(model: Transformer, texts: int) -> None:
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=150, pad_token_id=0
     )
     decoder = Decoder(model, texts=texts)
-    logits = decoder.add(prompt.tolist())
-    found = []
-    for _ in range(150):
-        found.append(logits.argmax(dim=-1))
-        logits = decoder.step(found[-1])
+    found = [decoder.add_greedy(prompt.tolist())]
+    while len(found) < 150:
+        found.append(decoder.step_greedy(found[-1]))
     assert torch.equal(torch.stack(found, dim=1), expected[:, 12:])
 
 
