@@ -88,6 +88,7 @@ class Decoder:
         """As step; returns the likeliest ids (B,) int64, the lowest among equals: step(tokens).argmax(-1), sooner."""
         return self._likeliest(self._advance(tokens))
 
+    @torch.inference_mode()
     def remove(self, row: int) -> None:
         """Forget a text; the last one moves into its row."""
         last = self.num_texts - 1
@@ -97,7 +98,7 @@ class Decoder:
                 memory[:, row, :, :length] = memory[:, last, :, :length]
         self.lengths.pop()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The last hidden state (B, D) of each prompt, normed, in ``dtype``."""
         lengths = [len(prompt) for prompt in prompts]
@@ -116,7 +117,7 @@ class Decoder:
         last = torch.tensor(lengths, device=self.device) - 1
         return self._normed(x[torch.arange(len(prompts), device=self.device), last])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _advance(self, tokens: Tensor) -> Tensor:
         """The hidden state (B, D) of each text's new token, normed, in ``dtype``."""
         longest = max(self.lengths) + 1
@@ -157,12 +158,12 @@ class Decoder:
     def _normed(self, x: Tensor) -> Tensor:
         return self._norm(x).to(self.dtype)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _logits(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, V) float32."""
         return self._output(x).float()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _likeliest(self, x: Tensor) -> Tensor:
         """(B, D) -> (B,) int64."""
         found = None if self._search is None else self._search(x)
@@ -197,12 +198,13 @@ class _Layer:
     def __init__(self, block: Block, config: ModelConfig, dtype: torch.dtype, texts: int) -> None:
         attention, feed_forward = block.attention, block.feed_forward
         self.num_heads, self.dtype = config.num_heads, dtype
-        self.attention_norm = _Norm(block.attention_norm.weight, config.norm_eps)
-        self.feed_forward_norm = _Norm(block.feed_forward_norm.weight, config.norm_eps)
+        attention_norm = _Norm(block.attention_norm.weight, config.norm_eps)
+        feed_forward_norm = _Norm(block.feed_forward_norm.weight, config.norm_eps)
         queries, keys = (_paired(each.weight, config) for each in (attention.q_proj, attention.k_proj))
-        self.qkv = _Matrix([queries, keys, attention.v_proj.weight], dtype, texts)
+        self.qkv = _NormedMatrix(attention_norm, [queries, keys, attention.v_proj.weight], dtype, texts)
         self.o = _Matrix([attention.o_proj.weight], dtype, texts)
-        self.gate_up = _Matrix([feed_forward.gate_proj.weight, feed_forward.up_proj.weight], dtype, texts)
+        gate_up = [feed_forward.gate_proj.weight, feed_forward.up_proj.weight]
+        self.gate_up = _NormedMatrix(feed_forward_norm, gate_up, dtype, texts)
         self.down = _Matrix([feed_forward.down_proj.weight], dtype, texts)
 
     def read(self, x: Tensor, memory: Tensor, turn: Tensor) -> Tensor:
@@ -227,17 +229,15 @@ class _Layer:
 
     def _project(self, x: Tensor, turn: Tensor) -> Tensor:
         """(..., D) -> queries, keys, both turned, and values (..., 3, H, K), float32."""
-        normed = self.attention_norm(x).to(self.dtype)
-        joined = self.qkv(normed).float().unflatten(-1, (3, self.num_heads, -1, 2))  # (..., 3, H, K/2, 2)
+        joined = self.qkv(x).float().unflatten(-1, (3, self.num_heads, -1, 2))  # (..., 3, H, K/2, 2)
         torch.view_as_complex(joined)[..., :2, :, :].mul_(turn)
         return joined.flatten(-2)
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows the mixing of values (..., H, K): output projection, feed-forward."""
-        x += self.o(mixed.reshape(*x.shape[:-1], -1))
-        normed = self.feed_forward_norm(x).to(self.dtype)
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)  # (..., F) each
-        x += self.down(F.silu(gate).mul_(up))
+        self.o.add_to(x, mixed.reshape(*x.shape[:-1], -1))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (..., F) each
+        self.down.add_to(x, torch.sigmoid(gate).mul_(gate).mul_(up))
         return x
 
 
@@ -250,12 +250,16 @@ class _Norm:
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         width = weight.shape[0]
-        self._weight = _copy(weight, torch.float32) * math.sqrt(width)
-        self._least = torch.tensor(math.sqrt(width * eps), device=weight.device)
+        self.weight = _copy(weight, torch.float32) * math.sqrt(width)
+        self.least = math.sqrt(width * eps)
+        self._least = torch.tensor(self.least, device=weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        size = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._least)
-        return (x / size).mul_(self._weight)
+        return self.scaled(x).mul_(self.weight)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x / sqrt(|x|^2 + D eps): without the weights."""
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._least)
 
 
 class _Matrix:
@@ -268,15 +272,47 @@ class _Matrix:
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, texts: int) -> None:
         weight = torch.cat([each.detach() for each in weights]).to(dtype, copy=True)
-        is_vector = texts == 1 and dtype == torch.float32
-        self._packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and not is_vector
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_TEXTS) if self._packs else weight.T
+        is_cpu = weight.device.type == "cpu"
+        self.is_vector = is_cpu and texts == 1 and dtype == torch.float32
+        self._packs = is_cpu and torch.backends.mkldnn.is_available() and not self.is_vector
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_TEXTS) if self._packs else weight.T
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._packs:
-            return x @ self._weight
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+            return x @ self.weight
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return product
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """total (..., out) += x W^T."""
+        if self.is_vector:  # one operation
+            total.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight)
+        else:
+            total += self(x)
+
+
+class _NormedMatrix:
+    """A norm, then a matrix.
+
+    For one text in float32 on a CPU, that is two operations: the product takes the norm's number as a factor, and its
+    weights are in the matrix.
+    """
+
+    def __init__(self, norm: _Norm, weights: Sequence[Tensor], dtype: torch.dtype, texts: int) -> None:
+        self._norm, self._dtype = norm, dtype
+        self._matrix = _Matrix(weights, dtype, texts)
+        if self._matrix.is_vector:
+            self._matrix.weight = self._matrix.weight * norm.weight[:, None]
+            self._nothing = self._matrix.weight.new_zeros(1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., D), float32 -> (..., out) in the dtype of the matrix."""
+        if not self._matrix.is_vector:
+            return self._matrix(self._norm(x).to(self._dtype))
+        if x.ndim == 2 and x.shape[0] == 1:
+            size = math.hypot(torch.linalg.vector_norm(x).item(), self._norm.least)
+            return torch.addmm(self._nothing, x, self._matrix.weight, beta=0, alpha=1 / size)
+        return self._matrix(self._norm.scaled(x))
 
 
 def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
