@@ -57,6 +57,7 @@ class Decoder:
                 self._output_weight = _copy(model.output.weight[: config.vocab_size], dtype)
             self._norm = _Norm(model.norm.weight, config.norm_eps)
             self._layers = [_Layer(block, config, dtype, texts) for block in model.blocks]  # type: ignore[arg-type]
+            self._room = _Room(config) if self._layers[0].is_vector else None
             self._turns = _turns(config, self.device)
         shape = (2, 0, config.num_heads, 0, config.head_dim)
         self._memories = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in self._layers]
@@ -126,8 +127,9 @@ class Decoder:
         self._make_room(self.num_texts, longest)
         now = self._now(longest)
         x = self._embedding[tokens].float()  # (B, D)
+        room = self._room if self.num_texts == 1 else None
         for layer, memory in zip(self._layers, self._memories, strict=True):
-            x = layer.step(x, memory[:, : self.num_texts, :, :longest], now)
+            x = layer.step(x, memory.narrow(1, 0, self.num_texts).narrow(3, 0, longest), now, room)
         self.lengths = [length + 1 for length in self.lengths]
         return self._normed(x)
 
@@ -192,6 +194,31 @@ class _Now:
     """(B, 1, 1, S): 0 where a text's keys are, -inf behind them; None where all have the same length."""
 
 
+class _Joined:
+    """What the first product of a layer holds: values (..., 3 H K), float32; the rest are views of it."""
+
+    def __init__(self, values: Tensor, num_heads: int) -> None:
+        self.values = values
+        self.heads = values.unflatten(-1, (3, num_heads, -1))
+        """(..., 3, H, K)"""
+        self.turned = torch.view_as_complex(self.heads.unflatten(-1, (-1, 2)))[..., :2, :, :]
+        """Queries and keys (..., 2, H, K/2), complex: what the rotation multiplies."""
+        self.queries = self.heads[..., 0, :, None, :]
+        """(..., H, 1, K)"""
+        self.keys_values = self.heads[..., 1:, :, :].movedim(-3, 0)
+        """(2, ..., H, K)"""
+
+
+class _Room:
+    """For one text in float32 on a CPU: where every layer puts what it computes, without making tensors and views."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.joined = _Joined(torch.empty(1, 3 * config.num_heads * config.head_dim), config.num_heads)
+        self.gate_up = torch.empty(1, 2 * config.d_ff)
+        self.gate, self.up = self.gate_up.chunk(2, dim=-1)
+        self.hidden = torch.empty(1, config.d_ff)
+
+
 class _Layer:
     """One block, its weights packed."""
 
@@ -207,37 +234,46 @@ class _Layer:
         self.gate_up = _NormedMatrix(feed_forward_norm, gate_up, dtype, texts)
         self.down = _Matrix([feed_forward.down_proj.weight], dtype, texts)
 
+    @property
+    def is_vector(self) -> bool:
+        return self.o.is_vector
+
     def read(self, x: Tensor, memory: Tensor, turn: Tensor) -> Tensor:
         """Whole prompts x (B, T, D), changed in place; keys and values go to memory (2, B, H, T, K)."""
-        joined = self._project(x, turn)  # (B, T, 3, H, K)
-        memory.copy_(joined[:, :, 1:].permute(2, 0, 3, 1, 4))
-        queries = joined[:, :, 0].transpose(1, 2).to(self.dtype)  # (B, H, T, K)
+        joined = _Joined(self.qkv(x).float(), self.num_heads)
+        joined.turned.mul_(turn)
+        memory.copy_(joined.keys_values.transpose(2, 3))
+        queries = joined.heads[:, :, 0].transpose(1, 2).to(self.dtype)  # (B, H, T, K)
         mixed = F.scaled_dot_product_attention(queries, memory[0], memory[1], is_causal=True)
-        return self._finish(x, mixed.transpose(1, 2))
+        self.o.add_to(x, mixed.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        self.down.add_to(x, torch.sigmoid(gate).mul_(gate).mul_(up))
+        return x
 
-    def step(self, x: Tensor, memory: Tensor, now: _Now) -> Tensor:
+    def step(self, x: Tensor, memory: Tensor, now: _Now, room: _Room | None) -> Tensor:
         """One token a text: x (B, D), changed in place; memory (2, B, H, S, K) gets its key and value."""
-        joined = self._project(x, now.turn)  # (B, 3, H, K)
+        if room is None:
+            joined = _Joined(self.qkv(x).float(), self.num_heads)
+        else:
+            joined = room.joined
+            self.qkv.into(joined.values, x)
+        joined.turned.mul_(now.turn)
         if now.places is None:
-            memory[..., -1, :].copy_(joined[:, 1:].transpose(0, 1))
+            memory.select(3, -1).copy_(joined.keys_values)
         else:
             rows, positions = now.places
-            memory[:, rows, :, positions] = joined[:, 1:].to(self.dtype)
-        queries = joined[:, 0, :, None].to(self.dtype)  # (B, H, 1, K)
-        mixed = F.scaled_dot_product_attention(queries, memory[0], memory[1], attn_mask=now.mask)
-        return self._finish(x, mixed)
-
-    def _project(self, x: Tensor, turn: Tensor) -> Tensor:
-        """(..., D) -> queries, keys, both turned, and values (..., 3, H, K), float32."""
-        joined = self.qkv(x).float().unflatten(-1, (3, self.num_heads, -1, 2))  # (..., 3, H, K/2, 2)
-        torch.view_as_complex(joined)[..., :2, :, :].mul_(turn)
-        return joined.flatten(-2)
-
-    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What follows the mixing of values (..., H, K): output projection, feed-forward."""
-        self.o.add_to(x, mixed.reshape(*x.shape[:-1], -1))
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (..., F) each
-        self.down.add_to(x, torch.sigmoid(gate).mul_(gate).mul_(up))
+            memory[:, rows, :, positions] = joined.heads[:, 1:].to(self.dtype)
+        keys, values = memory.unbind()
+        mixed = F.scaled_dot_product_attention(joined.queries.to(self.dtype), keys, values, attn_mask=now.mask)
+        self.o.add_to(x, mixed.flatten(1))
+        if room is None:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, F) each
+            hidden = torch.sigmoid(gate)
+        else:
+            self.gate_up.into(room.gate_up, x)
+            gate, up = room.gate, room.up
+            hidden = torch.sigmoid(gate, out=room.hidden)
+        self.down.add_to(x, hidden.mul_(gate).mul_(up))
         return x
 
 
@@ -294,8 +330,8 @@ class _Matrix:
 class _NormedMatrix:
     """A norm, then a matrix.
 
-    For one text in float32 on a CPU, that is two operations: the product takes the norm's number as a factor, and its
-    weights are in the matrix.
+    For one text in float32 on a CPU, the weights of the norm are in the matrix, and a step is two operations: the
+    product takes the norm's number as a factor.
     """
 
     def __init__(self, norm: _Norm, weights: Sequence[Tensor], dtype: torch.dtype, texts: int) -> None:
@@ -307,12 +343,14 @@ class _NormedMatrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., D), float32 -> (..., out) in the dtype of the matrix."""
-        if not self._matrix.is_vector:
-            return self._matrix(self._norm(x).to(self._dtype))
-        if x.ndim == 2 and x.shape[0] == 1:
-            size = math.hypot(torch.linalg.vector_norm(x).item(), self._norm.least)
-            return torch.addmm(self._nothing, x, self._matrix.weight, beta=0, alpha=1 / size)
-        return self._matrix(self._norm.scaled(x))
+        if self._matrix.is_vector:
+            return self._matrix(self._norm.scaled(x))
+        return self._matrix(self._norm(x).to(self._dtype))
+
+    def into(self, product: Tensor, x: Tensor) -> None:
+        """The same for one text in float32 on a CPU: x (1, D) -> product (1, out)."""
+        size = math.hypot(torch.linalg.vector_norm(x).item(), self._norm.least)
+        torch.addmm(self._nothing, x, self._matrix.weight, beta=0, alpha=1 / size, out=product)
 
 
 def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:

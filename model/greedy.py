@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 MOST_CANDIDATES = 1 / 8
 """Of the vocabulary: computing more than these one by one takes as long as computing all."""
+
+FEW = 64
+"""Candidates that are not worth a second look at their bounds."""
 
 ROUNDINGS = 16
 """Units of float32's rounding that a sum of products may be off by, times the norms of its two vectors.
@@ -43,6 +47,7 @@ class GreedySearch:
         self._slack = ROUNDINGS * torch.finfo(torch.float32).eps * exact.norm(dim=1)  # (V,), times |x|
         # Both the approximate and the exact logit are rounded.
         self._errors = (exact - approximate).norm(dim=1) * 1.0001 + 2 * self._slack
+        self._largest_norm, self._largest_error = self._norms.max().item(), self._errors.max().item()
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._step = 0.0 if weight.dtype == torch.float32 else torch.finfo(weight.dtype).eps
 
@@ -58,19 +63,31 @@ class GreedySearch:
     def __call__(self, x: Tensor) -> Tensor | None:
         """x (B, D) in the dtype of the weight -> ids (B,) int64; None: the bound does not decide."""
         exact_x = x.float()
-        scaled = exact_x * (127 / exact_x.abs().amax(dim=1, keepdim=True))  # (B, D)
+        scaled = exact_x * (127 / vector_norm(exact_x, torch.inf, dim=1, keepdim=True))  # (B, D)
         rounded = scaled.round()
-        sizes = scaled.norm(dim=1)  # (B,)
-        bounds = self._errors + ((scaled - rounded).norm(dim=1) / sizes).max() * self._norms  # (V,), times sizes
+        sizes = vector_norm(scaled, dim=1, keepdim=True)  # (B, 1)
+        part = (vector_norm(scaled - rounded, dim=1, keepdim=True) / sizes).max().item()
         approximate = _product(rounded, self._packed, self._scales, self._zeros)  # (B, V)
-        least = torch.addr(approximate, sizes, bounds, alpha=-1).amax(dim=1, keepdim=True)  # (B, 1)
-        least -= self._step * least.abs()  # logits that differ by less may be rounded to the same number
-        excess = approximate.addr_(sizes, bounds).sub_(least).amax(dim=0)  # (V,)
-        candidates = (~(excess < 0)).nonzero()[:, 0]  # written so that NaN is one
-        if len(candidates) > MOST_CANDIDATES * len(self._weight):
+        # First with the largest bound of all rows, which takes fewer looks at the logits; then each row with its own.
+        bound = sizes * (self._largest_error + part * self._largest_norm)  # (B, 1)
+        least = self._rounded_down(approximate.amax(dim=1, keepdim=True) - bound)
+        candidates = ((approximate - (least - bound)).amax(dim=0) >= 0).nonzero()[:, 0]
+        if len(candidates) > FEW:
+            approximate = approximate[:, candidates]
+            bounds = sizes * (self._errors[candidates] + part * self._norms[candidates])
+            least = self._rounded_down((approximate - bounds).amax(dim=1, keepdim=True))
+            candidates = candidates[(approximate + bounds >= least).any(dim=0)]
+        if not 0 < len(candidates) <= MOST_CANDIDATES * len(self._weight):  # none is left by NaN
             return None
+        if len(candidates) == 1:
+            return candidates.expand(len(x))
         logits = exact_x @ self._weight[candidates].float().T  # (B, C)
-        return self._decide(logits, torch.outer(exact_x.norm(dim=1), self._slack[candidates]), candidates)
+        slack = torch.outer(vector_norm(exact_x, dim=1), self._slack[candidates])
+        return self._decide(logits, slack, candidates)
+
+    def _rounded_down(self, logits: Tensor) -> Tensor:
+        """Logits above the result may be rounded to the same number as those that are given."""
+        return logits - self._step * logits.abs()
 
     def _decide(self, logits: Tensor, slack: Tensor, candidates: Tensor) -> Tensor | None:
         """The candidates' logits (B, C), float32, each right up to its slack -> ids (B,), where they decide."""
