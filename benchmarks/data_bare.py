@@ -19,6 +19,7 @@ from pipeline.plans import make_plan
 from pipeline.readers import read_item
 from pipeline.shards import shard_parts
 from pipeline.sources import find
+from pipeline.stages import use_system_memory
 from pipeline.storage import Folder, open_folder
 
 
@@ -33,6 +34,7 @@ def main(number: str, paths: str, output: str, tokenizer_path: str, column: str)
     ]
     folder, tokenizer = open_folder(output), Tokenizer.from_file(tokenizer_path)
     folder.make()
+    use_system_memory()
     tokenizer.encode("The kernels are loaded.")
     print("ready", flush=True)
     sys.stdin.readline()

@@ -9,12 +9,15 @@ front of it by the regular expression that it names. Two are known, GPT-2's and 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import json
 import os
 import uuid
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, AnyStr, Literal, NamedTuple
 
 from pipeline.errors import UserError
 
@@ -56,6 +59,19 @@ class Vocabulary(NamedTuple):
     pattern: Pattern = "gpt2"
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """While lists and tuples are made by the 100,000, which Python would look through for cycles again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@collector_paused()
 def read_tokenizer_json(path: Path) -> Vocabulary:
     """The vocabulary of a byte-level BPE ``tokenizer.json``; UserError names whatever this project does not do."""
     content = _read_json(path)
@@ -71,6 +87,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     return vocabulary._replace(pattern=pattern)
 
 
+@collector_paused()
 def read_gpt2(vocab_json: Path, merges_txt: Path, end_of_text: str) -> Vocabulary:
     """The vocabulary of GPT-2's two files; the only special token is end_of_text, if the vocabulary has it."""
     vocab = _read_json(vocab_json)
@@ -82,15 +99,17 @@ def read_gpt2(vocab_json: Path, merges_txt: Path, end_of_text: str) -> Vocabular
 
 def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
     """Write ``tokenizer.json``: complete or not at all, the same bytes for the same vocabulary."""
-    names = {token_id: name for name, token_id in vocabulary.special_tokens.items()}
-    shown = [names.get(token_id) or show(token) for token_id, token in enumerate(vocabulary.tokens)]
+    shown = show_all(vocabulary.tokens)
+    for name, token_id in vocabulary.special_tokens.items():
+        shown[token_id] = name
+    special_tokens = sorted(vocabulary.special_tokens.items(), key=lambda entry: entry[1])
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": token_id, "content": name, **flags, "special": True} for token_id, name in sorted(names.items())
+            {"id": token_id, "content": name, **flags, "special": True} for name, token_id in special_tokens
         ],
         "normalizer": None,
         "pre_tokenizer": _pre_tokenizer(vocabulary.pattern),
@@ -131,9 +150,10 @@ def _pre_tokenizer(pattern: Pattern) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
 
 
-def show(token: bytes) -> str:
+def show_all(tokens: list[bytes]) -> list[str]:
     """Bytes as GPT-2's printable characters."""
-    return token.decode("latin-1").translate(_FROM_LATIN)
+    content = b"".join(tokens).decode("latin-1").translate(_FROM_LATIN)
+    return _slices(content, tokens)
 
 
 def _unshow(path: Path, shown: str) -> bytes:
@@ -186,7 +206,12 @@ def _unshow_all(path: Path, shown: list[str]) -> list[bytes]:
         content = "".join(shown).translate(_TO_LATIN).encode("latin-1")
     except UnicodeEncodeError:
         return [_unshow(path, token) for token in shown]  # one of them raises
-    stops = list(itertools.accumulate(map(len, shown)))  # a character is a byte
+    return _slices(content, shown)
+
+
+def _slices(content: AnyStr, parts: Sequence[Sized]) -> list[AnyStr]:
+    """The content cut into as many characters as each part has; a character is a byte."""
+    stops: list[int] = list(itertools.accumulate(map(len, parts)))
     return [content[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
 
 

@@ -158,6 +158,7 @@ def in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
     As stages of their own, fused by Ray, each would go on until Ray's buffer behind it holds 128 MB: a worker that is
     killed would take many encoded items with it, and all of them would count as attempted.
     """
+    stages.use_system_memory()
     function, arguments = steps[0]
     for result in function(table, **arguments):
         if len(steps) > 1:

@@ -296,6 +296,15 @@ def _duplicates(folder: Folder, job: EncodeJob, index: int) -> deduplication.Row
     )
 
 
+def use_system_memory() -> None:
+    """Arrow takes memory as the rest of the process does, not from its own pool.
+
+    That one (mimalloc) gives memory back and asks for it again with every array: where two processes did so at a time,
+    the kernel took 0.7 of the 3.3 s for 249 MB; with the system's, 0.3 of 2.9.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
 @functools.lru_cache(maxsize=1)
 def get_tokenizer(tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]) -> bpe.Tokenizer:
     """The same one for all items that a worker process encodes, as it keeps the pieces that it has met."""
