@@ -10,6 +10,8 @@ Shapes: B texts, C candidates, D model, V vocab.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -93,12 +95,8 @@ class GreedySearch:
         """The candidates' logits (B, C), float32, each right up to its slack -> ids (B,), where they decide."""
         dtype = self._weight.dtype
         low, high = (logits - slack).to(dtype), (logits + slack).to(dtype)
-        winners = low.argmax(dim=1, keepdim=True)  # (B, 1)
-        others = high.scatter(1, winners, float("-inf"))
-        rivals = others.argmax(dim=1, keepdim=True)
-        lead = low.gather(1, winners) - others.gather(1, rivals)
-        is_sure = (lead > 0) | ((lead == 0) & (winners < rivals))  # false for NaN
-        return candidates[winners[:, 0]] if bool(is_sure.all()) else None
+        winners = [_winner(*pair) for pair in zip(low.tolist(), high.tolist(), strict=True)]
+        return None if None in winners else candidates[winners]
 
 
 def _product(h: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -108,3 +106,17 @@ def _product(h: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor
         unsigned, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return product
+
+
+def _winner(low: list[float], high: list[float]) -> int | None:
+    """The index that is certainly that of the largest of values between low and high, the first among equals.
+
+    In plain Python: of a handful, torch takes longer for the dozen operations.
+    """
+    if not math.isfinite(sum(low) + sum(high)):
+        return None
+    winner = low.index(max(low))
+    others = high[:winner] + high[winner + 1 :]
+    rival = max(others)
+    is_first = low[winner] > rival or (low[winner] == rival and winner <= others.index(rival))
+    return winner if is_first else None
