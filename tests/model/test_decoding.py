@@ -56,6 +56,23 @@ def test_texts_come_and_go(model: Transformer) -> None:
     check(model, fresh, decoder.add(fresh))
 
 
+def test_a_decoder_for_one_text(model: Transformer) -> None:
+    """It works in tensors that are made once, while it is alone; with another beside it, and alone again."""
+    decoder = Decoder(model, texts=1)
+    rows = random_rows(125)
+    check(model, rows, decoder.add(rows))
+    for token in range(6):  # beyond the first capacity
+        rows = [[*rows[0], token]]
+        check(model, rows, decoder.step(torch.tensor([token])))
+    more = random_rows(3)
+    check(model, more, decoder.add(more))
+    rows = [[*rows[0], 7], [*more[0], 8]]
+    check(model, rows, decoder.step(torch.tensor([7, 8])))
+    decoder.remove(0)
+    rows = [[*rows[1], 9]]
+    check(model, rows, decoder.step(torch.tensor([9])))
+
+
 @pytest.mark.parametrize("texts", [1, 16])
 def test_greedy_equals_transformers(model: Transformer, texts: int) -> None:
     prompt = torch.tensor(random_rows(12, 12))
