@@ -57,7 +57,7 @@ class Decoder:
                 self._output_weight = _copy(model.output.weight[: config.vocab_size], dtype)
             self._norm = _Norm(model.norm.weight, config.norm_eps)
             self._layers = [_Layer(block, config, dtype, texts) for block in model.blocks]  # type: ignore[arg-type]
-            self._room = _Room(config) if self._layers[0].is_vector else None
+            self._scratch = _Scratch(config) if self._layers[0].is_vector else None
             self._turns = _turns(config, self.device)
         shape = (2, 0, config.num_heads, 0, config.head_dim)
         self._memories = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in self._layers]
@@ -127,9 +127,9 @@ class Decoder:
         self._make_room(self.num_texts, longest)
         now = self._now(longest)
         x = self._embedding[tokens].float()  # (B, D)
-        room = self._room if self.num_texts == 1 else None
+        scratch = self._scratch if self.num_texts == 1 else None
         for layer, memory in zip(self._layers, self._memories, strict=True):
-            x = layer.step(x, memory.narrow(1, 0, self.num_texts).narrow(3, 0, longest), now, room)
+            x = layer.step(x, memory.narrow(1, 0, self.num_texts).narrow(3, 0, longest), now, scratch)
         self.lengths = [length + 1 for length in self.lengths]
         return self._normed(x)
 
@@ -209,7 +209,7 @@ class _Joined:
         """(2, ..., H, K)"""
 
 
-class _Room:
+class _Scratch:
     """For one text in float32 on a CPU: where every layer puts what it computes, without making tensors and views."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -250,12 +250,12 @@ class _Layer:
         self.down.add_to(x, torch.sigmoid(gate).mul_(gate).mul_(up))
         return x
 
-    def step(self, x: Tensor, memory: Tensor, now: _Now, room: _Room | None) -> Tensor:
+    def step(self, x: Tensor, memory: Tensor, now: _Now, scratch: _Scratch | None) -> Tensor:
         """One token a text: x (B, D), changed in place; memory (2, B, H, S, K) gets its key and value."""
-        if room is None:
+        if scratch is None:
             joined = _Joined(self.qkv(x).float(), self.num_heads)
         else:
-            joined = room.joined
+            joined = scratch.joined
             self.qkv.into(joined.values, x)
         joined.turned.mul_(now.turn)
         if now.places is None:
@@ -266,13 +266,13 @@ class _Layer:
         keys, values = memory.unbind()
         mixed = F.scaled_dot_product_attention(joined.queries.to(self.dtype), keys, values, attn_mask=now.mask)
         self.o.add_to(x, mixed.flatten(1))
-        if room is None:
+        if scratch is None:
             gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, F) each
             hidden = torch.sigmoid(gate)
         else:
-            self.gate_up.into(room.gate_up, x)
-            gate, up = room.gate, room.up
-            hidden = torch.sigmoid(gate, out=room.hidden)
+            self.gate_up.into(scratch.gate_up, x)
+            gate, up = scratch.gate, scratch.up
+            hidden = torch.sigmoid(gate, out=scratch.hidden)
         self.down.add_to(x, hidden.mul_(gate).mul_(up))
         return x
 
