@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.decoding import Decoder
-from model.greedy import GreedySearch
+from model.greedy import FEW, GreedySearch
 from tests.model.llama_twin import lively_model, small_config
 
 pytestmark = pytest.mark.skipif(not GreedySearch.is_available(), reason="no exact products of int8 here")
@@ -34,7 +34,9 @@ def random_weight(num_rows: int, width: int, seed: int, *, like_trained: bool) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("like_trained", [False, True])
-def test_finds_the_likeliest(dtype: torch.dtype, like_trained: bool) -> None:
+@pytest.mark.parametrize("few", [0, FEW])  # 0: every row's own bound, always
+def test_finds_the_likeliest(dtype: torch.dtype, like_trained: bool, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.greedy.FEW", few)
     weight = random_weight(4000, 96, 0, like_trained=like_trained).to(dtype)
     search = GreedySearch(weight)
     decided = 0
