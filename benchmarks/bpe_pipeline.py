@@ -253,7 +253,7 @@ def compile_seconds() -> float:
 def _start(code: str, file: Path, kernels: Path) -> tuple[float, ...]:
     """Import, load, first call, second call, the whole process."""
     start = time.perf_counter()
-    environment = {**os.environ, "GPT25_CACHE_DIR": str(kernels)}
+    environment = {**os.environ, "GPT25_KERNEL_CACHE": str(kernels)}
     process = subprocess.run(
         [sys.executable, "-c", code, str(file)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -8,9 +8,9 @@ and use nothing of other files but what they are handed. Nothing is compiled, ma
 
 Processes that find a kernel missing at the same time wait for the one that compiles it.
 
-The folder: $GPT25_CACHE_DIR, else $XDG_CACHE_HOME/gpt-2.5, else ~/.cache/gpt-2.5; in it ``numba-<hash>``. numba keeps
-pickles there, so it must be a folder that only the user can write to. Where none can be written, kernels are compiled
-in every process and a warning says so.
+The folder: $GPT25_KERNEL_CACHE, else $XDG_CACHE_HOME/gpt-2.5, else ~/.cache/gpt-2.5; in it ``numba-<hash>``. numba
+keeps pickles there, so it must be a folder that only the user can write to. Where none can be written, kernels are
+compiled in every process and a warning says so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SOURCES = hashlib.sha256(b"\0".join(path.name.encode() + b"\0" + path.read_byte
 
 def cache_root() -> Path:
     """The user's cache folder for this project (see the head of the module); it need not exist."""
-    named = os.environ.get("GPT25_CACHE_DIR")
+    named = os.environ.get("GPT25_KERNEL_CACHE")
     if named:
         return Path(named).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME", "")
@@ -47,7 +47,7 @@ def cache_root() -> Path:
     try:
         return Path.home() / ".cache" / "gpt-2.5"
     except RuntimeError as error:  # a user without an entry in the password file, as in some containers
-        raise OSError("no home folder; set GPT25_CACHE_DIR to a folder for compiled kernels") from error
+        raise OSError("no home folder; set GPT25_KERNEL_CACHE to a folder for compiled kernels") from error
 
 
 def stamp(machine: object) -> str:

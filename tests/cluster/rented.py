@@ -65,7 +65,7 @@ class Rented:
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "MLFLOW_TRACKING_USERNAME": "somebody",
-            "GPT25_CACHE_DIR": str(cache_root()),  # kernels that this machine has compiled before
+            "GPT25_KERNEL_CACHE": str(cache_root()),  # kernels that this machine has compiled before
         }
         lines = "".join(f"{name}={value}\n" for name, value in settings.items())
         (self.home / ".gpt-2.5.env").write_text(lines)

@@ -46,7 +46,7 @@ print(twice(0), sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_miss
 
 
 def run(code: str, folder: Path, cache: Path | str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder), "GPT25_CACHE_DIR": str(cache)}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "GPT25_KERNEL_CACHE": str(cache)}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True, text=True
     )
@@ -103,9 +103,9 @@ print(len(kernels.encode_documents.signatures), len(training.kernels.learn.signa
 
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("GPT25_CACHE_DIR", str(tmp_path / "named"))
+    monkeypatch.setenv("GPT25_KERNEL_CACHE", str(tmp_path / "named"))
     assert kernel_cache.cache_root() == tmp_path / "named"
-    monkeypatch.delenv("GPT25_CACHE_DIR")
+    monkeypatch.delenv("GPT25_KERNEL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert kernel_cache.cache_root() == tmp_path / "xdg" / "gpt-2.5"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the XDG specification: to be ignored
