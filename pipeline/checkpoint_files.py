@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint_description import DESCRIPTION_FILE, Description, FileEntry
 from pipeline.errors import UserError
-from pipeline.shard_cache import only_one_process
+from pipeline.locks import only_one_process
 from pipeline.storage import Folder, LocalFolder, in_threads, node_cache
 
 logger = logging.getLogger(__name__)

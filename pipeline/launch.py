@@ -23,6 +23,7 @@ from pipeline import cluster
 from pipeline.checkpoint_reading import find_checkpoint
 from pipeline.config import PretrainConfig, worker_range
 from pipeline.errors import RunStopped, UserError
+from pipeline.locks import only_writer
 from pipeline.mlflow_run import MLflowRun, open_run
 from pipeline.mlflow_tracker import MLflowTracker, send_waiting
 from pipeline.parallel import backend_name
@@ -50,6 +51,11 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
         UserError: what the user can mend, from the driver or from any worker.
     """
     data, output = cluster.resolve_output(config.data), cluster.resolve_output(config.output)
+    with only_writer(output):
+        return _pretrain_alone(config, data, output)
+
+
+def _pretrain_alone(config: PretrainConfig, data: Folder, output: Folder) -> tuple[RunSummary, MLflowRun]:
     summary = finished_summary(config, data=data, output=output)
     output.make()
     run = open_run(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline import cluster, shards, tokenization
 from pipeline.config import TokenizeConfig, to_dict
+from pipeline.locks import only_writer
 from pipeline.manifest import MANIFEST_NAME, Manifest
 from pipeline.mlflow_run import MLflowRun, open_run
 from pipeline.mlflow_tracker import MLflowTracker
@@ -53,7 +54,11 @@ class DataReport:
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
     """Make the shards, or find them made; returns figures, MLflow run, and whether they were there already."""
     output = cluster.resolve_output(config.output)
-    config = _with_absolute_inputs(config)
+    with only_writer(output):
+        return _tokenize(_with_absolute_inputs(config), output)
+
+
+def _tokenize(config: TokenizeConfig, output: Folder) -> tuple[DataReport, MLflowRun, bool]:
     manifest = tokenization.finished(config, output)
     report = _read_report(output) if manifest is not None else None
     output.make()

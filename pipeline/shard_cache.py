@@ -6,8 +6,6 @@ stays: the next run on this node starts at once. Processes that start together w
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import shutil
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.locks import only_one_process
 from pipeline.storage import CACHE_VARIABLE, Folder, LocalFolder, in_threads, node_cache
 
 _AT_ONCE = 8  # files; a connection gives some 50 MB/s
@@ -77,15 +76,3 @@ def _require_room(folder: Folder, copy: LocalFolder, num_bytes: int) -> None:
             f"the shards of {folder} take {num_bytes / 1e9:.2f} GB, but the disk of {copy} has "
             f"{free_bytes / 1e9:.2f} GB left; make room, or set {CACHE_VARIABLE} to a folder on another disk"
         )
-
-
-@contextlib.contextmanager
-def only_one_process(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for whoever has it; it is let go when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for the process that fetches to %s", path.parent)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -20,6 +20,7 @@ from pipeline import cluster, ledger
 from pipeline.config import TrainTokenizerConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.ledger import RunRecord
+from pipeline.locks import only_writer
 from pipeline.mlflow_run import MLflowRun, open_run
 from pipeline.mlflow_tracker import MLflowTracker
 from pipeline.runs import SUMMARY_FILE
@@ -62,6 +63,11 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
     """
     output = cluster.resolve_output(config.output)
     config = dataclasses.replace(config, source=cluster.resolve_source(config.source))
+    with only_writer(output):
+        return _train_tokenizer(config, output)
+
+
+def _train_tokenizer(config: TrainTokenizerConfig, output: Folder) -> tuple[TrainingReport, MLflowRun, bool]:
     names = (TOKENIZER_NAME, SUMMARY_FILE)
     done = ledger.is_complete(output, config.source, _settings_of(config), names=names)
     if ledger.read_run(output) is None and any(output.size(name) is not None for name in names):

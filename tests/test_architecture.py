@@ -14,9 +14,9 @@ STANDARD_LIBRARY = set(sys.stdlib_module_names) | {"__future__"}
 PIPELINE = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
 
 STORAGE = {"errors", "object_store", "storage"}
-SHARDS = STORAGE | {"manifest", "shards", "shard_cache"}
+SHARDS = STORAGE | {"manifest", "shards", "locks", "shard_cache"}
 REMOTE = {"errors", "object_store", "retries", "range_file", "globs", "hub", "web", "remote"}
-SOURCES = REMOTE | {"pieces", "docstrings", "sources"}
+SOURCES = REMOTE | {"pieces", "docstrings", "parquet_footers", "sources"}
 READERS = SOURCES | {"json_lines", "segments", "readers", "plans"}
 
 # What each pipeline module may not import of the pipeline, its own transitive imports included.
