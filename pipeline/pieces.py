@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,12 +139,3 @@ def reading(where: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise DamagedInputError(f"{where} cannot be read, it may be damaged or truncated: {reason}") from error
-
-
-def text_chunks(metadata: Any, text_column: str, groups: Iterable[int]) -> list[Any]:
-    """The metadata of the text column's chunk in each of the row groups."""
-    leaves = metadata.schema
-    leaf = next((number for number in range(len(leaves)) if leaves.column(number).path == text_column), None)
-    if leaf is None:
-        raise pa.ArrowInvalid(f"it has no column {text_column!r}")
-    return [metadata.row_group(group).column(leaf) for group in groups]

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from pipeline import docstrings, json_lines
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.pieces import COMPRESSIONS, Damage, Piece, WorkItem, open_piece, reading, text_chunks, unpacked
+from pipeline.parquet_footers import text_chunks
+from pipeline.pieces import COMPRESSIONS, Damage, Piece, WorkItem, open_piece, reading, unpacked
 from pipeline.segments import DAMAGED, SegmentFile, by_piece
 
-_ARRAY_BYTES = 16_000_000  # of text in an array
+_ARRAY_BYTES = 2_000_000  # of text in an array: what is read stays in the processor's cache until it is encoded
 _ROWS = 4096  # of parquet at a time, at most
 _DICTIONARY_ROWS = 64  # the same where any row may be the longest text of a dictionary
 _DICTIONARY_BYTES = 64_000_000  # that such rows may have, if the dictionary is one text that does not compress
@@ -34,7 +35,7 @@ Segments = list[tuple[int, pa.Buffer]]
 def read_item(
     item: WorkItem, skipped: Counter[str], segments: pa.Table | None = None, damaged: Damage | None = None
 ) -> Iterator[pa.Array]:
-    """The texts of an item, in order, as large_string arrays of at most about 16 MB without nulls or blank texts.
+    """The texts of an item, in order, as large_string arrays of at most about 2 MB without nulls or blank texts.
 
     A larger document has an array to itself. What is left out is counted in ``skipped`` by reason. ``segments``: what
     ``segments.gather`` made of the remote files; a piece that is not in it is read where it lies. ``damaged``: what

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from pipeline import json_lines
 from pipeline.errors import DamagedInputError
-from pipeline.pieces import Piece, WorkItem, reading, text_chunks
+from pipeline.parquet_footers import text_chunks
+from pipeline.pieces import Piece, WorkItem, reading
 
 SCHEMA = pa.schema([("piece", pa.int32()), ("start", pa.int64()), ("data", pa.large_binary())])
 """Which piece of the item; where in the file, or DAMAGED; what stands there, or why it cannot be read."""

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from pipeline import docstrings, remote
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.pieces import COMPRESSIONS, Damage, Piece, local_version, open_piece, reading, text_chunks
+from pipeline.parquet_footers import text_chunks
+from pipeline.pieces import COMPRESSIONS, Damage, Piece, local_version, open_piece, reading
 from pipeline.remote import RemoteFile
 
 INSTALLED_DOCS = "installed-docs"
@@ -295,7 +296,8 @@ def _row_groups(whole: Piece, text_column: str) -> Layout:
         raise UserError(
             f"column {text_column!r} of {whole.where} holds {arrow_type}, not text; name another with --text_column"
         )
-    chunks = text_chunks(metadata, text_column, range(metadata.num_row_groups))
+    with reading(whole.where):
+        chunks = text_chunks(metadata, text_column, range(metadata.num_row_groups))
     return Layout(
         whole=whole,
         bounds=np.arange(len(chunks) + 1),

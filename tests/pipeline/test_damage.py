@@ -100,6 +100,18 @@ def test_what_comes_before_a_bad_page_is_kept(tmp_path: Path) -> None:
     assert note["name"] == "a.parquet row groups 3-4"
 
 
+def test_pages_before_a_bad_one_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.readers._ROWS", 10)
+    path = tmp_path / "a.parquet"
+    options = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    write_parquet(path, [*RANDOM_TEXTS], row_group_size=100, data_page_size=1000, write_batch_size=5, **options)
+    content = path.read_bytes()
+    place = content.index(RANDOM_TEXTS[71].encode()) + 100
+    path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+    texts, (_note,) = read_what_is_left(tmp_path)
+    assert texts == RANDOM_TEXTS[:70]
+
+
 def test_pages_with_checksums_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     options = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
@@ -112,26 +124,52 @@ def test_pages_with_checksums_are_checked(tmp_path: Path) -> None:
     assert "checksum" in note["reason"].lower() or "crc" in note["reason"].lower()
 
 
-def test_any_flipped_byte_of_a_page_is_a_text_or_a_sentence(tmp_path: Path) -> None:
-    """No other exception. Footers are left out: Arrow ends the process at some that are damaged."""
+def test_any_flipped_byte_is_a_text_or_a_sentence(tmp_path: Path) -> None:
+    """No other exception, and no end of the process, which Arrow's metadata of a chunk can be."""
     path = tmp_path / "a.parquet"
     write_parquet(path, ["one", "two", None, "three" * 50] * 3, row_group_size=4)
     content = path.read_bytes()
     choose = random.Random(0)
     outcomes: Counter[str] = Counter()
     footer_bytes = int.from_bytes(content[-8:-4], "little") + 8
-    for place in range(4, len(content) - footer_bytes):
+    for place in range(4, len(content)):
         changed = bytearray(content)
-        changed[place] ^= 1 << choose.randrange(8)
+        bits = range(8) if place < len(content) - footer_bytes else (4, 5)  # in these a footer has lengths of lists
+        changed[place] ^= 1 << choose.choice(bits)
         path.write_bytes(changed)
-        try:
-            items = items_of(tmp_path)
-            read_items(items)
-            outcomes["read"] += 1
-        except UserError:
-            outcomes["sentence"] += 1
+        outcomes[outcome(tmp_path)] += 1
     assert outcomes["read"] > 50
     assert outcomes["sentence"] > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_any_damage_of_a_footer_is_a_text_or_a_sentence(tmp_path: Path, seed: int) -> None:
+    path, choose = tmp_path / "a.parquet", random.Random(seed)
+    texts = [f"document {number}" for number in range(60)]
+    table = pa.table({"list": [[text, text] for text in texts], "text": texts, "map": [{"a": 1, "b": [2]}] * 60})
+    pq.write_table(table, path, row_group_size=20, write_page_checksum=seed > 0)
+    content = path.read_bytes()
+    start, stop = len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content) - 8
+    for _ in range(2000):
+        changed = bytearray(content)
+        for _ in range(choose.choice([1, 2, 3, 8, 30])):
+            changed[choose.randrange(start, stop)] = choose.randrange(256)
+        path.write_bytes(changed)
+        outcome(tmp_path)
+
+
+def outcome(source: Path) -> str:
+    """Of reading the file, and what was gathered of it."""
+    try:
+        items = items_of(source)
+        read_items(items)
+        for item in as_remote(items):
+            list(read_item(item, Counter(), segments.gather(item, open_local)))
+        segments.needed_bytes(as_remote(items), open_local)
+    except UserError:
+        return "sentence"
+    return "read"
 
 
 def test_a_footer_that_is_wrong_when_it_is_gathered(tmp_path: Path) -> None:

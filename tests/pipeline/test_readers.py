@@ -237,12 +237,12 @@ def test_rows_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return original(self, batch_size, *arguments, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
-    small, large = "small", "l" * 1_000_000
+    small, large = "small", "l" * 100_000
     for texts, use_dictionary, rows in (
         ([small] * 5000, False, 4096),
         ([small] * 5000, True, 64),
-        ([large] * 30, False, 15),
-        ([random.Random(n).randbytes(2_500_000).hex() for n in range(2)] * 10, True, 64_000_000 // 5_000_000),
+        ([large] * 300, False, 20),
+        ([random.Random(n).randbytes(2_500_000).hex() for n in range(2)] * 50, True, 64_000_000 // 5_000_000),
     ):
         write_parquet(tmp_path / "a.parquet", [*texts], row_group_size=10_000, use_dictionary=use_dictionary)
         asked.clear()

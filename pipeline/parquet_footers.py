@@ -1,0 +1,68 @@
+"""The footer of a parquet file: where the text column's chunks lie, in a file that may be damaged."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def text_chunks(metadata: pq.FileMetaData, text_column: str, groups: Iterable[int]) -> list[Any]:
+    """The metadata of the text column's chunk in each of the row groups; raises ArrowException for what cannot be."""
+    leaves, groups = metadata.schema, list(groups)
+    leaf = next((number for number in range(len(leaves)) if leaves.column(number).path == text_column), None)
+    if leaf is None:
+        raise pa.ArrowInvalid(f"it has no column {text_column!r}")
+    _require_sound(metadata, leaf, groups)
+    chunks = [metadata.row_group(group).column(leaf) for group in groups]
+    for group, chunk in zip(groups, chunks, strict=True):
+        if min(chunk.total_uncompressed_size, chunk.total_compressed_size, chunk.num_values) < 0:
+            raise pa.ArrowInvalid(f"its footer gives row group {group} a negative size")
+    return chunks
+
+
+def _require_sound(metadata: pq.FileMetaData, leaf: int, groups: list[int]) -> None:
+    """Raise ArrowException or OSError where the metadata of a chunk contradict each other.
+
+    ``RowGroupMetaData.column`` ends the process there: nothing catches Arrow's C++ exception. The reader's does; with
+    ``pre_buffer`` it looks at all chunks before it reads a first byte, which it is not given.
+    """
+    if any(group >= metadata.num_row_groups for group in groups):
+        raise pa.ArrowInvalid(f"it has {metadata.num_row_groups} row groups, not {groups[-1] + 1}")
+    try:
+        with pq.ParquetFile(_NoContent(), metadata=metadata, pre_buffer=True) as parquet:
+            parquet.reader.read_row_groups(groups, column_indices=[leaf], use_threads=False)
+    except _ContentAskedForError:
+        pass
+
+
+class _ContentAskedForError(Exception):
+    """All footers have been looked at."""
+
+
+class _NoContent(io.RawIOBase):
+    """A file of any size, of which nothing can be read."""
+
+    _SIZE = 1 << 60
+
+    def __init__(self) -> None:
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._SIZE}[whence] + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        raise _ContentAskedForError
