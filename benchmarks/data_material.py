@@ -22,7 +22,7 @@ from pipeline import bpe, plans, shards, sources, stages, tokenization
 from pipeline.bpe import Tokenizer
 from pipeline.config import TokenizeConfig
 from pipeline.pieces import WorkItem
-from pipeline.storage import open_folder
+from pipeline.storage import Flush, open_folder
 from pipeline.tokenizer_file import save_tokenizer
 
 
@@ -113,10 +113,12 @@ def make_job(config: TokenizeConfig) -> tuple[list[WorkItem], stages.EncodeJob]:
 # ---- bare: no Ray, no ledger -----------------------------------------------------------------------------------------
 
 
-def run_bare(material: Material, source: Path, num_processes: int) -> tuple[list[float], list[float]]:
+def run_bare(
+    material: Material, source: Path, num_processes: int, *, flush: Flush = "nothing"
+) -> tuple[list[float], list[float]]:
     """MB/s of each of ``num_processes``, which start together on a core and a share of the files each; and their MB.
 
-    A process has loaded tokenizer and kernels before. Nothing is flushed to the disk.
+    A process has loaded tokenizer, kernels and libraries before.
     """
     paths = sorted(map(str, source.iterdir()))
     with material.output() as output:
@@ -125,7 +127,7 @@ def run_bare(material: Material, source: Path, num_processes: int) -> tuple[list
             share = paths[number::num_processes]
             config = material.config(source, output / str(number))
             command = [sys.executable, "-m", "benchmarks.data_bare", str(number), json.dumps(share), config.output]
-            command += [str(material.tokenizer), material.column]
+            command += [str(material.tokenizer), material.column, flush]
             processes.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for process in processes:
             assert process.stdin is not None and process.stdout is not None

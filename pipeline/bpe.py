@@ -23,7 +23,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import bpe_kernels, bpe_merge_kernels, bpe_table_kernels
-from pipeline.bpe_files import PATTERNS, Pattern, Vocabulary, read_gpt2, read_tokenizer_json, write_tokenizer_json
+from pipeline.bpe_files import (
+    PATTERNS,
+    Pattern,
+    Vocabulary,
+    read_gpt2,
+    read_tokenizer_json,
+    tokenizer_json,
+    write_tokenizer_json,
+)
 from pipeline.bpe_texts import TextBuffer, Texts, bytes_buffer, guess_bytes, require_texts, shares, text_buffers, utf8
 from pipeline.bpe_workspace import Arrays, PieceTable, merge_space, new_merges, new_scanner
 from pipeline.errors import UserError
@@ -98,14 +106,18 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(f"{path} {error}; mend the file") from error
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        make = functools.partial(type(self), pattern=self.pattern, cache_slots=self._cache_slots)
-        return make, (self._vocabulary.tokens, self._vocabulary.merges, self._vocabulary.special_tokens)
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is given: all but the working space, which holds addresses."""
+        return {name: value for name, value in self.__dict__.items() if name != "_merges"} | {"_workspaces": []}
 
     def __repr__(self) -> str:
         return (
             f"Tokenizer(vocab_size={self.vocab_size}, pattern={self.pattern!r}, special_tokens={self.special_tokens})"
         )
+
+    def to_json(self) -> str:
+        """The content of the file that ``save`` writes."""
+        return tokenizer_json(self._vocabulary)
 
     def save(self, path: str | Path) -> None:
         """Write a ``tokenizer.json`` as `tokenizers` and `transformers` read it: complete or not at all.

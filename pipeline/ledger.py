@@ -18,7 +18,7 @@ from typing import Any
 from pipeline import plans
 from pipeline.config import TokenizeConfig
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from pipeline.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
 from pipeline.pieces import Damage, WorkItem
 from pipeline.shards import shard_bytes
 from pipeline.sources import Input, Source, find
@@ -68,7 +68,8 @@ def settings_of(config: TokenizeConfig, tokenizer_fingerprint: str | None) -> di
     """What shards depend on besides the input; ``tokenizer_fingerprint`` is of the given one, None if it is trained."""
     trained = {"sample_bytes": config.sample_bytes, "vocab_size": config.vocab_size}
     names = ("item_bytes", "text_column", "val_fraction", "limit_documents", "limit_bytes", "dedup")
-    return {name: getattr(config, name) for name in names} | {"tokenizer": tokenizer_fingerprint or trained}
+    values = {name: getattr(config, name) for name in names}
+    return values | {"split_hash": SPLIT_HASH, "tokenizer": tokenizer_fingerprint or trained}
 
 
 def find_source(source: str, folder: Folder) -> Source:

@@ -19,6 +19,7 @@ from pipeline.storage import Folder, LocalFolder, open_folder
 
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
+SPLIT_HASH = "xxh3_64"  # of its text, by which a document is put into one of them: documents.split_by_hash
 _FORMAT = 1
 
 

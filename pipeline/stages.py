@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import bpe, bpe_training, deduplication, ledger, plans, remote
-from pipeline.bpe_files import Pattern
+from pipeline.bpe_files import Pattern, collector_paused
 from pipeline.cache import Cache
 from pipeline.documents import EncodedPart, encode_parts, in_groups, split_by_hash, text_bytes
 from pipeline.errors import DamagedInputError, UserError
@@ -312,4 +312,5 @@ def get_tokenizer(tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]) -> bpe.To
         return tokenizer
     import ray
 
-    return ray.get(tokenizer)
+    with collector_paused():
+        return ray.get(tokenizer)

@@ -26,7 +26,4 @@ def load_tokenizer(folder: Folder) -> Tokenizer:
 
 def save_tokenizer(folder: Folder, tokenizer: Tokenizer) -> None:
     """Write it as the folder's tokenizer."""
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / TOKENIZER_NAME
-        tokenizer.save(path)
-        folder.write(TOKENIZER_NAME, [path.read_bytes()])
+    folder.write(TOKENIZER_NAME, [tokenizer.to_json().encode()])
