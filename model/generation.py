@@ -54,8 +54,9 @@ def sample_token(
 
     The filters apply in this order: logits / temperature; the top_k likeliest; of these, renormalised, the fewest
     likeliest that together reach top_p (arXiv 1904.09751), at least one. Among equals the lower id counts as likelier.
-    The draw inverts the cumulative distribution at a uniform number from the generator, a CPU one (not given: torch's
-    global one), so that the device does not change what is drawn and nothing waits for it.
+    The draw inverts the cumulative distribution, ids ascending, at a uniform number from the generator, a CPU one (not
+    given: torch's global one), so that the device does not change what is drawn and nothing waits for it. Nearly equal
+    logits that rounding puts into another order change nothing, unless the border of a filter lies between them.
 
     Args:
         generator: one for all rows, in order, or a sequence with one for each row.
@@ -68,48 +69,54 @@ def sample_token(
         return logits.argmax(dim=-1)
     uniform = _uniform(logits.shape[0], generator).to(logits.device)
     logits = logits.float()
-    vocab_size = logits.shape[1]
     # The largest logit is 0 then: a tiny temperature gives exp(-huge) = 0 instead of inf - inf.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)).double() / temperature).exp()
+    if top_k is None and top_p is None:
+        return _draw(weights, uniform)
+    vocab_size = logits.shape[1]
     if top_k is not None or logits.device.type != "cpu" or vocab_size <= FIRST_LOOK:
         ids = _likeliest(logits, min(top_k or vocab_size, vocab_size))
-        return _draw(scaled, ids, None, top_p, uniform)[0]
+        return _draw_kept(weights, ids, None, top_p, uniform)[0]
     # Sorting 50,257 numbers takes longer than a layer of the network, and the likeliest few nearly always decide.
-    mass = scaled.exp().sum(dim=-1, keepdim=True)
-    drawn, is_certain = _draw(scaled, _likeliest(logits, FIRST_LOOK), mass, top_p, uniform)
-    rows = (~is_certain).nonzero()[:, 0]
+    mass = weights.sum(dim=-1, keepdim=True)
+    drawn, is_whole = _draw_kept(weights, _likeliest(logits, FIRST_LOOK), mass, top_p, uniform)
+    rows = (~is_whole).nonzero()[:, 0]
     if len(rows):
-        drawn[rows] = _draw(scaled[rows], _likeliest(logits[rows], vocab_size), None, top_p, uniform[rows])[0]
+        drawn[rows] = _draw_kept(weights[rows], _likeliest(logits[rows], vocab_size), None, top_p, uniform[rows])[0]
     return drawn
 
 
-def _draw(
-    scaled: Tensor, ids: Tensor, mass: Tensor | None, top_p: float | None, uniform: Tensor
+def _draw_kept(
+    weights: Tensor, ids: Tensor, mass: Tensor | None, top_p: float | None, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draw from ``ids`` (B, C), the likeliest first, as sample_token says: ids (B,), and whether no others matter.
+    """Draw from the fewest of ``ids`` that reach top_p: ids (B,); and (B,) whether no others belong to them.
 
     Args:
-        scaled: (B, V) float64: logits / temperature, the largest 0.
-        mass: (B, 1) sum of exp(scaled) over all ids that count; None where those are ``ids``.
+        weights: (B, V) float64, as those of _draw.
+        ids: (B, C), the likeliest first.
+        mass: (B, 1), sum of the weights of all ids that count; None where those are ``ids``.
         uniform: (B, 1) float64.
     """
-    weights = scaled.gather(1, ids).exp()
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:] if mass is None else mass
-    is_certain = torch.ones_like(uniform, dtype=torch.bool)
+    chosen = weights.gather(1, ids)
+    is_whole = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     if top_p is not None:
-        kept = cumulative - weights < top_p * total
-        is_certain = ~kept[:, -1:]  # what follows the first that is not kept is not kept either
-        weights = weights.masked_fill(~kept, 0.0)
-        cumulative = weights.cumsum(dim=-1)
-        total = cumulative[:, -1:]
-    target = uniform * total
-    if top_p is None and mass is not None:
-        is_certain = target < cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
-    # Rounding may push the target up to the whole mass: then the last id that was kept is meant, not one behind it.
-    last_kept = (weights > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(place, last_kept).clamp(min=0))[:, 0], is_certain[:, 0]
+        cumulative = chosen.cumsum(dim=-1)
+        is_kept = cumulative - chosen < top_p * (cumulative[:, -1:] if mass is None else mass)
+        is_whole = ~is_kept[:, -1]  # what follows the first that is not kept is not kept either
+        chosen = chosen.masked_fill(~is_kept, 0.0)
+    ids, order = ids.sort(dim=-1)
+    place = _draw(chosen.gather(1, order), uniform)
+    return ids.gather(1, place[:, None])[:, 0], is_whole
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """(B, C) float64, what each column's probability is proportional to, and (B, 1) in [0, 1) -> columns (B,)."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    place = torch.searchsorted(cumulative, uniform * total, right=True)
+    # Rounding may push the number up to the whole mass: then the last column that has some is meant, not one behind it.
+    last = torch.searchsorted(cumulative, total).clamp(max=weights.shape[1] - 1)  # behind the end where it is NaN
+    return torch.minimum(place, last)[:, 0]
 
 
 def _likeliest(logits: Tensor, count: int) -> Tensor:

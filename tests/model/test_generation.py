@@ -217,6 +217,23 @@ def test_top_k_of_equals_keeps_the_lower_ids() -> None:
     assert set(drawn.tolist()) == {0, 1, 2}
 
 
+# The filters' borders lie between two pairs: where one lies within a pair, which half is left out is up to rounding.
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (None, 0.85), (60, None), (150, 0.7)])
+def test_rounding_that_reorders_the_likeliest_changes_no_draw(top_k: int | None, top_p: float | None) -> None:
+    """Alone and among others, logits differ by rounding: of two that are nearly equal, either may be the larger."""
+    source = torch.Generator().manual_seed(0)
+    logits = torch.randn(100, generator=source).repeat(2)  # each twice
+    rounding = torch.randn(200, generator=source) * 2e-7
+    ranks = [(logits + rounding).argsort(), (logits - rounding).argsort()]
+    assert (ranks[0] != ranks[1]).float().mean() > 0.8
+    assert len(distribution_by_hand(logits.tolist(), 1.0, top_k, top_p)) % 2 == 0
+    drawn = [
+        sample_token(rows.expand(500, -1), 1.0, top_k, top_p, torch.Generator().manual_seed(1))
+        for rows in (logits + rounding, logits - rounding)
+    ]
+    assert torch.equal(*drawn)
+
+
 def test_low_temperatures_end_at_the_likeliest() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.999]]).expand(200, -1)
     for temperature in (0.0, 1e-6, 1e-300):
