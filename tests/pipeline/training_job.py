@@ -29,6 +29,8 @@ WAIT_SECONDS = 300
 def running_cluster(*cpus: int) -> Iterator[Cluster]:
     """A head without CPUs, where the jobs' drivers are, and a node per number of CPUs; nobody is connected."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)  # set by jobs of other tests for their local Ray; the nodes would inherit it
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(ROOT))
