@@ -56,7 +56,8 @@ def sample_token(
     likeliest that together reach top_p (arXiv 1904.09751), at least one. Among equals the lower id counts as likelier.
     The draw inverts the cumulative distribution, ids ascending, at a uniform number from the generator, a CPU one (not
     given: torch's global one), so that the device does not change what is drawn and nothing waits for it. Nearly equal
-    logits that rounding puts into another order change nothing, unless the border of a filter lies between them.
+    logits that rounding puts into another order change nothing, unless a filter keeps one and not the other; then, and
+    where rounding moves the border of top_p across an id, draws of other ids may change too.
 
     Args:
         generator: one for all rows, in order, or a sequence with one for each row.

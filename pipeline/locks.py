@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def only_one_process(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for whoever has it."""
+    """Hold the lock file of a folder that is fetched to, waiting for whoever has it."""
     with path.open("w") as file:
         if not _take(file):
             logger.info("waiting for the process that fetches to %s", path.parent)

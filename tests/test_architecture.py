@@ -22,6 +22,8 @@ READERS = SOURCES | {"json_lines", "segments", "readers", "plans"}
 # What each pipeline module may not import of the pipeline, its own transitive imports included.
 FORBIDDEN = {
     "errors": PIPELINE,
+    "locks": PIPELINE - STORAGE,
+    "parquet_footers": PIPELINE,
     "storage": PIPELINE - STORAGE,
     "shards": PIPELINE - SHARDS,
     "remote": PIPELINE - REMOTE,

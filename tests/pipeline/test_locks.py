@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import locks, preparation
-from pipeline.config import TokenizeConfig
+from pipeline import launch, locks, preparation, tokenizer_training
+from pipeline.config import PretrainConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.errors import UserError
 from pipeline.locks import only_writer
 from pipeline.storage import open_folder
@@ -115,3 +115,15 @@ def test_the_data_of_another_job_are_left_alone(tmp_path: Path) -> None:
     with another_job(output), pytest.raises(UserError, match="another job"):
         preparation.tokenize(config)
     assert [path.name for path in output.iterdir()] == [".tmp-shard"]
+
+
+def test_training_leaves_the_run_of_another_job_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = PretrainConfig(data=str(tmp_path), output=str(output), tracking_uri="none")
+    learning = TrainTokenizerConfig(source=str(tmp_path), output=str(output), tracking_uri="none")
+    with another_job(output):
+        with pytest.raises(UserError, match="another job"):
+            launch.pretrain(run)
+        with pytest.raises(UserError, match="another job"):
+            tokenizer_training.train_tokenizer(learning)
+    assert not output.exists()
