@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import hellaswag, pretrained
+from pipeline import hellaswag, pretrained, run_evaluation
 from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
+from pipeline.evaluation import ValidationResult
 from pipeline.runs import RunSummary, read_best
 from pipeline.storage import open_folder
 from pipeline.tracking import MemoryTracker
@@ -114,23 +115,29 @@ def test_three_ranks_share_the_questions(tiny_data: Path, questions: Path, tmp_p
 
 
 def test_the_best_checkpoint_is_that_with_the_lowest_val_loss_also_after_a_restart(
-    tiny_data: Path, tmp_path: Path
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A learning rate that is far too high at the end: the best is not the last."""
-    config = dataclasses.replace(CONFIG, lr=0.3, warmup_fraction=1.0, val_every=1)
+    """The losses are given. The lowest of all, of step 7, has no checkpoint; the lowest with one is of step 6."""
+    losses = [6.0, 5.0, 4.0, 3.5, 3.0, 2.5, 1.5, 2.7, 2.6, 2.0, 2.2, 2.9]
+    left = iter([*losses, losses[-1]])  # the restart measures the last step again
+
+    def given_loss(*_args: Any, **_settings: Any) -> ValidationResult:
+        return ValidationResult(loss=next(left), tokens=200)
+
+    monkeypatch.setattr(run_evaluation, "validation_loss", given_loss)
+    config = dataclasses.replace(CONFIG, val_every=1)
     summary, tracker = train(config, tiny_data, tmp_path)
-    saved = {step: loss for step, loss in tracker.metrics["val/loss"] if step % 3 == 0}
-    lowest = min(saved, key=lambda step: saved[step])
-    assert lowest != 12, "the setting makes the point"
-    assert (summary.best_step, summary.best_val_loss) == (lowest, saved[lowest])
-    assert tracker.best == lowest
+    saved = {step: losses[step - 1] for step in (3, 6, 9, 12)}
+    assert tracker.metrics["val/loss"] == list(enumerate(losses, start=1))
+    assert (summary.best_step, summary.best_val_loss) == (6, saved[6])
+    assert tracker.best == 6
     assert {step: values["val_loss"] for step, values in tracker.checkpoint_metrics.items()} == saved
     (tmp_path / "summary.json").unlink()
     again, second = train(config, tiny_data, tmp_path)  # only what follows the last checkpoint
-    assert (again.best_step, again.best_val_loss, second.best) == (lowest, saved[lowest], None)
+    assert (again.best_step, again.best_val_loss, second.best) == (6, saved[6], None)
     assert second.metrics["val/loss"] == tracker.metrics["val/loss"][-1:]
     best = read_best(open_folder(tmp_path))
-    assert best is not None and best.step == lowest
+    assert best is not None and best.step == 6
 
 
 def test_the_hub_s_parquet_and_files_of_a_bucket_hold_the_same_questions(

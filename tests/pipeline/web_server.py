@@ -44,11 +44,15 @@ class WebServer:
         assert found == status, body
         return json.loads(body)
 
-    def wait_until_idle(self, seconds: float = 20) -> None:
+    def wait_until_idle(self, seconds: float = 300) -> None:
         """Until no text grows: those whose clients left must go too."""
+        self.wait_for_texts(0, seconds)
+
+    def wait_for_texts(self, count: int, seconds: float = 300) -> None:
+        """Until exactly so many texts grow."""
         end = time.monotonic() + seconds
-        while self.engine.num_texts:
-            assert time.monotonic() < end, f"{self.engine.num_texts} texts still grow"
+        while self.engine.num_texts != count:
+            assert time.monotonic() < end, f"{self.engine.num_texts} texts grow, not {count}"
             time.sleep(0.05)
 
 
