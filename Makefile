@@ -29,7 +29,7 @@ test-slow: setup
 
 # make chaos CHAOS_KILLS=33 CHAOS_SEED=2026: kills over training on four workers, some 20 minutes; docs/reliability.md
 chaos: setup
-	$(BIN)/python -m pytest --log-cli-level=INFO tests/pipeline/test_training_chaos.py
+	$(BIN)/python -m pytest --log-cli-level=INFO tests/training/test_training_chaos.py
 
 check: setup
 	$(BIN)/ruff check .

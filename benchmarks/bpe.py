@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 from benchmarks import bpe_encoding, bpe_learning, bpe_peers, bpe_pipeline
 from benchmarks.bpe_report import Section, machine, measure
 from benchmarks.bpe_texts import other_texts
-from pipeline.bpe import Tokenizer
-from pipeline.bpe_training import train_bpe, warm_up
+from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tokenizer.training import train_bpe, warm_up
 
 SECTIONS = ("encode", "threads", "corpus", "texts", "training", "compile")
 MAX_PARTS = 6

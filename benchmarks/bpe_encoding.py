@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import bpe_peers as peers
 from benchmarks.bpe_report import Row, Section, Spread, Target, measure, quotients
 from benchmarks.bpe_texts import FOR_THE_RECORD
-from pipeline.bpe import Tokenizer
+from pipeline.tokenizer.bpe import Tokenizer
 
 LIMITS = {peers.GIGATOKEN_LIST: 1.0, peers.TIKTOKEN: 4.0}  # on other text
 PROBE_BYTES = 1 << 26

@@ -19,9 +19,9 @@ from gigatoken.gigatoken_rs import train_bpe as gigatoken_train
 from benchmarks import bpe_peers as peers
 from benchmarks.bpe_pipeline import compile_seconds
 from benchmarks.bpe_report import Row, Seconds, Section, Spread, Target, measure, quotients
-from pipeline.bpe import END_OF_TEXT
-from pipeline.bpe_files import PATTERNS
-from pipeline.bpe_training import count_pretokens, train_bpe, warm_up
+from pipeline.tokenizer.bpe import END_OF_TEXT
+from pipeline.tokenizer.files import PATTERNS
+from pipeline.tokenizer.training import count_pretokens, train_bpe, warm_up
 
 LIST, ARROW = "ours, list[str]", "ours, Arrow"
 RUSTBPE, TOKENIZERS, GIGATOKEN = "rustbpe", "tokenizers", "gigatoken"

@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import tiktoken
 import tokenizers
 
-from pipeline.bpe import Tokenizer
-from pipeline.bpe_files import PATTERNS
+from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tokenizer.files import PATTERNS
 
 try:
     import awkward

@@ -25,12 +25,13 @@ from gigatoken.gigatoken_rs import ParquetFileSource
 
 from benchmarks.bpe_report import ROOT, Row, Seconds, Section, Spread, Target, measure
 from benchmarks.data_material import make_job
-from pipeline import documents, graph, readers, stages
-from pipeline.bpe import Tokenizer
-from pipeline.config import TokenizeConfig
-from pipeline.pieces import WorkItem
-from pipeline.stage_rows import ItemRow
-from pipeline.storage import LocalFolder
+from pipeline.config.training import TokenizeConfig
+from pipeline.preprocessing import encode_documents, ray_dataflow, stages
+from pipeline.preprocessing.rows import ItemRow
+from pipeline.sources import readers
+from pipeline.sources.work_items import WorkItem
+from pipeline.storage.folders import LocalFolder
+from pipeline.tokenizer.bpe import Tokenizer
 
 DECODING, VALIDATION, BLANKS = "parquet decoding", "UTF-8 validation", "blank filter"
 HASH, ENCODING, PREFIX = "split by hash", "encoding", "end-of-text ids"
@@ -94,8 +95,8 @@ class Stopwatch:
         places: list[tuple[Any, str, str]] = [
             (readers, "_require_utf8", VALIDATION),
             (readers, "_without_blanks", BLANKS),
-            (documents, "split_by_hash", HASH),
-            (documents, "encode_documents", PREFIX),
+            (encode_documents, "split_by_hash", HASH),
+            (encode_documents, "encode_documents", PREFIX),
             (Tokenizer, "encode_batch", ENCODING),
             (Tokenizer, "encode_arrow", ENCODING),
             (LocalFolder, "write", SHARDS),
@@ -169,14 +170,15 @@ def _job(tokenizer: Tokenizer, paths: Sequence[Path], column: str) -> tuple[Stop
 def _timed_job(items: Sequence[WorkItem], job: stages.EncodeJob) -> tuple[Stopwatch, float]:
     """Both stages, with a tokenizer that has loaded its files and has seen no text."""
     stages.get_tokenizer(job.tokenizer).encode("loaded")
-    steps: graph.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
+    steps: ray_dataflow.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
     text_bytes = 0
     watch = Stopwatch()
     with watch.patched():
         for item in items:
             with watch.running(JOINING):  # what the stages do besides the functions that are patched
                 rows = [
-                    ItemRow.from_table(table) for table in graph.in_turn(ItemRow(item=item.to_json()).to_table(), steps)
+                    ItemRow.from_table(table)
+                    for table in ray_dataflow.in_turn(ItemRow(item=item.to_json()).to_table(), steps)
                 ]
             for row in rows:
                 if row.error is not None:
@@ -199,7 +201,7 @@ def _peer(tokenizer: Tokenizer, paths: Sequence[Path], column: str) -> Seconds:
 ENCODING_CODE = """
 import sys, time
 times = [time.perf_counter()]
-from pipeline.bpe import Tokenizer
+from pipeline.tokenizer.bpe import Tokenizer
 times.append(time.perf_counter())
 tokenizer = Tokenizer.from_file(sys.argv[1])
 times.append(time.perf_counter())
@@ -212,7 +214,7 @@ print(*(after - before for before, after in zip(times, times[1:])))
 TRAINING_CODE = """
 import time
 times = [time.perf_counter()]
-from pipeline.bpe_training import train_bpe
+from pipeline.tokenizer.training import train_bpe
 times += 2 * [time.perf_counter()]
 train_bpe(["aa ab", "aa ab"], 260)
 times.append(time.perf_counter())

@@ -35,9 +35,9 @@ from torch import Tensor
 from benchmarks.bpe_report import Row, Section, Spread, machine, quotients
 from model.config import ModelConfig
 from model.transformer import Transformer
-from pipeline.checkpoint import CheckpointWriter
-from pipeline.checkpoint_description import CheckpointInfo
-from pipeline.parallel import Workers
+from pipeline.checkpoints.metadata import CheckpointInfo
+from pipeline.checkpoints.writer import CheckpointWriter
+from pipeline.distributed.fsdp import Workers
 
 RECIPE = ModelConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048)
 LIMIT = 0.05

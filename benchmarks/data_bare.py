@@ -16,16 +16,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bpe import Tokenizer
-from pipeline.config import TokenizeConfig
-from pipeline.documents import encode_parts
-from pipeline.pieces import WorkItem
-from pipeline.plans import make_plan
-from pipeline.readers import read_item
-from pipeline.shards import shard_parts
-from pipeline.sources import find
-from pipeline.stages import use_system_memory
-from pipeline.storage import Folder, open_folder
+from pipeline.config.training import TokenizeConfig
+from pipeline.dataset.shards import shard_parts
+from pipeline.preprocessing.encode_documents import encode_parts
+from pipeline.preprocessing.stages import use_system_memory
+from pipeline.sources.plan import make_plan
+from pipeline.sources.readers import read_item
+from pipeline.sources.sources import find
+from pipeline.sources.work_items import WorkItem
+from pipeline.storage.folders import Folder, open_folder
+from pipeline.tokenizer.bpe import Tokenizer
 
 
 def main(arguments: list[str]) -> None:

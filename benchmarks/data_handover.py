@@ -15,8 +15,8 @@ from unittest import mock
 
 from benchmarks.bpe_report import ROOT, Row, Section, Spread, Target, quotients
 from benchmarks.data_material import Material, make_job, run_job, running_ray
-from pipeline import graph, stages
-from pipeline.stage_rows import ItemRow
+from pipeline.preprocessing import ray_dataflow, stages
+from pipeline.preprocessing.rows import ItemRow
 
 SHARE_OF_ONE_TASK = 0.8  # the issue keeps what is within 20 %
 
@@ -24,7 +24,7 @@ HUB_SOURCE = "hf://datasets/someone/texts"
 HUB_CODE = """
 import sys
 from pathlib import Path
-from tests.pipeline.fake_hub import running_hub
+from tests.support.fake_hub import running_hub
 files = {path.name: path.read_bytes() for path in Path(sys.argv[1]).iterdir()}
 with running_hub(files) as hub:
     print(hub.url, flush=True)
@@ -76,8 +76,8 @@ def _one_task(material: Material, source: Path) -> float:
 
     def work(item: str, job: stages.EncodeJob) -> int:
         num_bytes = 0
-        steps: graph.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
-        for table in graph.in_turn(ItemRow(item=item).to_table(), steps):
+        steps: ray_dataflow.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
+        for table in ray_dataflow.in_turn(ItemRow(item=item).to_table(), steps):
             row = ItemRow.from_table(table)
             row.raise_error()
             num_bytes += row.figures["text_bytes"]

@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bpe_report import ROOT
-from pipeline import bpe, plans, shards, sources, stages, tokenization
-from pipeline.bpe import Tokenizer
-from pipeline.config import TokenizeConfig
-from pipeline.pieces import WorkItem
-from pipeline.storage import Flush, open_folder
-from pipeline.tokenizer_file import save_tokenizer
+from pipeline.config.training import TokenizeConfig
+from pipeline.dataset import shards
+from pipeline.dataset.dataset import save_tokenizer
+from pipeline.preprocessing import stages, tokenization
+from pipeline.sources import plan as plan_module
+from pipeline.sources import sources
+from pipeline.sources.work_items import WorkItem
+from pipeline.storage.folders import Flush, open_folder
+from pipeline.tokenizer import bpe
+from pipeline.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,7 @@ def run_job(material: Material, source: Path | str, **settings: Any) -> Run:
 def make_job(config: TokenizeConfig) -> tuple[list[WorkItem], stages.EncodeJob]:
     """What tokenization.tokenize tells its tasks, for those who call them on their own; the output folder is made."""
     layouts = sources.find(config.source).layouts(config.text_column)
-    items = plans.make_plan(layouts, text_column=config.text_column, item_bytes=config.item_bytes)
+    items = plan_module.make_plan(layouts, text_column=config.text_column, item_bytes=config.item_bytes)
     folder, tokenizer = open_folder(config.output), Tokenizer.from_file(str(config.tokenizer))
     folder.make()
     save_tokenizer(folder, tokenizer)

@@ -37,7 +37,7 @@ def main(folder: str, output: str, tokenizer: str, column: str, workers: str) ->
 def encode(folder: str, base: Path, *, tokenizer: str, column: str, workers: int, **options: Any) -> None:
     """A task for every file, as many at a time as there are workers."""
     from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.readers import ParquetReader
+    from datatrove.pipeline.sources.readers import ParquetReader
     from datatrove.pipeline.tokens import DocumentTokenizer
 
     steps = [

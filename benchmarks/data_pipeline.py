@@ -29,7 +29,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from benchmarks import data_handover, data_sections
 from benchmarks.bpe_report import Section, machine
 from benchmarks.data_material import Material
-from pipeline.bpe import Tokenizer
+from pipeline.tokenizer.bpe import Tokenizer
 
 SECTIONS = ("job", "handover", "peer", "items")
 

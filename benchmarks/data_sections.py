@@ -26,8 +26,8 @@ from benchmarks.data_material import (
     speeds,
     tiny_files,
 )
-from pipeline import graph, stages
-from pipeline.stage_rows import ItemRow
+from pipeline.preprocessing import ray_dataflow, stages
+from pipeline.preprocessing.rows import ItemRow
 
 _PEERS = {"in order": "datatrove, documents in order", "recipe": "datatrove's recipe: shuffled, merged, shuffled"}
 SHARE_OF_CORES, TIMES_DATATROVE, ITEM_MILLISECONDS, DRIVER_MEGABYTES = 0.8, 50.0, 15.0, 1000.0
@@ -155,10 +155,10 @@ def _without_ray(material: Material, source: Path) -> float:
     """Seconds of encoding and writing all items, one after the other."""
     with material.output() as output:
         work, job = make_job(material.config(source, output, item_bytes=1))
-        steps: graph.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
+        steps: ray_dataflow.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
         start = time.perf_counter()
         for item in work:
-            for table in graph.in_turn(ItemRow(item=item.to_json()).to_table(), steps):
+            for table in ray_dataflow.in_turn(ItemRow(item=item.to_json()).to_table(), steps):
                 ItemRow.from_table(table).raise_error()
         return time.perf_counter() - start
 

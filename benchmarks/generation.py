@@ -25,7 +25,7 @@ from model.batching import Batch, Request
 from model.config import ModelConfig
 from model.decoding import Decoder
 from model.transformer import Transformer, init_weights
-from pipeline.huggingface import llama_config, llama_name
+from pipeline.pretrained.huggingface import llama_config, llama_name
 
 SHAPE = ModelConfig(vocab_size=50_257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048)
 PROMPT_TOKENS = 32

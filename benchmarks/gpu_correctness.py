@@ -25,7 +25,7 @@ from model.layers import sum_rows
 from model.muon import Muon, muon_groups, orthogonalize
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups
 from model.transformer import Transformer, init_weights
-from pipeline.parallel import Workers, join_workers, parallelize, repeatable
+from pipeline.distributed.fsdp import Workers, join_workers, parallelize, repeatable
 
 WINDOWS = 4
 FLOAT32_ERROR, BFLOAT16_ERROR = 1e-4, 1e-1

@@ -28,8 +28,8 @@ from model.config import ModelConfig
 from model.muon import Muon, muon_groups
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups
 from model.transformer import Transformer, init_weights
-from pipeline.bpe_training import train_bpe
-from pipeline.parallel import compute_dtype, join_workers, parallelize
+from pipeline.distributed.fsdp import compute_dtype, join_workers, parallelize
+from pipeline.tokenizer.training import train_bpe
 
 VAL_WINDOWS = 64
 

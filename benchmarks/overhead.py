@@ -28,13 +28,13 @@ from torch import Tensor
 
 from model.optimizer import clip_grad_norm
 from model.transformer import Transformer, init_weights
-from pipeline.bpe_training import train_bpe
-from pipeline.config import PretrainConfig
-from pipeline.optimization import build_optimizer, compiles
-from pipeline.parallel import Workers, compute_dtype, join_workers, local_part, parallelize
-from pipeline.shards import Manifest, ShardEntry, write_shard
-from pipeline.tracking import MemoryTracker
-from pipeline.trainer import Trainer
+from pipeline.config.training import PretrainConfig
+from pipeline.dataset.shards import Manifest, ShardEntry, write_shard
+from pipeline.distributed.fsdp import Workers, compute_dtype, join_workers, local_part, parallelize
+from pipeline.tokenizer.training import train_bpe
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.optimizer import build_optimizer, compiles
+from pipeline.training.trainer import Trainer
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_heads": 2, "d_model": 64, "d_ff": 176, "context_length": 64, "batch_size": 2},

@@ -3,9 +3,9 @@
     python benchmarks/recovery.py [--size small] [--workers 4] [--kills 5] [--device cpu]
 
 Trains with jobs/pretrain.py on a Ray of its own, kills one worker at a time with SIGKILL, a different rank each time,
-and reads the parts from what the new group tells its journal (pipeline/startup.py). "noticed" is from the kill until
-Ray Train begins to end what is left of the old group; "repeated" is from the first finished step to the first that had
-not been done before. Printed: every kill, the median, and the slowest imports of a worker.
+and reads the parts from what the new group tells its journal (pipeline/distributed/startup_timer.py). "noticed" is
+from the kill until Ray Train begins to end what is left of the old group; "repeated" is from the first finished step
+to the first that had not been done before. Printed: every kill, the median, and the slowest imports of a worker.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def print_table(kills: list[dict[str, float]]) -> None:
 
 def print_imports() -> None:
     """What a worker's imports take when nothing else runs, the largest packages of the outermost level."""
-    code = "import ray; import pipeline.launch"
+    code = "import ray; import pipeline.training.launch"
     answer = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

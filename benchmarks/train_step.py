@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.train_step_models import OURS, PEERS, PRESETS, Setting, make_step
 from benchmarks.train_step_profile import profile_step
-from pipeline.parallel import backend_name, compute_dtype, join_workers, peak_flops
+from pipeline.distributed.fsdp import backend_name, compute_dtype, join_workers, peak_flops
 
 
 @dataclass

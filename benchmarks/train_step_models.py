@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups
 from model.transformer import Transformer, init_weights
-from pipeline.parallel import Workers, local_part, parallelize, repeatable
+from pipeline.distributed.fsdp import Workers, local_part, parallelize, repeatable
 
 PRESETS = {
     "124M": ModelConfig(vocab_size=50_257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048),

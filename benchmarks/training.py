@@ -20,10 +20,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.config import PretrainConfig
-from pipeline.parallel import join_workers
-from pipeline.tracking import MemoryTracker
-from pipeline.trainer import Trainer
+from pipeline.config.training import PretrainConfig
+from pipeline.distributed.fsdp import join_workers
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.trainer import Trainer
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 96, "context_length": 32, "tokens_per_step": 256,

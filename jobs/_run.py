@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import yaml
 
-from pipeline.command_line import resolve
-from pipeline.config import to_dict
+from pipeline.config.command_line import resolve
+from pipeline.config.training import to_dict
 from pipeline.errors import RunStopped, UserError
 
 ConfigT = TypeVar("ConfigT")

@@ -13,9 +13,9 @@ import argparse
 from typing import NoReturn
 
 from jobs._run import guarded, print_table
-from pipeline.command_line import resolve
-from pipeline.config import PretrainConfig, TokenizeConfig
-from pipeline.config_use import EvaluateConfig
+from pipeline.config.command_line import resolve
+from pipeline.config.inference import EvaluateConfig
+from pipeline.config.training import PretrainConfig, TokenizeConfig
 from pipeline.errors import UserError
 
 
@@ -34,14 +34,16 @@ def main() -> None:
     pretrain = resolve(PretrainConfig, "pretrain", flags, program="jobs/demo.py")
     evaluate = resolve(EvaluateConfig, "evaluate", flags, program="jobs/demo.py")
 
-    from pipeline import launch, preparation, scores
+    from pipeline.evaluation import evaluate_job
+    from pipeline.preprocessing import tokenize_job
+    from pipeline.training import launch
 
     _say("1/3 text to shards", tokenize.output)
-    data, data_run, _ = preparation.tokenize(tokenize)
+    data, data_run, _ = tokenize_job.tokenize(tokenize)
     _say("2/3 training", pretrain.output)
     training, training_run = launch.pretrain(pretrain)
     _say("3/3 evaluation on the whole val set", evaluate.checkpoint)
-    result = scores.evaluate(evaluate, reuse=True)
+    result = evaluate_job.evaluate(evaluate, reuse=True)
     print_table(
         "demo: done",
         [

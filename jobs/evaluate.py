@@ -10,13 +10,13 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config_use import EvaluateConfig
+from pipeline.config.inference import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
-    from pipeline import scores
+    from pipeline.evaluation import evaluate_job
 
-    result = scores.evaluate(config)
+    result = evaluate_job.evaluate(config)
     seen = f", {result.tokens_seen:,} tokens seen" if result.tokens_seen is not None else ""
     rows = [("model", f"{result.checkpoint}{seen}")]
     if result.val_loss is not None:

@@ -11,13 +11,13 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config_use import ExportConfig
+from pipeline.config.inference import ExportConfig
 
 
 def main(config: ExportConfig) -> None:
-    from pipeline import exporting
+    from pipeline.pretrained import export_job
 
-    report = exporting.export(config)
+    report = export_job.export(config)
     files = f"{len(report.files)} file{'s' if len(report.files) > 1 else ''}"
     print_table(
         "export: done",

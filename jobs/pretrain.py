@@ -10,15 +10,17 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config import PretrainConfig
+from pipeline.config.training import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from pipeline import cluster, journal, launch
-    from pipeline.report import REPORT_FILE
+    from pipeline.cluster import ray_cluster
+    from pipeline.tracking import journal
+    from pipeline.tracking.report import REPORT_FILE
+    from pipeline.training import launch
 
     summary, mlflow_run = launch.pretrain(config)
-    output = cluster.resolve_output(config.output)
+    output = ray_cluster.resolve_output(config.output)
     rows = [
         ("parameters", f"{summary.parameters:,}"),
         ("steps", f"{summary.steps:,} ({summary.tokens_seen:,} tokens)"),

@@ -11,13 +11,13 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config_use import ServeConfig
+from pipeline.config.inference import ServeConfig
 
 
 def main(config: ServeConfig) -> None:
-    from pipeline import serving
+    from pipeline.serving import serve_job
 
-    address = serving.start(config)
+    address = serve_job.start(config)
     try:
         print_table(
             "serve: ready",
@@ -30,9 +30,9 @@ def main(config: ServeConfig) -> None:
             ],
         )
         sys.stdout.flush()
-        serving.wait()
+        serve_job.wait()
     finally:
-        serving.stop()
+        serve_job.stop()
 
 
 if __name__ == "__main__":

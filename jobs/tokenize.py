@@ -11,19 +11,20 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config import TokenizeConfig
+from pipeline.config.training import TokenizeConfig
 from pipeline.errors import UserError
 
 _SHOWN_PROBLEMS = 20
 
 
 def main(config: TokenizeConfig) -> None:
-    from pipeline import cluster, preparation
+    from pipeline.cluster import ray_cluster
+    from pipeline.preprocessing import tokenize_job
 
     if config.verify:
         _verify(config)
         return
-    report, mlflow_run, was_there = preparation.tokenize(config)
+    report, mlflow_run, was_there = tokenize_job.tokenize(config)
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items()) or "none"
     damaged = [("damaged", f"{report.damaged:,} inputs could not be read whole; manifest.json lists them")]
     print_table(
@@ -34,29 +35,30 @@ def main(config: TokenizeConfig) -> None:
             ("tokens", f"{report.train_tokens:,} train, {report.val_tokens:,} val"),
             ("vocabulary", f"{report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
             ("speed", f"{report.megabytes_per_second:,.1f} MB/s, {report.seconds:,.0f} s in all"),
-            ("output", str(cluster.resolve_output(config.output))),
+            ("output", str(ray_cluster.resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
         ],
     )
 
 
 def _verify(config: TokenizeConfig) -> None:
-    from pipeline import cluster, preparation
+    from pipeline.cluster import ray_cluster
+    from pipeline.preprocessing import tokenize_job
 
-    manifest, problems = preparation.verify(config)
+    manifest, problems = tokenize_job.verify(config)
     for problem in problems[:_SHOWN_PROBLEMS]:
         print(problem, file=sys.stderr)
     if problems:
         raise UserError(
-            f"{len(problems):,} things are wrong with {cluster.resolve_output(config.output)}; delete the shards named "
-            "and run the command again without --verify"
+            f"{len(problems):,} things are wrong with {ray_cluster.resolve_output(config.output)}; delete the "
+            "shards named and run the command again without --verify"
         )
     print_table(
         "verify: nothing is wrong",
         [
             ("shards", f"{len(manifest.shards):,}, checksums, counts and ids as the manifest says"),
             ("tokens", f"{manifest.tokens('train'):,} train, {manifest.tokens('val'):,} val"),
-            ("output", str(cluster.resolve_output(config.output))),
+            ("output", str(ray_cluster.resolve_output(config.output))),
         ],
     )
 

@@ -10,13 +10,14 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config import TrainTokenizerConfig
+from pipeline.config.training import TrainTokenizerConfig
 
 
 def main(config: TrainTokenizerConfig) -> None:
-    from pipeline import cluster, tokenizer_training
+    from pipeline.cluster import ray_cluster
+    from pipeline.preprocessing import train_tokenizer_job
 
-    report, mlflow_run, was_there = tokenizer_training.train_tokenizer(config)
+    report, mlflow_run, was_there = train_tokenizer_job.train_tokenizer(config)
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items()) or "none"
     special_tokens = ", ".join(config.special_tokens) or "none"
     print_table(
@@ -27,7 +28,7 @@ def main(config: TrainTokenizerConfig) -> None:
             ("vocabulary", f"{report.vocab_size:,} ids: 256 bytes, {report.merges:,} merges, {special_tokens}"),
             ("counting", f"{report.count_seconds:,.1f} s, {report.megabytes_per_second:,.1f} MB/s from source on"),
             ("merging", f"{report.merge_seconds:,.1f} s"),
-            ("output", str(cluster.resolve_output(config.output))),
+            ("output", str(ray_cluster.resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
         ],
     )

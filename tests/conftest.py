@@ -12,6 +12,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.fixtures import corpus, documents, local_ray, mlflow_server
+from tests.support.s3_server import s3, s3_endpoint
+
+__all__ = ["corpus", "documents", "local_ray", "mlflow_server", "s3", "s3_endpoint"]  # fixtures of other files
+
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("default", deadline=None)  # the machine is shared: time says nothing about the code
@@ -40,8 +45,8 @@ def shared_folder(name: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as jobs/tokenize.py leaves it: two shards per split of source text, a tokenizer of 512 ids."""
-    from pipeline.bpe_training import count_pretokens, train_bpe
-    from pipeline.shards import Manifest, ShardEntry, write_shard
+    from pipeline.dataset.shards import Manifest, ShardEntry, write_shard
+    from pipeline.tokenizer.training import count_pretokens, train_bpe
 
     folder = tmp_path_factory.mktemp("tiny_data")
     modules = [

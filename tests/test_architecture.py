@@ -140,7 +140,7 @@ def test_the_trainer_runs_where_ray_and_mlflow_are_not_installed() -> None:
     code = (
         "import sys\n"
         "for name in ('ray', 'mlflow', 'tyro', 'huggingface_hub', 'obstore'): sys.modules[name] = None\n"
-        "import pipeline.trainer\n"
+        "import pipeline.training.trainer\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 

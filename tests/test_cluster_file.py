@@ -16,8 +16,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config, with_envs
 
-from pipeline.command_line import resolve
-from pipeline.config import PretrainConfig, TokenizeConfig
+from pipeline.config.command_line import resolve
+from pipeline.config.training import PretrainConfig, TokenizeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("cluster.yaml", "cluster.onprem.yaml")
@@ -103,8 +103,8 @@ def test_tokenization_gets_all_cpu_nodes_and_no_gpu(cloud: dict[str, Any]) -> No
 
 
 def test_one_cpu_is_what_a_tokenization_task_asks_for() -> None:
-    """nodes_for above assumes it: graph.py sets num_cpus for downloads only, and Ray's default is 1."""
-    text = (ROOT / "pipeline/graph.py").read_text()
+    """nodes_for assumes it: preprocessing/ray_dataflow.py sets num_cpus for downloads only; Ray's default is 1."""
+    text = (ROOT / "pipeline/preprocessing/ray_dataflow.py").read_text()
     assert re.findall(r"num_cpus=(\S+?),", text) == ["0"]
 
 

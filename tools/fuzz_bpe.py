@@ -35,10 +35,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 import pyarrow as pa
 
-from pipeline import bpe
-from pipeline.bpe import Tokenizer
-from pipeline.bpe_training import count_pretokens, train_bpe, warm_up
-from tests.pipeline.bpe_references import BAD_BYTES, BOTH, NASTY, as_tiktoken, pieces
+from pipeline.tokenizer import bpe
+from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tokenizer.training import count_pretokens, train_bpe, warm_up
+from tests.support.bpe_references import BAD_BYTES, BOTH, NASTY, as_tiktoken, pieces
 
 VOCAB_SIZE = 2000
 SMALL_CACHE_SLOTS = 4096

@@ -1,4 +1,5 @@
-"""Write pipeline/unicode_table.py: what GPT-2's pattern calls a letter, a number and white space, as tiktoken sees it.
+"""Write pipeline/tokenizer/unicode_table.py: what GPT-2's pattern calls letter, number and white space, as tiktoken
+has it.
 
 The classes come from tiktoken itself: a tokenizer whose vocabulary is the 256 bytes and whose pattern is one class
 returns exactly the characters of that class. Run it again only to move to another Unicode version, and then know that
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import tiktoken
 
-OUTPUT = Path(__file__).resolve().parents[1] / "pipeline" / "unicode_table.py"
+OUTPUT = Path(__file__).resolve().parents[1] / "pipeline" / "tokenizer" / "unicode_table.py"
 CLASSES = {"LETTERS": r"\p{L}", "NUMBERS": r"\p{N}", "WHITESPACE": r"\s"}
 LINE_LENGTH = 116
 

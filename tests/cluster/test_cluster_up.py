@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import Host, missing_programs, running_hosts, wait_until
-from tests.cluster.rented import HEAD, ROOT, SECRETS, WORKERS, Rented, bucket, finish
+from tests.support.hosts import Host, missing_programs, running_hosts, wait_until
+from tests.support.rented import HEAD, ROOT, SECRETS, WORKERS, Rented, bucket, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -149,7 +149,7 @@ def test_outside_only_ssh_answers(cluster: Rented) -> None:
 def scan(outside: Host, *addresses: str, ports: Collection[int] = ()) -> dict[str, dict[str, str]]:
     """What answers at ``addresses``, at ``ports`` or at any."""
     chosen = f"--ports={','.join(map(str, ports))}" if ports else ""
-    script = ROOT / "tests/cluster/scan.py"
+    script = ROOT / "tests/support/scan.py"
     return dict(json.loads(outside.run(f"{sys.executable} {script} {' '.join(addresses)} {chosen}", seconds=900)))
 
 

@@ -16,11 +16,11 @@ import tokenizers
 import torch
 import yaml
 
-from pipeline.config import PretrainConfig
-from pipeline.parallel import Workers
-from pipeline.shards import open_split
-from pipeline.tracking import MemoryTracker
-from pipeline.trainer import Trainer
+from pipeline.config.training import PretrainConfig
+from pipeline.dataset.shards import open_split
+from pipeline.distributed.fsdp import Workers
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("[a-z]*.py"))
@@ -119,12 +119,12 @@ def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "function", "what_next"),
     [
-        ("tokenize.py", "preparation.tokenize", "goes on with the work items that are not finished"),
-        ("train_tokenizer.py", "tokenizer_training.train_tokenizer", "counts the text again"),
-        ("pretrain.py", "launch.pretrain", "goes on from the newest checkpoint, if there is one"),
-        ("evaluate.py", "scores.evaluate", "begins again"),
-        ("generate.py", "generating.generate_texts", "begins again"),
-        ("demo.py", "preparation.tokenize", "goes on with what is not done yet"),
+        ("tokenize.py", "preprocessing.tokenize_job.tokenize", "goes on with the work items that are not finished"),
+        ("train_tokenizer.py", "preprocessing.train_tokenizer_job.train_tokenizer", "counts the text again"),
+        ("pretrain.py", "training.launch.pretrain", "goes on from the newest checkpoint, if there is one"),
+        ("evaluate.py", "evaluation.evaluate_job.evaluate", "begins again"),
+        ("generate.py", "generation.generate_job.generate_texts", "begins again"),
+        ("demo.py", "preprocessing.tokenize_job.tokenize", "goes on with what is not done yet"),
     ],
 )
 def test_interruption(monkeypatch: pytest.MonkeyPatch, name: str, function: str, what_next: str) -> None:

@@ -11,7 +11,7 @@ from model.batching import Batch, Request
 from model.decoding import Decoder
 from model.generation import generate, sample_token
 from model.transformer import Transformer
-from tests.model.llama_twin import lively_model, small_config
+from tests.support.llama_twin import lively_model, small_config
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.model.llama_twin import random_tokens, real_rows, small_config
+from tests.support.llama_twin import random_tokens, real_rows, small_config
 
 RECIPE = ModelConfig(vocab_size=50_257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048)
 

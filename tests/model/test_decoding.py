@@ -7,7 +7,7 @@ import torch
 
 from model.decoding import Decoder
 from model.transformer import Transformer
-from tests.model.llama_twin import ROUNDING, lively_model, llama_twin, relative_error, small_config
+from tests.support.llama_twin import ROUNDING, lively_model, llama_twin, relative_error, small_config
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.generation import KVCache, generate, generate_tokens, sample_token
 from model.transformer import Transformer
-from tests.model.llama_twin import ROUNDING, lively_model, llama_twin, random_tokens, relative_error, small_config
+from tests.support.llama_twin import ROUNDING, lively_model, llama_twin, random_tokens, relative_error, small_config
 
 
 @pytest.fixture(scope="module")

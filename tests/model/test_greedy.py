@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.decoding import Decoder
 from model.greedy import FEW, GreedySearch
-from tests.model.llama_twin import lively_model, small_config
+from tests.support.llama_twin import lively_model, small_config
 
 pytestmark = pytest.mark.skipif(not GreedySearch.is_available(), reason="no exact products of int8 here")
 

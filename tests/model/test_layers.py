@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from model import layers
-from tests.model.llama_twin import ROUNDING, grad_of, relative_error, small_config
+from tests.support.llama_twin import ROUNDING, grad_of, relative_error, small_config
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 

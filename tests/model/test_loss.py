@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import loss
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
-from tests.model.llama_twin import ROUNDING, grad_of, lively_model, random_tokens, relative_error, small_config
+from tests.support.llama_twin import ROUNDING, grad_of, lively_model, random_tokens, relative_error, small_config
 
 ROWS, WIDTH, VOCAB, PADDED = 300, 24, 203, 256
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.muon import COEFFICIENTS, Group, Muon, assign_owners, muon_groups, orthogonal_parts, orthogonalize
 from model.optimizer import AdamW
 from model.transformer import Transformer
-from tests.model.llama_twin import lively_model, random_tokens, small_config
+from tests.support.llama_twin import lively_model, random_tokens, small_config
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (24, 24), (7, 3)]
 

@@ -15,7 +15,7 @@ from torch import nn
 from model.muon import Muon
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups, warmup_cosine
 from model.transformer import Transformer
-from tests.model.llama_twin import grad_of, small_config
+from tests.support.llama_twin import grad_of, small_config
 
 SHAPES = [(7, 5), (3,), (2, 3, 4), ()]
 

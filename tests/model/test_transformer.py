@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.optimizer import AdamW, parameter_groups
 from model.transformer import Transformer, init_weights
-from tests.model.llama_twin import (
+from tests.support.llama_twin import (
     ROUNDING,
     grad_of,
     lively_model,

@@ -1,0 +1,136 @@
+"""checkpoint.json: what a checkpoint says of itself, and what each of its files must be.
+
+It is written last, and it holds the sha256 of its own content beside those of the files, so that whatever is cut off,
+missing or changed in a checkpoint shows before anything is taken from it. Format version 1 knew sizes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.tracking import hardware
+
+FORMAT_VERSION = 2
+DESCRIPTION_FILE = "checkpoint.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class DamagedError(Exception):
+    """A description that is not what was written. Its text goes on after the name of the file: "is no JSON"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What is to be known of a checkpoint without its tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens_seen: int
+    """Training tokens seen."""
+    first_loss: float
+    """Training loss of the run's first step, nats per token."""
+    last_loss: float
+    """Training loss of the last step logged before the save."""
+    model: dict[str, Any]
+    """ModelConfig's fields."""
+    config: dict[str, Any]
+    """The run's resolved settings."""
+    data: str
+    """Folder of the shards."""
+    manifest_fingerprint: str
+    tokenizer_fingerprint: str
+    world_size: int
+    """Ranks that wrote it."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite and that changed nothing (--skip_nonfinite)."""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file of a checkpoint and what it must be."""
+
+    name: str
+    num_bytes: int
+    sha256: str | None
+    """Hexadecimal; None in a checkpoint of format version 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The content of checkpoint.json."""
+
+    info: CheckpointInfo
+    files: tuple[FileEntry, ...]
+    versions: dict[str, str]
+    """Of what wrote it: python, torch, and the commit of this project where it is known."""
+    content: bytes
+    """The file itself."""
+
+
+def to_bytes(info: CheckpointInfo, files: Sequence[FileEntry]) -> bytes:
+    """The content of checkpoint.json."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if (commit := hardware.commit()) != "unknown":
+        versions["commit"] = commit
+    entries = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
+    values = {"format_version": FORMAT_VERSION, **asdict(info), "versions": versions, "files": entries}
+    return (json.dumps({**values, "sha256": _checksum(values)}, indent=2) + "\n").encode()
+
+
+def from_bytes(content: bytes, place: str) -> Description:
+    """Read the checkpoint.json of the checkpoint at ``place``.
+
+    Raises:
+        DamagedError: these are not the bytes that were written.
+        UserError: another version of this project wrote them.
+    """
+    try:
+        values = json.loads(content)
+        checksum = values.pop("sha256", None)
+        version = values.get("format_version")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"cannot be read ({error})") from error
+    if checksum is not None and checksum != _checksum(values):
+        raise DamagedError("has another content than was written (sha256)")
+    if version not in (1, FORMAT_VERSION):
+        raise UserError(f"checkpoint {place} has format version {version}; this program reads 1 to {FORMAT_VERSION}")
+    if checksum is None and version != 1:
+        raise DamagedError("has lost its own sha256")
+    try:
+        files = tuple(_entry(name, value, version) for name, value in values["files"].items())
+        return Description(info=_info_from(values), files=files, versions=values["versions"], content=content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedError(f"lacks what belongs there ({error})") from error
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """Of the values, however the file spaces them out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _entry(name: str, value: Any, version: int) -> FileEntry:
+    if version == 1:
+        return FileEntry(name=name, num_bytes=int(value), sha256=None)
+    return FileEntry(name=name, num_bytes=int(value["bytes"]), sha256=str(value["sha256"]))
+
+
+def _info_from(values: Mapping[str, Any]) -> CheckpointInfo:
+    """Fields with a default came later; older checkpoints do not have them."""
+    found = {}
+    for field in fields(CheckpointInfo):
+        if field.name in values or field.default is MISSING:
+            found[field.name] = values[field.name]
+    return CheckpointInfo(**found)

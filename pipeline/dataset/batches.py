@@ -1,0 +1,211 @@
+"""The data order: (seed, step, rank) -> micro-batches of inputs and targets.
+
+The training stream is cut into windows of context_length + 1 tokens. Epoch e visits them in a pseudo-random permutation
+that is computed per index, in O(1) memory and time, from (seed, e). Step s takes positions [s*G, (s+1)*G) of that
+order, G being the windows of one step, and each rank a slice of them. So the order does not depend on the number of
+workers, and the step number alone is enough to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pipeline.dataset.shards import TokenStream
+from pipeline.errors import UserError
+
+_FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Windows of one forward pass on one rank."""
+
+    inputs: torch.Tensor
+    """(B, T) int64."""
+    targets: torch.Tensor
+    """(B, T) int64: the inputs, one token on."""
+    weight: float
+    """Factor for the mean loss of this micro-batch, such that the sum over a rank's micro-batches, averaged over ranks,
+    is the mean loss of the step."""
+
+    def pinned(self) -> MicroBatch:
+        """The same in page-locked memory."""
+        return replace(self, inputs=self.inputs.pin_memory(), targets=self.targets.pin_memory())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on ``device``; from page-locked memory the copy does not wait."""
+        inputs, targets = (tokens.to(device, non_blocking=True) for tokens in (self.inputs, self.targets))
+        return replace(self, inputs=inputs, targets=targets)
+
+
+class BatchOrder:
+    """Which windows a rank trains on at a step.
+
+    Args:
+        num_windows: windows in the training stream.
+        windows_per_step: G, windows of one optimizer step over all ranks.
+        batch_size: windows of one micro-batch, at most.
+        seed: of the permutations.
+    """
+
+    def __init__(self, *, num_windows: int, windows_per_step: int, batch_size: int, seed: int) -> None:
+        if num_windows < 1:
+            raise UserError("the training data is shorter than one window of context_length + 1 tokens; give more text")
+        self.num_windows = num_windows
+        self.windows_per_step = windows_per_step
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def step_windows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """Indices (int64) of the windows of a rank's slice of ``step``, in training order."""
+        first, end = self._rank_slice(rank, world_size)
+        positions = step * self.windows_per_step + np.arange(first, end, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_windows)
+        windows = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            windows[chosen] = permute(offsets[chosen], size=self.num_windows, seed=self.seed, epoch=int(epoch))
+        return windows
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Forward passes per step, the same on every rank, because each is a collective operation under FSDP."""
+        largest = -(-self.windows_per_step // world_size)
+        return -(-largest // self.batch_size)
+
+    def micro_batch_windows(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
+        """The rank's windows, spread over its micro-batches as evenly as possible; some may be empty."""
+        return np.array_split(self.step_windows(step, rank, world_size), self.num_micro_batches(world_size))
+
+    def _rank_slice(self, rank: int, world_size: int) -> tuple[int, int]:
+        return rank * self.windows_per_step // world_size, (rank + 1) * self.windows_per_step // world_size
+
+
+def micro_batches(
+    stream: TokenStream,
+    order: BatchOrder,
+    *,
+    context_length: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> Iterator[MicroBatch]:
+    """Read a rank's part of a step, one micro-batch at a time.
+
+    A rank without windows left repeats its first one with weight zero: it has to join the others' collectives.
+    """
+    groups = order.micro_batch_windows(step, rank, world_size)
+    for group in groups:
+        weight = len(group) * world_size / order.windows_per_step
+        windows = group if len(group) else groups[0][:1]
+        tokens = read_windows(stream, windows, length=context_length + 1, stride=context_length + 1, device=device)
+        yield MicroBatch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), weight=weight)
+
+
+class BatchLoader:
+    """A rank's micro-batches, each read by a thread while the one before it is computed.
+
+    The thread changes when a micro-batch is read, not what is in it: any step may be asked for at any time, and what
+    was prepared for another is dropped. For a GPU it ends in page-locked memory, from where the copy runs beside the
+    computing and nothing waits for it.
+
+    Args:
+        stream: the training tokens.
+        order: which windows a step takes.
+        context_length: T, tokens of a window's inputs.
+        rank, world_size: whose slice.
+        device: where the batches are needed.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        order: BatchOrder,
+        *,
+        context_length: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.stream, self.order, self.context_length = stream, order, context_length
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Iterator[MicroBatch], Future[MicroBatch]] | None = None  # step, its batches, the next
+
+    def step(self, step: int) -> Iterator[MicroBatch]:
+        """The micro-batches of ``step``, on the device; the first of the next step is read behind the last."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._read_ahead(step, self._batches(step))
+        for left in range(self.order.num_micro_batches(self.world_size) - 1, -1, -1):
+            assert self._ahead is not None
+            _, batches, future = self._ahead
+            batch = future.result()
+            if left:
+                self._read_ahead(step, batches)
+            else:
+                self._read_ahead(step + 1, self._batches(step + 1))
+            yield batch.to(self.device)
+
+    def _read_ahead(self, step: int, batches: Iterator[MicroBatch]) -> None:
+        self._ahead = step, batches, self._reader.submit(self._read, batches)
+
+    def _read(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        batch = next(batches)
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def _batches(self, step: int) -> Iterator[MicroBatch]:
+        return micro_batches(
+            self.stream,
+            self.order,
+            context_length=self.context_length,
+            step=step,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=torch.device("cpu"),
+        )
+
+
+def read_windows(
+    stream: TokenStream, windows: np.ndarray, *, length: int, stride: int, device: torch.device
+) -> torch.Tensor:
+    """Tokens [w * stride, w * stride + length) of the stream for every window w: (B, length) int64."""
+    tokens = np.stack([stream.read(int(window) * stride, length) for window in windows])
+    return torch.from_numpy(tokens.astype(np.int64)).to(device)
+
+
+def permute(indices: np.ndarray, *, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(size) sends each of ``indices`` (int64), O(1) an index.
+
+    A balanced Feistel network over the smallest even number of bits that holds ``size``, with cycle walking: values
+    that fall outside are sent through again (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The
+    domain is less than four times ``size``, so an index takes fewer than four walks on average.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(_FEISTEL_ROUNDS, np.uint64)
+    values = _feistel(indices.astype(np.uint64), half_bits, keys)
+    outside = np.flatnonzero(values >= size)
+    while len(outside):
+        values[outside] = _feistel(values[outside], half_bits, keys)
+        outside = outside[values[outside] >= size]
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
+    mask = np.uint64((1 << half_bits) - 1)
+    shift = np.uint64(half_bits)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << shift) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,143 @@
+"""The manifest of a folder of shards: what each of them holds, what they were made from, and the totals.
+
+``manifest.json`` is written last, so a folder that has one is complete. Its bytes are a function of input, tokenizer
+and settings alone; there is one line per shard, because 45 TB of text give some 700,000 of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.storage.folders import Folder, LocalFolder, open_folder
+
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "val")
+SPLIT_HASH = "xxh3_64"  # of its text, by which a document is put into one of them: documents.split_by_hash
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """What the manifest says of one shard."""
+
+    name: str
+    """File name in the manifest's folder."""
+    split: str
+    """train or val."""
+    tokens: int
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of the documents."""
+    sha256: str
+    """Of the whole file, hexadecimal."""
+    source: str
+    """The input that it was made from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds. Its bytes depend on input, tokenizer and settings alone."""
+
+    tokenizer_fingerprint: str
+    vocab_size: int
+    """Ids are below it."""
+    eot_id: int
+    """The token that every document starts with."""
+    settings: dict[str, Any]
+    """What the shards depend on besides input and tokenizer."""
+    inputs: tuple[dict[str, Any], ...]
+    """Name and identity of everything that was read."""
+    shards: tuple[ShardEntry, ...]
+    """In reading order: train and val shards of work item 0, then of item 1, ...."""
+    skipped: dict[str, int]
+    """Reason -> documents that were left out."""
+    damaged: tuple[dict[str, str], ...] = ()
+    """Name and reason of inputs of which something could not be read and was left out (--skip_bad_files)."""
+    document_lengths: tuple[int, ...] = ()
+    """How many documents have 2**i to 2**(i + 1) - 1 bytes; empty where they were not counted."""
+
+    @classmethod
+    def load(cls, folder: Folder | Path) -> Manifest:
+        """Read ``folder/manifest.json``; raises UserError where it is absent or damaged."""
+        folder = as_folder(folder)
+        path = f"{folder}/{MANIFEST_NAME}"
+        try:
+            values = json.loads(folder.read(MANIFEST_NAME))
+            if values.pop("format") != _FORMAT:
+                raise UserError(f"{path} was written by another version of this project; tokenize again")
+            totals = values.pop("totals")
+            shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
+            lists = {name: tuple(values.pop(name, ())) for name in ("inputs", "damaged", "document_lengths")}
+            manifest = cls(**{**values, **lists, "shards": shards})
+        except FileNotFoundError:
+            raise UserError(f"data folder {folder} {_why_unfinished(folder)}; {_mend(folder)}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it and run jobs/tokenize.py again") from error
+        if totals != manifest.totals():
+            raise UserError(f"{path} is damaged: its totals are not those of its shards; {_mend(folder)}")
+        return manifest
+
+    def save(self, folder: Folder | Path) -> None:
+        """Write ``folder/manifest.json``, whole or not at all."""
+        as_folder(folder).write(MANIFEST_NAME, [self.to_bytes()])
+
+    def to_bytes(self) -> bytes:
+        """The file's content: the same bytes for the same manifest."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"format": _FORMAT, "totals": self.totals(), "shards": [vars(entry) for entry in self.shards]}
+        return ("{\n" + ",\n".join(f'"{name}": {_to_json(values[name])}' for name in sorted(values)) + "\n}\n").encode()
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Tokens, documents and bytes of text of each split."""
+        names = ("tokens", "documents", "text_bytes")
+        return {split: {name: self._total(split, name) for name in names} for split in SPLITS}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the file's content, hexadecimal."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def tokens(self, split: str) -> int:
+        """Tokens of ``split`` ("train" or "val")."""
+        return self._total(split, "tokens")
+
+    def documents(self, split: str) -> int:
+        """Documents of ``split``."""
+        return self._total(split, "documents")
+
+    def text_bytes(self, split: str) -> int:
+        """UTF-8 bytes of the documents of ``split``."""
+        return self._total(split, "text_bytes")
+
+    def _total(self, split: str, name: str) -> int:
+        return sum(getattr(entry, name) for entry in self.shards if entry.split == split)
+
+
+def as_folder(folder: Folder | Path) -> Folder:
+    """A path as a folder."""
+    return open_folder(folder) if isinstance(folder, Path) else folder
+
+
+def _to_json(value: Any) -> str:
+    """A list of objects has a line for each."""
+    encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+    if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(encode(entry) for entry in value) + "\n]"
+    return encode(value)
+
+
+def _why_unfinished(folder: Folder) -> str:
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
+        return "does not exist"
+    return f"is not finished: it has no {MANIFEST_NAME}"
+
+
+def _mend(folder: Folder) -> str:
+    return f"run jobs/tokenize.py with --output {folder}"

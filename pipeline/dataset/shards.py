@@ -1,0 +1,364 @@
+"""The files of token ids between tokenization and training: shards, their memory-mapped reader, their verification.
+
+A shard is the ``.bin`` of llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520, version 1, number of
+tokens, zeros), then the tokens as uint16. Vocabularies of more than 65,536 ids take magic 20240801, version 7, uint32.
+Which shards a folder has, and in which order, its manifest says (manifest.py). Shards of a bucket are read from a copy
+on the node (storage/node_copy.py).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import resource
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.dataset.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, as_folder
+from pipeline.errors import UserError
+from pipeline.storage.folders import Folder, LocalFolder, in_threads, write_atomically
+from pipeline.storage.node_copy import WantedFile, fetch
+
+__all__ = ["MANIFEST_NAME", "SPLITS", "Manifest", "ShardEntry"]  # of manifest.py, where they used to be
+
+Tokens: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+HEADER_BYTES = 256 * 4
+_MAGIC_OF_DTYPE: dict[np.dtype[Any], tuple[int, int]] = {
+    np.dtype(np.uint16): (20240520, 1),
+    np.dtype(np.uint32): (20240801, 7),
+}
+_DTYPE_OF_MAGIC = {magic: dtype for dtype, magic in _MAGIC_OF_DTYPE.items()}
+_MAX_TOKENS = 2**31 - 1  # the header counts in int32
+
+_MOST_MAPS = 4096  # at a time; a process may have some 65,000, and each takes a file descriptor
+_STATS_AT_ONCE = 16
+_MEND = "put it back, or delete what is left of it and run jobs/tokenize.py again, which makes the same bytes"
+_VERIFIED_BYTES = 8 << 20  # read at a time
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id below ``vocab_size`` fits, else uint32."""
+    return np.dtype(np.uint16) if vocab_size <= 2**16 else np.dtype(np.uint32)
+
+
+def shard_bytes(num_tokens: int, vocab_size: int) -> int:
+    """Size of a shard's file."""
+    return HEADER_BYTES + num_tokens * token_dtype(vocab_size).itemsize
+
+
+def write_shard(path: Path, tokens: npt.NDArray[Any], *, vocab_size: int) -> str:
+    """Write a shard of ``tokens`` (1-D, unsigned ids below ``vocab_size``) and return its sha256 (hexadecimal)."""
+    return write_atomically(path, shard_parts(tokens, vocab_size=vocab_size))
+
+
+def shard_parts(tokens: npt.NDArray[Any], *, vocab_size: int) -> list[bytes | memoryview]:
+    """The content of a shard of ``tokens`` (1-D, unsigned ids below ``vocab_size``): header and body."""
+    if not 0 < len(tokens) <= _MAX_TOKENS:
+        raise ValueError(f"a shard holds 1 to {_MAX_TOKENS:,} tokens, not {len(tokens):,}")
+    if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
+        raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit a vocabulary of {vocab_size:,}")
+    dtype = token_dtype(vocab_size)
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = (*_MAGIC_OF_DTYPE[dtype], len(tokens))
+    body = np.ascontiguousarray(tokens, dtype=dtype.newbyteorder("<"))
+    return [header.tobytes(), body.data.cast("B")]
+
+
+def open_shard(path: Path, *, headerless: bool = False) -> Tokens:
+    """Memory-map the tokens of one shard, read-only; only its header is read.
+
+    ``headerless`` files are bare uint16, as nanoGPT writes them. Raises UserError for what is no whole shard.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="u1")
+    except FileNotFoundError:
+        raise UserError(f"shard {path} is missing") from None
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read: {error.strerror}") from error
+    if size_bytes == 0:
+        raise UserError(f"shard {path} is empty; write it again")
+    if headerless:
+        if size_bytes % 2:
+            raise UserError(f"{path} has {size_bytes:,} bytes, an odd number, so it does not hold bare uint16 tokens")
+        return np.memmap(path, dtype="<u2", mode="r")
+    dtype, num_tokens = _parse_header(str(path), header, size_bytes)
+    return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def _parse_header(path: str, header: npt.NDArray[np.uint8], size_bytes: int) -> tuple[np.dtype[Any], int]:
+    if size_bytes < HEADER_BYTES:
+        raise UserError(f"shard {path} is truncated: {size_bytes:,} bytes are less than its header of {HEADER_BYTES:,}")
+    magic, version, num_tokens = (int(value) for value in header.view("<i4")[:3])
+    dtype = _DTYPE_OF_MAGIC.get((magic, version))
+    if dtype is None:
+        known = " or ".join(f"{magic}, {version}" for magic, version in _DTYPE_OF_MAGIC)
+        raise UserError(f"{path} is no shard: it begins with the numbers {magic}, {version} in place of {known}")
+    expected_bytes = HEADER_BYTES + num_tokens * dtype.itemsize
+    if num_tokens <= 0 or size_bytes != expected_bytes:
+        raise UserError(
+            f"shard {path} is damaged: its header counts {num_tokens:,} tokens, {expected_bytes:,} bytes in all, "
+            f"but the file has {size_bytes:,}; write it again"
+        )
+    return dtype, num_tokens
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class TokenStream:
+    """Shards end to end, as one read-only sequence of token ids; threads may read at the same time."""
+
+    def __init__(self, shards: Sequence[Tokens] | ShardFiles, *, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self._shards = shards
+        lengths = shards.lengths if isinstance(shards, ShardFiles) else [len(shard) for shard in shards]
+        self._ends = list(itertools.accumulate(lengths))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def files(self) -> ShardFiles | None:
+        """The files behind it, where they belong to a manifest."""
+        return self._shards if isinstance(self._shards, ShardFiles) else None
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Of the token at ``position``: the number of its shard, and its place in there."""
+        index = bisect.bisect_right(self._ends, position)
+        return index, position - (self._ends[index - 1] if index else 0)
+
+    def read(self, start: int, length: int) -> Tokens:
+        """Tokens ``[start, start + length)`` in a new array (uint16, or uint32 above 65,536 ids)."""
+        stop = start + length
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens [{start:,}, {stop:,}) lie outside a stream of {len(self):,}")
+        tokens: Tokens = np.empty(length, dtype=self.dtype)
+        position = start
+        index = bisect.bisect_right(self._ends, start)
+        while position < stop:
+            shard, shard_end = self._shards[index], self._ends[index]
+            shard_start = shard_end - len(shard)
+            piece_end = min(stop, shard_end)
+            tokens[position - start : piece_end - start] = shard[position - shard_start : piece_end - shard_start]
+            position, index = piece_end, index + 1
+        return tokens
+
+
+class ShardFiles:
+    """The shards of a folder, each mapped when it is first asked for; the least recently used are let go.
+
+    Raises UserError for a shard that is missing, damaged, or not as long as the manifest says.
+    """
+
+    def __init__(self, folder: Path, entries: Sequence[ShardEntry], *, vocab_size: int, max_maps: int) -> None:
+        self._folder, self._entries, self._vocab_size = folder, entries, vocab_size
+        self._max_maps = max_maps
+        self._maps: OrderedDict[int, Tokens] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        """The file's name in its folder."""
+        return self._entries[index].name
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each, as the manifest has them."""
+        return [entry.tokens for entry in self._entries]
+
+    def __getitem__(self, index: int) -> Tokens:
+        with self._lock:
+            shard = self._maps.get(index)
+            if shard is not None:
+                self._maps.move_to_end(index)
+                return shard
+        shard = self._open(self._entries[index])
+        with self._lock:
+            self._maps[index] = shard
+            if len(self._maps) > self._max_maps:
+                self._maps.popitem(last=False)  # unmapped when no reader has it any more
+        return shard
+
+    def check_sizes(self) -> None:
+        """Look at the size of every file; a wrong header is found when the shard is first read."""
+
+        def check(entry: ShardEntry) -> None:
+            try:
+                size_bytes = (self._folder / entry.name).stat().st_size
+            except OSError:
+                size_bytes = -1
+            if size_bytes != shard_bytes(entry.tokens, self._vocab_size):
+                self._open(entry)
+
+        in_threads(check, self._entries, _STATS_AT_ONCE)
+
+    def verify(self, index: int, is_over: Callable[[], bool]) -> bool:
+        """Read one file from end to end and compare its sha256; UserError where it differs. False if cut short.
+
+        Args:
+            is_over: asked before every piece of a file whether to leave off.
+        """
+        entry = self._entries[index]
+        path, digest = self._folder / entry.name, hashlib.sha256()
+        try:
+            with path.open("rb", buffering=0) as file:
+                while piece := file.read(_VERIFIED_BYTES):
+                    digest.update(piece)
+                    if is_over():
+                        return False
+        except OSError as error:
+            raise UserError(f"shard {path} cannot be read any more ({error.strerror}); {_MEND}") from error
+        if digest.hexdigest() != entry.sha256:
+            raise UserError(
+                f"shard {path} is damaged: its sha256 is {digest.hexdigest()[:16]}..., the manifest says "
+                f"{entry.sha256[:16]}...; {_MEND}"
+            )
+        return True
+
+    def _open(self, entry: ShardEntry) -> Tokens:
+        if not (self._folder / entry.name).is_file():
+            raise UserError(f"shard {self._folder / entry.name} is missing; {_MEND}")
+        shard = open_shard(self._folder / entry.name)
+        width = token_dtype(self._vocab_size).itemsize
+        if len(shard) != entry.tokens or shard.dtype.itemsize != width:
+            raise UserError(
+                f"shard {self._folder / entry.name} holds {len(shard):,} tokens of {shard.dtype.itemsize} bytes, but "
+                f"the manifest says {entry.tokens:,} of {width}; run jobs/tokenize.py again"
+            )
+        return shard
+
+
+def open_split(folder: Folder | Path, split: str) -> TokenStream:
+    """The tokens of ``split`` ("train" or "val") in manifest order; cheap: sizes are looked at, nothing is read.
+
+    Shards of a bucket are copied to this node first (see storage/node_copy.py); one process does it, the others wait.
+    Raises UserError where a shard is missing, damaged, or not as long as the manifest says. May be of length 0.
+    """
+    folder = as_folder(folder)
+    manifest = Manifest.load(folder)
+    entries = [entry for entry in manifest.shards if entry.split == split]
+    if isinstance(folder, LocalFolder):
+        path = folder.path
+    else:
+        path = fetch(folder, manifest.fingerprint, [_wanted(entry, manifest.vocab_size) for entry in entries])
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    max_maps = max(16, min(_MOST_MAPS, most_files // 4 if most_files > 0 else _MOST_MAPS))
+    shards = ShardFiles(path, entries, vocab_size=manifest.vocab_size, max_maps=max_maps)
+    shards.check_sizes()
+    return TokenStream(shards, vocab_size=manifest.vocab_size)
+
+
+def open_files(paths: Sequence[Path], *, vocab_size: int, headerless: bool = False) -> TokenStream:
+    """The tokens of ``paths`` in that order, with no manifest: llm.c's shards or, ``headerless``, nanoGPT's."""
+    shards = [open_shard(path, headerless=headerless) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        if shard.dtype.itemsize > token_dtype(vocab_size).itemsize:
+            raise UserError(f"shard {path} holds uint32 tokens, too wide for a vocabulary of {vocab_size:,}")
+    return TokenStream(shards, vocab_size=vocab_size)
+
+
+def _wanted(entry: ShardEntry, vocab_size: int) -> WantedFile:
+    return WantedFile(name=entry.name, size_bytes=shard_bytes(entry.tokens, vocab_size), sha256=entry.sha256)
+
+
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Folder | Path, *, num_threads: int = 8, progress: Callable[[int], None] | None = None) -> list[str]:
+    """Read every shard again: a sentence for everything that is not as the manifest says; empty where all is well.
+
+    Looked at are size, header, sha256, the range of the ids, and the number of documents. Memory: some 25 MB a thread.
+
+    Args:
+        progress: called with 1 after each shard, by one thread at a time.
+
+    Raises:
+        UserError: there is no manifest to compare with, or it is damaged.
+    """
+    folder = as_folder(folder)
+    manifest = Manifest.load(folder)
+    problems: dict[str, list[str]] = {}
+    lock = threading.Lock()
+
+    def check(entry: ShardEntry) -> None:
+        found = _problems(folder, entry, manifest)
+        with lock:
+            if found:
+                problems[entry.name] = found
+            if progress is not None:
+                progress(1)
+
+    in_threads(check, manifest.shards, num_threads)
+    times = Counter(entry.name for entry in manifest.shards)
+    twice = [f"shard {folder}/{name} is {number} times in the manifest" for name, number in times.items() if number > 1]
+    unknown = [name for name in folder.names() if name.endswith(".bin") and "/" not in name and name not in times]
+    found = [sentence for name in times for sentence in problems.get(name, ())]
+    return [*found, *twice, *(f"shard {folder}/{name} is not in the manifest" for name in unknown)]
+
+
+def _problems(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
+    where = f"{folder}/{entry.name}"
+    expected_bytes = shard_bytes(entry.tokens, manifest.vocab_size)
+    try:
+        size_bytes = folder.size(entry.name)
+        if size_bytes is None:
+            return [f"shard {where} is missing"]
+        if size_bytes != expected_bytes:
+            return [f"shard {where} has {size_bytes:,} bytes, but its {entry.tokens:,} tokens take {expected_bytes:,}"]
+        return _problems_of_content(folder, entry, manifest)
+    except FileNotFoundError:
+        return [f"shard {where} is missing"]
+    except UserError as error:
+        return [str(error)]
+
+
+def _problems_of_content(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
+    where = f"{folder}/{entry.name}"
+    dtype = token_dtype(manifest.vocab_size)
+    header = folder.read_range(entry.name, 0, HEADER_BYTES)
+    digest = hashlib.sha256(header)
+    largest, num_documents, first = 0, 0, None
+    stop = shard_bytes(entry.tokens, manifest.vocab_size)
+    for start in range(HEADER_BYTES, stop, _VERIFIED_BYTES):
+        content = folder.read_range(entry.name, start, min(start + _VERIFIED_BYTES, stop))
+        if len(content) < min(_VERIFIED_BYTES, stop - start):
+            return [f"shard {where} became shorter while it was read"]
+        digest.update(content)
+        ids = np.frombuffer(content, dtype=dtype.newbyteorder("<"))
+        first = int(ids[0]) if first is None else first
+        largest = max(largest, int(ids.max()))
+        num_documents += int(np.count_nonzero(ids == manifest.eot_id))
+    found = _problems_of_header(where, header, stop, dtype)
+    if digest.hexdigest() != entry.sha256:
+        digests = f"{digest.hexdigest()[:16]}..., the manifest says {entry.sha256[:16]}..."
+        found.append(f"shard {where} is damaged: its sha256 is {digests}")
+    if largest >= manifest.vocab_size:
+        found.append(f"shard {where} holds the id {largest:,}, but ids are below {manifest.vocab_size:,}")
+    if num_documents != entry.documents:
+        found.append(f"shard {where} holds {num_documents:,} documents, but the manifest says {entry.documents:,}")
+    if first != manifest.eot_id:
+        found.append(f"shard {where} begins with the id {first}, not with {manifest.eot_id}, as every document does")
+    return found
+
+
+def _problems_of_header(where: str, header: bytes, size_bytes: int, dtype: np.dtype[Any]) -> list[str]:
+    try:
+        found_dtype, _ = _parse_header(where, np.frombuffer(header, dtype="u1"), size_bytes)
+    except UserError as error:
+        return [str(error)]
+    if found_dtype != dtype:
+        return [f"shard {where} has tokens of {found_dtype.itemsize} bytes, but the manifest says {dtype.itemsize}"]
+    return []

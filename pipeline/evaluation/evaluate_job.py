@@ -1,0 +1,214 @@
+"""What jobs/evaluate.py calls: val loss, perplexity, bits per byte, HellaSwag of whatever resolve_checkpoint takes.
+
+One process, or several workers of Ray Train that share the val set and the questions; the figures are the same up to
+rounding. They go into a JSON file and, where the model is a run's, into the run's folder and its MLflow run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.transformer import Transformer
+from pipeline.checkpoints import reader as checkpoint_reader
+from pipeline.cluster import ray_cluster
+from pipeline.config.inference import EvaluateConfig
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import open_split
+from pipeline.distributed.fsdp import Workers, compute_dtype, join_workers, parallelize
+from pipeline.errors import UserError
+from pipeline.evaluation import hellaswag
+from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
+from pipeline.pretrained import huggingface
+from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_checkpoint
+from pipeline.storage.folders import Folder, open_folder
+from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tracking.mlflow_run import find_run
+from pipeline.tracking.mlflow_tracker import MLflowTracker
+from pipeline.training import launch
+
+SCORES_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model reaches (evaluation.json); None where it was not asked for."""
+
+    checkpoint: str
+    step: int | None = None
+    tokens_seen: int | None = None
+    manifest_fingerprint: str | None = None
+    val_tokens: int | None = None
+    """Predicted, <|endoftext|> included."""
+    val_loss: float | None = None
+    """Nats per token."""
+    bits_per_byte: float | None = None
+    """Of the text; does not depend on the tokenizer."""
+    unigram_entropy: float | None = None
+    """Of the same tokens, in nats: what a model reaches that ignores the context."""
+    hellaswag_acc_norm: float | None = None
+    hellaswag_acc: float | None = None
+    hellaswag_questions: int | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.val_loss is None else math.exp(self.val_loss)
+
+    @property
+    def learned(self) -> float | None:
+        """Nats per token below the unigram entropy."""
+        return None if self.val_loss is None or self.unigram_entropy is None else self.unigram_entropy - self.val_loss
+
+    def figures(self) -> dict[str, float]:
+        """Those that there are, by the names that the JSON file and MLflow give them."""
+        values = asdict(self) | {"perplexity": self.perplexity}
+        names = ("val_loss", "perplexity", "bits_per_byte", "unigram_entropy", "hellaswag_acc_norm", "hellaswag_acc")
+        return {name: values[name] for name in names if values[name] is not None}
+
+
+def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
+    """Score a model as ``config`` says.
+
+    Args:
+        reuse: take the scores of an earlier evaluation of the same checkpoint on the same data, if it had them all.
+
+    Raises:
+        UserError: no such model or data, shards of another tokenizer, nothing to measure.
+    """
+    path = resolve_checkpoint(config.checkpoint)
+    data = _find_data(config, path)
+    questions = str(find_questions(config.hellaswag)) if config.hellaswag else None
+    if data is None and questions is None:
+        raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag")
+    manifest = None if data is None else _check_data(data, path)
+    run_folder = _run_folder(path)
+    if reuse and run_folder and (found := _earlier(run_folder, path, manifest, questions)):
+        return found
+    settings = {"config": asdict(config), "path": str(path), "data": str(data or ""), "questions": questions}
+    if config.num_workers == 1:
+        result = score_here(settings)
+    else:
+        notes = run_folder or Path(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
+        result = launch.run_workers(score_worker, settings, config, notes=open_folder(notes), max_failures=0)
+    scores = Scores(
+        checkpoint=str(path),
+        manifest_fingerprint=manifest.fingerprint if manifest else None,
+        **_where_from(path),
+        **result,
+    )
+    _keep(config, run_folder, scores)
+    return scores
+
+
+def score_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """One worker's share."""
+    return launch.returning_errors(score_here, settings)
+
+
+def score_here(settings: dict[str, Any]) -> dict[str, Any]:
+    """This process's share; the whole result on every rank."""
+    config, path = EvaluateConfig(**settings["config"]), Path(settings["path"])
+    workers = join_workers(config.device)
+    model = Transformer(huggingface.read_model_config(path))
+    parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)
+    huggingface.load_weights(path, model)
+    tokenizer = read_tokenizer(path)
+    result: dict[str, Any] = {}
+    if settings["data"]:
+        result |= _val_scores(model, tokenizer, open_folder(settings["data"]), config.batch_size, workers)
+    if settings["questions"]:
+        questions = hellaswag.read_questions(Path(settings["questions"]), config.hellaswag_questions)
+        tokens_per_batch = config.batch_size * model.config.context_length
+        found = hellaswag.score(model, tokenizer, questions, workers, tokens_per_batch=min(tokens_per_batch, 8192))
+        result |= {
+            "hellaswag_acc_norm": found.acc_norm,
+            "hellaswag_acc": found.acc,
+            "hellaswag_questions": found.questions,
+        }
+    return result
+
+
+def _val_scores(
+    model: Transformer, tokenizer: Tokenizer, data: Folder, batch_size: int, workers: Workers
+) -> dict[str, Any]:
+    stream = open_split(data, "val")
+    found = validation_loss(model, stream, workers, context_length=model.config.context_length, batch_size=batch_size)
+    counts = count_tokens(stream)
+    first = int(stream.read(0, 1)[0])  # is predicted by nothing
+    sizes = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
+    sizes[list(tokenizer.special_tokens.values())] = 0  # no part of the text
+    num_bytes = int(counts[: len(sizes)] @ sizes) - int(sizes[first])
+    return {
+        "val_tokens": found.tokens,
+        "val_loss": found.loss,
+        "bits_per_byte": found.loss * found.tokens / math.log(2) / num_bytes,
+        "unigram_entropy": entropy(counts),
+    }
+
+
+def _find_data(config: EvaluateConfig, path: Path) -> Folder | None:
+    if config.data:
+        return ray_cluster.resolve_output(config.data)
+    return None if huggingface.is_exported(path) else ray_cluster.resolve_output(checkpoint_reader.read_info(path).data)
+
+
+def _check_data(data: Folder, path: Path) -> Manifest:
+    manifest = Manifest.load(data)
+    if manifest.tokenizer_fingerprint != read_tokenizer(path).fingerprint:
+        raise UserError(f"the shards in {data} were made with another tokenizer than {path}; give other --data")
+    return manifest
+
+
+def _run_folder(path: Path) -> Path | None:
+    return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
+def _where_from(path: Path) -> dict[str, Any]:
+    if huggingface.is_exported(path):
+        note = huggingface.read_note(path)
+        return {"step": note.get("step"), "tokens_seen": note.get("tokens_seen")}
+    info = checkpoint_reader.read_info(path)
+    return {"step": info.step, "tokens_seen": info.tokens_seen}
+
+
+def _earlier(run_folder: Path, path: Path, manifest: Manifest | None, questions: str | None) -> Scores | None:
+    file = run_folder / SCORES_FILE
+    if not file.is_file():
+        return None
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.pop("perplexity", None)
+    scores = Scores(**values)
+    same = (scores.checkpoint, scores.manifest_fingerprint) == (str(path), manifest.fingerprint if manifest else None)
+    return scores if same and (questions is None or scores.hellaswag_acc is not None) else None
+
+
+def _keep(config: EvaluateConfig, run_folder: Path | None, scores: Scores) -> None:
+    """The result as JSON where it belongs, and as metrics of the training run where there is one."""
+    text = json.dumps(asdict(scores) | {"perplexity": scores.perplexity}, indent=2) + "\n"
+    outputs = [ray_cluster.resolve_path(config.output)] if config.output else []
+    outputs += [run_folder / SCORES_FILE] if run_folder else []
+    for output in outputs:
+        ray_cluster.make_output(output.parent)
+        output.write_text(text, encoding="utf-8")
+    if run_folder is None or not (run_folder / "mlflow_run.json").is_file():
+        return
+    run = find_run(
+        tracking_uri=config.tracking_uri, folder=open_folder(run_folder), working_folder=ray_cluster.working_folder()
+    )
+    if run is None:
+        return
+    names = {
+        "perplexity": "val_perplexity",
+        "bits_per_byte": "val_bits_per_byte",
+        "unigram_entropy": "val_unigram_entropy",
+    }
+    tracker = MLflowTracker(run)
+    metrics = {f"eval/{names.get(name, name)}": value for name, value in scores.figures().items()}
+    tracker.log_metrics(metrics, scores.step or 0)
+    tracker.flush()

@@ -1,0 +1,107 @@
+"""Validation loss: the mean over tokens of -log p, in nats, each token of the val stream predicted once.
+
+Windows of context_length tokens follow one another, so each token but the first is a target exactly once; the last
+window is as long as what is left. Perplexity is exp(loss) over the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.transformer import Transformer
+from pipeline.dataset.batches import read_windows
+from pipeline.dataset.shards import TokenStream
+from pipeline.distributed.fsdp import Workers
+from pipeline.errors import UserError
+
+_COUNT_CHUNK = 1 << 24  # tokens read at once while counting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResult:
+    loss: float
+    """Nats per token."""
+    tokens: int
+    """Tokens predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Transformer,
+    stream: TokenStream,
+    workers: Workers,
+    *,
+    context_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> ValidationResult:
+    """Mean loss over the first ``max_tokens`` targets of ``stream`` (all of them by default), shared by the ranks.
+
+    Every rank runs the same number of forward passes, which are collective operations under FSDP.
+
+    Raises:
+        UserError: the stream holds fewer than two tokens.
+    """
+    targets = min(len(stream) - 1, max_tokens or len(stream))
+    if targets < 1:
+        raise UserError("the val set is empty; tokenize more documents or raise --val_fraction")
+    full_windows, rest = divmod(targets, context_length)
+    training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, counted targets
+    one = torch.ones((), dtype=torch.float64)
+    for windows in _rank_batches(full_windows, batch_size, workers):
+        chosen = windows if len(windows) else np.zeros(1, dtype=np.int64)
+        tokens = read_windows(stream, chosen, length=context_length + 1, stride=context_length, device=workers.device)
+        total += len(windows) * context_length * torch.stack([_mean_loss(model, tokens) * one, one])
+    if rest:  # every rank computes it, the first counts it
+        last = np.array([full_windows])
+        tokens = read_windows(stream, last, length=rest + 1, stride=context_length, device=workers.device)
+        total += workers.is_first * rest * torch.stack([_mean_loss(model, tokens) * one, one])
+    model.train(training)
+    summed, counted = workers.sum(total.to(workers.device)).tolist()
+    return ValidationResult(loss=summed / counted, tokens=int(counted))
+
+
+def _rank_batches(num_windows: int, batch_size: int, workers: Workers) -> list[np.ndarray]:
+    """The rank's windows in batches; as many batches on every rank, some of them empty."""
+    mine = np.arange(workers.rank, num_windows, workers.world_size)
+    most = -(-num_windows // workers.world_size)
+    return [mine[start : start + batch_size] for start in range(0, most, batch_size)]
+
+
+def _mean_loss(model: Transformer, tokens: torch.Tensor) -> float:
+    return float(model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item())
+
+
+def count_tokens(stream: TokenStream) -> npt.NDArray[np.int64]:
+    """How often each id occurs, (V,)."""
+    counts = np.zeros(stream.vocab_size, dtype=np.int64)
+    for start in range(0, len(stream), _COUNT_CHUNK):
+        tokens = stream.read(start, min(_COUNT_CHUNK, len(stream) - start))
+        counts += np.bincount(tokens, minlength=stream.vocab_size)
+    return counts
+
+
+def entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Of the frequencies that ``counts`` has, in nats.
+
+    Of a stream's tokens it is the loss of the best model that ignores the context; what a trained model's loss falls
+    below it is what it has learned of the order of tokens.
+    """
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def unigram_entropy(stream: TokenStream) -> float:
+    """The entropy of the tokens of a stream."""
+    return entropy(count_tokens(stream))

@@ -1,0 +1,182 @@
+"""The Ray Data graph: stages over work items, fused into one task or handed over in blocks of an item.
+
+Local sources: encode -> write in one task; no text travels through the object store. Remote sources have a download
+stage in front, with a concurrency of its own, which hands over the bytes that an item needs (compressed column chunks)
+through the object store, so that network and processors work at the same time, on whatever node has room. Ray must be
+initialised by the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import pyarrow as pa
+
+from pipeline.cluster import ray_cluster
+from pipeline.config.training import TokenizeConfig, TrainTokenizerConfig
+from pipeline.preprocessing import stages
+from pipeline.preprocessing.progress import ItemProgress
+from pipeline.preprocessing.rows import ItemRow
+from pipeline.sources import plan as plan_module
+from pipeline.sources.work_items import WorkItem
+
+if TYPE_CHECKING:
+    import ray
+
+T = TypeVar("T")
+Stages: TypeAlias = list[tuple[Callable[..., Any], dict[str, Any]]]
+
+_BLOCK_BYTES = 64_000_000  # of text, at least, are one task's work: Ray takes some 15 ms to hand out one
+_BLOCK_BYTES_PER_SLOT = 3_000_000  # at 60 MB/s a core, a thousand cores then ask for 20 tasks a second
+_BLOCKS_PER_SLOT = 8  # at least, so that no worker waits long for the last one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """How many tasks at a time."""
+
+    num_workers: int | None
+    """Reading, encoding, counting. None: one per CPU of the cluster."""
+    download_workers: int | None
+    """Fetching files. None: one for every two of the others, at least 2."""
+    cache_bytes: int
+    """What a node keeps of files while they are fetched."""
+
+    @classmethod
+    def of(cls, config: TokenizeConfig | TrainTokenizerConfig) -> Parallelism:
+        return cls(
+            num_workers=config.num_workers,
+            download_workers=config.download_workers,
+            cache_bytes=config.cache_bytes,
+        )
+
+    @property
+    def slots(self) -> int:
+        return self.num_workers or ray_cluster.cpus()
+
+
+def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism, *, title: str) -> Iterator[ItemRow]:
+    """The last stage's rows, as they come; raises the first mistake of a stage.
+
+    The figures of a row: text_bytes, tokens, and whether it is the item's last.
+    """
+    if not items:
+        return
+    progress = ItemProgress(title, items)
+    try:
+        for row in _run(items, steps, parallelism):
+            row.raise_error()
+            figures = row.figures
+            progress.add(row.work_item.index, figures["text_bytes"], figures["tokens"], is_last=figures["is_last"])
+            yield row
+    finally:
+        progress.close()
+
+
+def share(value: T) -> ray.ObjectRef[T]:
+    """Keep a value where the tasks of all nodes can get it."""
+    import ray
+
+    return ray.put(value)
+
+
+def run_rows(
+    rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], parallelism: Parallelism
+) -> None:
+    """One stage over anything that a string names; raises the first mistake."""
+    for row in _execute(_blocks([[row] for row in rows]), [(stage, arguments)], parallelism.slots):
+        row.raise_error()
+
+
+def _run(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism) -> Iterator[ItemRow]:
+    slots = parallelism.slots
+    if not any(piece.file for item in items for piece in item.pieces):
+        rows = [item.to_json() for item in items]
+        size = _items_per_block(items, slots)
+        blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return _execute(_blocks(blocks), steps, slots)
+    units = [plan_module.save_plan(unit).decode() for unit in plan_module.fetch_units(items)]
+    return _execute(_blocks([[unit] for unit in units]), steps, slots, download=parallelism)
+
+
+def _items_per_block(items: Sequence[WorkItem], slots: int) -> int:
+    """A task takes as many items as make up for its cost, but leaves enough tasks for all workers."""
+    mean_bytes = max(1, sum(item.size_bytes for item in items) // len(items))
+    wanted = max(_BLOCK_BYTES, slots * _BLOCK_BYTES_PER_SLOT) // mean_bytes
+    return max(1, min(wanted, len(items) // (slots * _BLOCKS_PER_SLOT)))
+
+
+def _blocks(groups: Sequence[Sequence[str]]) -> list[pa.Table]:
+    return [pa.concat_tables([ItemRow(item=row).to_table() for row in group]) for group in groups]
+
+
+def _execute(
+    blocks: list[pa.Table], steps: Stages, num_workers: int, download: Parallelism | None = None
+) -> Iterator[ItemRow]:
+    import ray
+
+    _quiet_ray_data()
+    dataset: ray.data.Dataset = ray.data.from_arrow(blocks)
+    options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    if download is not None:
+        dataset = dataset.map_batches(
+            stages.download,
+            fn_kwargs={"cache_bytes": download.cache_bytes},
+            compute=ray.data.TaskPoolStrategy(
+                size=min(len(blocks), download.download_workers or max(2, num_workers // 2))
+            ),
+            num_cpus=0,  # waits for the network
+            **options,
+        )
+    strategy = ray.data.TaskPoolStrategy(
+        size=num_workers if download is not None else _tasks_at_once(dataset, num_workers, len(blocks))
+    )
+    work: Callable[..., Any] = in_turn
+    dataset = dataset.map_batches(work, fn_kwargs={"steps": steps}, compute=strategy, **options)
+    table: Any
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for index in range(table.num_rows):
+            yield ItemRow.from_table(table.slice(index, 1))
+
+
+def _tasks_at_once(dataset: ray.data.Dataset, num_workers: int, num_blocks: int) -> int:
+    """Twice as many tasks as workers, where these are all that the cluster can run at a time: half of them wait in it.
+
+    Ray Data looks for finished tasks every 100 ms, and needs two looks for each, while a task that waits in the cluster
+    takes the place of the one before within 15 ms. Ray Data's own account of CPUs, which lets no task wait and does
+    not know for the first second that there are any, is left out: the cluster keeps one.
+    """
+    dataset.context.op_resource_reservation_enabled = False
+    waiting = num_workers if num_workers >= ray_cluster.cpus() else 0
+    return min(num_workers + waiting, num_blocks)  # more than there are blocks: a warning
+
+
+def in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
+    """The stages of one item, row by row, before the next item begins.
+
+    As stages of their own, fused by Ray, each would go on until Ray's buffer behind it holds 128 MB: a worker that is
+    killed would take many encoded items with it, and all of them would count as attempted.
+    """
+    stages.use_system_memory()
+    function, arguments = steps[0]
+    for result in function(table, **arguments):
+        if len(steps) > 1:
+            yield from in_turn(result, steps[1:])
+        else:
+            yield result
+
+
+def _quiet_ray_data() -> None:
+    """Our own bar and log lines speak; Ray Data's full log lies in its session folder."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        is_rays = type(handler).__module__.startswith("ray.")  # others may have put theirs there, for all loggers
+        if is_rays and isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)

@@ -1,0 +1,309 @@
+"""Which part of a tokenization is done: the files in ``items/`` beside the shards.
+
+``items/run.json`` says what the folder is made from, and is written first; ``items/plan.jsonl`` holds the work items;
+``items/000000.json`` says what work item 0 became, and is written after its shards. So a run that stopped anywhere goes
+on with the items that have no valid record, and a folder is never made with two settings, nor from input that changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.training import TokenizeConfig
+from pipeline.dataset.dataset import TOKENIZER_NAME
+from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
+from pipeline.dataset.shards import shard_bytes
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.sources import plan as plan_module
+from pipeline.sources.sources import Input, Source, find
+from pipeline.sources.work_items import Damage, WorkItem
+from pipeline.storage.folders import TEMPORARY_PREFIX, Folder, in_threads
+
+MAX_ATTEMPTS = 3
+_ITEMS = "items"
+_RUN = f"{_ITEMS}/run.json"
+_PLAN = f"{_ITEMS}/plan.jsonl"
+_DAMAGE = f"{_ITEMS}/damaged.json"
+_REQUESTS = 32  # at a time; a bucket answers each after some 30 ms
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemRecord:
+    """What a work item became, or one part of an item far larger than the others."""
+
+    key: str
+    """Hash of what was read, of the settings and of the tokenizer."""
+    is_last: bool
+    """Whether the item ends with this part."""
+    shards: tuple[ShardEntry, ...]
+    skipped: dict[str, int]
+    """Reason -> documents that were left out."""
+    damaged: tuple[dict[str, str], ...]
+    """Name and reason of inputs of which something could not be read (--skip_bad_files)."""
+    lengths: tuple[int, ...]
+    """How many documents have 2**i to 2**(i + 1) - 1 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What an output folder is made from."""
+
+    source: str
+    """As it was given."""
+    pinned: str | None
+    """The same, with what may move (a branch on the hub) fixed; None where nothing fixes it."""
+    settings: dict[str, Any]
+    inputs: tuple[Input, ...]
+
+
+def settings_of(config: TokenizeConfig, tokenizer_fingerprint: str | None) -> dict[str, Any]:
+    """What shards depend on besides the input; ``tokenizer_fingerprint`` is of the given one, None if it is trained."""
+    trained = {"sample_bytes": config.sample_bytes, "vocab_size": config.vocab_size}
+    names = ("item_bytes", "text_column", "val_fraction", "limit_documents", "limit_bytes", "dedup")
+    values = {name: getattr(config, name) for name in names}
+    return values | {"split_hash": SPLIT_HASH, "tokenizer": tokenizer_fingerprint or trained}
+
+
+def find_source(source: str, folder: Folder) -> Source:
+    """The source, at the revision that this output folder was begun with."""
+    record = read_run(folder)
+    if record is not None and record.pinned and record.source == source:
+        return find(record.pinned)
+    return find(source)
+
+
+def finished(config: TokenizeConfig, folder: Folder, settings: dict[str, Any]) -> Manifest | None:
+    """The manifest, where everything has been done already; None where work is left.
+
+    Raises UserError where the folder holds shards of other settings or of other input.
+    """
+    if not is_complete(folder, config.source, settings, names=(MANIFEST_NAME, TOKENIZER_NAME)):
+        return None
+    manifest = Manifest.load(folder)
+    lost: list[str] = []
+
+    def check(entry: ShardEntry) -> None:
+        if not _is_whole(folder, entry, manifest.vocab_size):
+            lost.append(entry.name)
+
+    in_threads(check, manifest.shards, _REQUESTS)
+    if lost:
+        logger.warning("%s of %s is missing or damaged; it is made again", lost[0], folder)
+        return None
+    return manifest
+
+
+def is_complete(folder: Folder, source: str, settings: dict[str, Any], *, names: tuple[str, ...]) -> bool:
+    """Whether a job has written the files ``names`` to its folder, with these settings and from this source.
+
+    Raises UserError where the folder was begun with other settings, or from other input.
+    """
+    record = read_run(folder)
+    if record is None:
+        return False
+    _require_same_settings(folder, record, settings)
+    if any(folder.size(name) is None for name in names):
+        return False
+    if record.pinned is None or record.source != source:
+        _require_same_inputs(folder, record, find(source).inputs())
+    return True
+
+
+def claim(folder: Folder, run: RunRecord) -> None:
+    """Make the folder ready for work: checked or recorded what it is made from, leftovers of killed runs removed."""
+    record = read_run(folder)
+    if record is None:
+        if any(name.endswith(".bin") for name in folder.names()):
+            raise UserError(f"output folder {folder} holds shards of unknown origin; choose another --output")
+        folder.make()
+        folder.write(_RUN, [_to_json(run)])
+    else:
+        _require_same_settings(folder, record, run.settings)
+        _require_same_inputs(folder, record, list(run.inputs))
+    folder.remove_leftovers()  # a task of the run before may still be ending
+    folder.delete(MANIFEST_NAME)  # the folder is not complete while work goes on in it
+
+
+def read_run(folder: Folder) -> RunRecord | None:
+    """What the folder is made from, or None where nothing was begun in it."""
+    try:
+        values = json.loads(folder.read(_RUN))
+        return RunRecord(**{**values, "inputs": tuple(Input(**entry) for entry in values["inputs"])})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/{_RUN} is damaged; delete {folder} and run the job again") from error
+
+
+def read_plan(folder: Folder) -> list[WorkItem] | None:
+    """The work items that this folder was begun with, or None."""
+    try:
+        return plan_module.load_plan(folder.read(_PLAN))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/{_PLAN} is damaged; delete {folder} and run the job again") from error
+
+
+def read_plan_damage(folder: Folder) -> Damage:
+    """Files that are not in the plan because they cannot be read."""
+    try:
+        return list(json.loads(folder.read(_DAMAGE)))
+    except FileNotFoundError:
+        return []
+
+
+def write_plan(folder: Folder, items: Sequence[WorkItem], damage: Damage) -> None:
+    """Note the work items, and the files that could not be planned."""
+    if damage:
+        folder.write(_DAMAGE, [json.dumps(damage).encode()])
+    folder.write(_PLAN, [plan_module.save_plan(items)])
+
+
+# ---- work items ------------------------------------------------------------------------------------------------------
+
+
+def begin_attempt(
+    folder: Folder, name: str, *, label: str, job: str, node: str, alive_nodes: Callable[[], set[str]]
+) -> None:
+    """Note that the task ``name``, which reads ``label``, starts.
+
+    Raises DamagedInputError where ``MAX_ATTEMPTS`` of it were killed before:
+    Ray starts a task again for ever when its process was killed, so an item too large for the memory would never end.
+    Attempts of other jobs, and on nodes that died, are not held against the task.
+    """
+    path = _attempts_name(name)
+    try:
+        attempts = [tuple(entry) for entry in json.loads(folder.read(path))]
+    except (FileNotFoundError, ValueError, TypeError):
+        attempts = []
+    if attempts:
+        alive = alive_nodes()
+        attempts = [(job_before, node_before) for job_before, node_before in attempts if job_before == job]
+        if sum(node_before in alive for _, node_before in attempts) >= MAX_ATTEMPTS:
+            raise DamagedInputError(
+                f"{label} is given up: its worker was killed {MAX_ATTEMPTS} times, most likely for want of memory; "
+                "lower --item_bytes or --num_workers, or leave it out with --skip_bad_files"
+            )
+    folder.write(path, [json.dumps([*attempts, (job, node)]).encode()], flush="nothing")
+
+
+def end_attempt(folder: Folder, name: str) -> None:
+    """The task got through."""
+    folder.delete(_attempts_name(name))
+
+
+def write_item(folder: Folder, index: int, part: int, record: ItemRecord) -> None:
+    """Record that a part of an item is done; its shards must be written."""
+    folder.write(_item_name(index, part), [_to_json(record)], flush="nothing")  # a torn record is none
+
+
+def read_item_records(folder: Folder, index: int, key: str, vocab_size: int) -> list[ItemRecord] | None:
+    """The records of an item that is done with this ``key``, all shards there in full length, else None."""
+    records: list[ItemRecord] = []
+    while not records or not records[-1].is_last:
+        try:
+            record = _item_from_json(folder.read(_item_name(index, len(records))))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        if record.key != key or not all(_is_whole(folder, entry, vocab_size) for entry in record.shards):
+            return None
+        records.append(record)
+    return records
+
+
+def read_all_records(folder: Folder, keys: Sequence[str], vocab_size: int) -> list[list[ItemRecord] | None]:
+    """``read_item_records`` of every item, many at a time."""
+    records: list[list[ItemRecord] | None] = [None] * len(keys)
+
+    def read(index: int) -> None:
+        records[index] = read_item_records(folder, index, keys[index], vocab_size)
+
+    in_threads(read, range(len(keys)), _REQUESTS)
+    return records
+
+
+def shard_name(split: str, index: int, part: int) -> str:
+    """train_000012.bin, or train_000012-001.bin for the second part of a very large item."""
+    return f"{split}_{_numbered(index, part)}.bin"
+
+
+def remove_others(folder: Folder, names: set[str]) -> None:
+    """Remove shards that are not among ``names``."""
+    for name in folder.names():
+        if name.endswith(".bin") and "/" not in name and name not in names:
+            folder.delete(name)
+
+
+def total_skipped(records: Iterable[ItemRecord]) -> dict[str, int]:
+    """Reason -> documents, over all items."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.skipped)
+    return dict(sorted(total.items()))
+
+
+def _item_from_json(content: bytes) -> ItemRecord:
+    values = json.loads(content)
+    values["shards"] = [ShardEntry(**entry) for entry in values["shards"]]
+    return ItemRecord(**{**values, **{name: tuple(values[name]) for name in ("shards", "damaged", "lengths")}})
+
+
+def _is_whole(folder: Folder, entry: ShardEntry, vocab_size: int) -> bool:
+    return folder.size(entry.name) == shard_bytes(entry.tokens, vocab_size)
+
+
+def _numbered(index: int, part: int) -> str:
+    return f"{index:06d}-{part:03d}" if part else f"{index:06d}"
+
+
+def _item_name(index: int, part: int) -> str:
+    return f"{_ITEMS}/{_numbered(index, part)}.json"
+
+
+def _attempts_name(name: str) -> str:
+    return f"{_ITEMS}/{TEMPORARY_PREFIX}attempts-{name}"
+
+
+def _to_json(record: RunRecord | ItemRecord) -> bytes:
+    return (json.dumps(dataclasses.asdict(record), indent=1, sort_keys=True) + "\n").encode()
+
+
+def _require_same_settings(folder: Folder, record: RunRecord, settings: dict[str, Any]) -> None:
+    if settings.keys() != record.settings.keys():
+        raise UserError(
+            f"output folder {folder} was begun by another job, or by another version of this one; "
+            "choose another --output"
+        )
+    for name in sorted(settings.keys() | record.settings.keys()):
+        old, new = record.settings.get(name), settings.get(name)
+        if old != new:
+            raise UserError(
+                f"output folder {folder} was begun with {name} {_show(old)}, not {_show(new)}; "
+                "delete it or choose another --output"
+            )
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return "trained with " + " and ".join(f"{name} {number:,}" for name, number in value.items())
+    return f"of fingerprint {value[:16]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _require_same_inputs(folder: Folder, record: RunRecord, inputs: list[Input]) -> None:
+    old, new = {entry.name: entry for entry in record.inputs}, {entry.name: entry for entry in inputs}
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            change = "is new in" if name not in old else "is missing from" if name not in new else "has changed in"
+            raise UserError(
+                f"{name} {change} the source since output folder {folder} was begun; "
+                "delete it or choose another --output"
+            )

@@ -1,0 +1,321 @@
+"""What the tasks of the Ray Data graph do (ray_dataflow.py connects them): download, encode, write; count; find
+duplicates.
+
+Execution is at least once (a killed task starts again), results are exactly once: what a task writes is a function of
+its item, the tokenizer and the settings, appears whole, and is not made again where its record is there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.dataset.manifest import SPLITS, ShardEntry
+from pipeline.dataset.shards import shard_parts, token_dtype
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.preprocessing import deduplication, resume_state
+from pipeline.preprocessing.encode_documents import EncodedPart, encode_parts, in_groups, split_by_hash, text_bytes
+from pipeline.preprocessing.resume_state import ItemRecord
+from pipeline.preprocessing.rows import ItemRow, mistake, stage_of
+from pipeline.remote import files as remote_files
+from pipeline.remote.download_cache import Cache
+from pipeline.sources import plan as plan_module
+from pipeline.sources.column_chunks import gather, needed_bytes
+from pipeline.sources.readers import read_item
+from pipeline.sources.work_items import Piece, WorkItem
+from pipeline.storage.folders import Folder, node_cache, open_folder
+from pipeline.tokenizer import bpe
+from pipeline.tokenizer import training as bpe_training
+from pipeline.tokenizer.files import Pattern, collector_paused
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_WHOLE_FILE_SHARE = 0.5  # with less wanted of a file, ranges of it are fetched, which no checksum covers
+_COUNTED_BYTES = 64_000_000  # of text are held while pre-tokens are counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """What every task of a run is told."""
+
+    output: str
+    """Folder or bucket address."""
+    tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]
+    """Itself, or where Ray keeps it, from where a worker has it in a quarter of the time that its file takes."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    settings: str
+    """JSON of what the shards depend on besides input and tokenizer."""
+    val_fraction: float
+    part_bytes: int
+    """Text behind which a very large item goes on in another shard."""
+    skip_damaged: bool
+    """Go on where an input cannot be read."""
+    num_items: int
+    """Of the whole plan."""
+    partitions: int = 0
+    """Files that say which documents are copies; 0 where none are looked for."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of token ids."""
+        return token_dtype(self.vocab_size)
+
+    def key(self, item: WorkItem) -> str:
+        """What an item's shards are a function of."""
+        return hashlib.sha256(f"{item.key} {self.settings} {self.tokenizer_fingerprint}".encode()).hexdigest()
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+@stage_of(lambda arguments: {"piece": pa.int32(), "start": pa.int64(), "data": pa.large_binary()})
+def download(row: ItemRow, cache_bytes: int) -> Iterator[ItemRow]:
+    """The items of a fetch unit, each with the bytes that it needs of remote files."""
+    items = plan_module.load_plan(row.item.encode())
+    num_fetched = 0
+    try:
+        for fetched in _fetch(items, Cache(node_cache("downloads"), cache_bytes)):
+            yield fetched
+            num_fetched += 1
+    except UserError as error:  # of a file that the others share
+        yield from (mistake(item.to_json(), error, {}) for item in items[num_fetched:])
+
+
+def _fetch(items: list[WorkItem], cache: Cache) -> Iterator[ItemRow]:
+    file = items[0].pieces[0].file
+    is_one_file = file is not None and all(piece.file == file for item in items for piece in item.pieces)
+    if not is_one_file or file is None:
+        yield from (_gathered(item, functools.partial(_open_cached, cache)) for item in items)
+    elif needed_bytes(items, _open_remote) < _WHOLE_FILE_SHARE * file.size_bytes:
+        yield from (_gathered(item, _open_remote) for item in items)
+    else:
+        with cache.file(file) as path:
+            yield from (_gathered(item, lambda _: path.open("rb")) for item in items)
+
+
+def _gathered(item: WorkItem, open_file: Callable[[Piece], BinaryIO]) -> ItemRow:
+    segments = gather(item, open_file)
+    arrays = {name: segments[name].combine_chunks() for name in segments.column_names}
+    return ItemRow(item=item.to_json(), arrays=arrays)
+
+
+def _open_remote(piece: Piece) -> BinaryIO:
+    assert piece.file is not None
+    return remote_files.open_file(piece.file)
+
+
+def _open_cached(cache: Cache, piece: Piece) -> BinaryIO:
+    assert piece.file is not None
+    with cache.file(piece.file) as path:
+        return path.open("rb")  # stays readable when the cache removes its name
+
+
+@stage_of(lambda arguments: {f"{split}_ids": pa.from_numpy_dtype(arguments["job"].dtype) for split in SPLITS})
+def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
+    """Texts -> token ids of train and val with their figures, a row per part; one row of figures where it was done."""
+    item, folder = row.work_item, open_folder(job.output)
+    records = resume_state.read_item_records(folder, item.index, job.key(item), job.vocab_size)
+    if records is not None:
+        yield ItemRow(item=row.item, figures=_sum_up(records))
+        return
+    skipped: Counter[str] = Counter()
+    damaged: list[dict[str, str]] = []
+    number = 0
+    try:
+        row.raise_error()
+        _begin_attempt(folder, "encode", item)
+        arrays = read_item(item, skipped, _segments(row), damaged if job.skip_damaged else None)
+        if job.partitions:
+            rows = _duplicates(folder, job, item.index)
+            skipped["duplicate"] += len(rows)
+            arrays = deduplication.without_rows(arrays, rows)
+        tokenizer = get_tokenizer(job.tokenizer)
+        for part in encode_parts(arrays, tokenizer, val_fraction=job.val_fraction, part_bytes=job.part_bytes):
+            yield _part_row(row, number, part, skipped, damaged)
+            number += 1
+    except DamagedInputError as error:
+        if not job.skip_damaged:
+            raise
+        nothing = dict.fromkeys(SPLITS, 0)
+        figures = {"part": number, "is_last": True, "documents": nothing, "text_bytes": nothing, "lengths": []}
+        reasons = [*damaged, {"name": item.label, "reason": str(error)}]
+        yield ItemRow(item=row.item, figures=figures | {"skipped": skipped, "damaged": reasons})
+
+
+def _part_row(
+    row: ItemRow, number: int, part: EncodedPart, skipped: Counter[str], damaged: list[dict[str, str]]
+) -> ItemRow:
+    figures = {
+        "part": number,
+        "is_last": part.is_last,
+        "documents": part.documents,
+        "text_bytes": part.text_bytes,
+        "lengths": part.lengths.tolist(),
+        "skipped": +skipped if part.is_last else {},  # both are complete when the last document has been read
+        "damaged": damaged if part.is_last else [],
+    }
+    arrays = {f"{split}_ids": pa.array(part.ids[split]) for split in SPLITS}
+    return ItemRow(item=row.item, figures=figures, arrays=arrays)
+
+
+@stage_of(lambda arguments: {})
+def write(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
+    """Token ids -> shards and their record; figures of the part."""
+    row.raise_error()
+    if "part" not in row.figures:  # was done before
+        yield ItemRow(item=row.item, figures=row.figures)
+        return
+    item, folder, figures = row.work_item, open_folder(job.output), row.figures
+    entries = []
+    for split in SPLITS:
+        ids = row.arrays[f"{split}_ids"].to_numpy(zero_copy_only=True)
+        if len(ids) == 0:
+            continue
+        name = resume_state.shard_name(split, item.index, figures["part"])
+        entry = ShardEntry(
+            name=name,
+            split=split,
+            tokens=len(ids),
+            documents=figures["documents"][split],
+            text_bytes=figures["text_bytes"][split],
+            sha256=folder.write(name, shard_parts(ids, vocab_size=job.vocab_size), flush="content"),
+            source=item.label,
+        )
+        entries.append(entry)
+    record = ItemRecord(
+        key=job.key(item),
+        is_last=figures["is_last"],
+        shards=tuple(entries),
+        skipped=figures["skipped"],
+        damaged=tuple(figures["damaged"]),
+        lengths=tuple(figures["lengths"]),
+    )
+    resume_state.write_item(folder, item.index, figures["part"], record)
+    if record.is_last:
+        resume_state.end_attempt(folder, f"encode-{item.index:06d}")
+    yield ItemRow(item=row.item, figures=_sum_up([record]))
+
+
+def _sum_up(records: Sequence[ItemRecord]) -> dict[str, Any]:
+    shards = [entry for record in records for entry in record.shards]
+    return {
+        "text_bytes": sum(entry.text_bytes for entry in shards),
+        "tokens": sum(entry.tokens for entry in shards),
+        "is_last": records[-1].is_last,
+    }
+
+
+@stage_of(lambda arguments: {"counts": pa.struct(bpe_training.COUNTS_SCHEMA)})
+def count(row: ItemRow, output: str, val_fraction: float, pattern: Pattern, skip_damaged: bool) -> Iterator[ItemRow]:
+    """Texts -> how often each pre-token occurs in the train documents."""
+    item, folder = row.work_item, open_folder(output)
+    skipped: Counter[str] = Counter()
+    figures = Counter(documents=0, text_bytes=0)
+    counts: list[bpe_training.PretokenCounts] = []
+    for arrays in in_groups(_texts(row, folder, "count", skipped, skip_damaged), _COUNTED_BYTES):
+        train, _ = split_by_hash(pa.chunked_array(arrays, pa.large_string()), val_fraction)
+        counts = [bpe_training.merge_counts([*counts, bpe_training.count_pretokens(train, pattern=pattern)])]
+        figures.update(documents=len(train), text_bytes=text_bytes(train))
+    resume_state.end_attempt(folder, f"count-{item.index:06d}")
+    table = counts[0].table if counts else bpe_training.COUNTS_SCHEMA.empty_table()
+    yield ItemRow(
+        item=row.item,
+        figures={**figures, "skipped": skipped, "tokens": 0, "is_last": True},
+        arrays={"counts": table.to_struct_array().combine_chunks()},
+    )
+
+
+def _texts(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip_damaged: bool) -> Iterator[pa.Array]:
+    """The texts of an item as far as they can be read, where damage does not matter beyond that."""
+    try:
+        row.raise_error()
+        _begin_attempt(folder, verb, row.work_item)
+        yield from read_item(row.work_item, skipped, _segments(row), [] if skip_damaged else None)
+    except DamagedInputError:
+        if not skip_damaged:
+            raise
+
+
+@stage_of(lambda arguments: {})
+def hash_documents(row: ItemRow, output: str, skip_damaged: bool) -> Iterator[ItemRow]:
+    """Texts -> a file of their hashes."""
+    item, folder = row.work_item, open_folder(output)
+    name = deduplication.hashes_name(item.index)
+    num_bytes, hashes = 0, bytearray()
+    if folder.size(name) is None:
+        for array in _texts(row, folder, "hash", Counter(), skip_damaged):
+            num_bytes += text_bytes(array)
+            hashes += deduplication.hash_documents(array)
+        folder.write(name, [deduplication.hashes_to_bytes(bytes(hashes))])
+        resume_state.end_attempt(folder, f"hash-{item.index:06d}")
+    yield ItemRow(item=row.item, figures={"text_bytes": num_bytes, "tokens": 0, "is_last": True})
+
+
+@stage_of(lambda arguments: {})
+def search_duplicates(row: ItemRow, output: str, num_items: int, partitions: int) -> Iterator[ItemRow]:
+    """A partition of the hashes -> a file of the documents in it that are copies."""
+    folder, partition = open_folder(output), int(row.item)
+    files = [functools.partial(folder.read_range, deduplication.hashes_name(index)) for index in range(num_items)]
+    found = deduplication.find_duplicates(files, partition, partitions)
+    folder.write(deduplication.duplicates_name(partition), [found])
+    yield ItemRow(item=row.item)
+
+
+# ---- what the stages share -------------------------------------------------------------------------------------------
+
+
+def _segments(row: ItemRow) -> pa.Table | None:
+    """What the download stage fetched; None of local items."""
+    return pa.table(row.arrays) if "piece" in row.arrays else None
+
+
+def _begin_attempt(folder: Folder, verb: str, item: WorkItem) -> None:
+    import ray
+
+    if not ray.is_initialized():  # called by a benchmark
+        return
+    context = ray.get_runtime_context()
+    resume_state.begin_attempt(
+        folder,
+        f"{verb}-{item.index:06d}",
+        label=item.label,
+        job=context.get_job_id(),
+        node=context.get_node_id(),
+        alive_nodes=lambda: {node["NodeID"] for node in ray.nodes() if node["Alive"]},
+    )
+
+
+def _duplicates(folder: Folder, job: EncodeJob, index: int) -> deduplication.Rows:
+    names = [deduplication.duplicates_name(partition) for partition in range(job.partitions)]
+    return deduplication.rows_of_item(
+        [functools.partial(folder.read_range, name) for name in names], index, job.num_items
+    )
+
+
+def use_system_memory() -> None:
+    """Arrow takes memory as the rest of the process does, not from its own pool.
+
+    That one (mimalloc) gives memory back and asks for it again with every array: where two processes did so at a time,
+    the kernel took 0.7 of the 3.3 s for 249 MB; with the system's, 0.3 of 2.9.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
+@functools.lru_cache(maxsize=1)
+def get_tokenizer(tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]) -> bpe.Tokenizer:
+    """The same one for all items that a worker process encodes, as it keeps the pieces that it has met."""
+    if isinstance(tokenizer, bpe.Tokenizer):
+        return tokenizer
+    import ray
+
+    with collector_paused():
+        return ray.get(tokenizer)

@@ -1,0 +1,142 @@
+"""What jobs/export.py calls: a checkpoint becomes a Hugging Face folder, complete or absent, and goes to the hub.
+
+Needs no GPU and no cluster, and no more memory than the largest tensor, whoever wrote the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoints.metadata import TOKENIZER_FILE
+from pipeline.cluster import ray_cluster
+from pipeline.config.inference import ExportConfig
+from pipeline.errors import UserError
+from pipeline.pretrained import hub_models, huggingface, model_card
+from pipeline.pretrained.resolve import read_tokenizer, resolve_checkpoint
+from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_NOTE_FORMAT = 1
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written, and where."""
+
+    source: str
+    output: str
+    parameters: int
+    dtype: str
+    files: dict[str, int]
+    """Name of every file of weights -> its bytes."""
+    hub: str | None = None
+    """hf://OWNER/NAME@COMMIT, where it was pushed."""
+    mlflow_model: str | None = None
+    """models:/..., where it was logged."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def export(config: ExportConfig) -> ExportReport:
+    """Write the folder, then push it and log it where the settings say so.
+
+    Raises:
+        UserError: no such checkpoint; an output that holds something else; a hub that refuses.
+    """
+    if config.push_to_hub:
+        hub_models.check_name(config.push_to_hub)
+    source, output = resolve_checkpoint(config.checkpoint), ray_cluster.resolve_path(config.output)
+    _check_output(output, source)
+    run = model_card.read_run(source, tracking_uri=config.tracking_uri)
+    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.incomplete")
+    ray_cluster.make_output(output.parent)
+    try:
+        partial.mkdir()
+        report = _write(config, source, output, partial, run)
+        _replace(partial, output)
+    except OSError as error:
+        raise UserError(f"the folder {output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _publish(config, report, run)
+
+
+def _write(config: ExportConfig, source: Path, output: Path, partial: Path, run: model_card.Run) -> ExportReport:
+    model_config, tokenizer = huggingface.read_model_config(source), read_tokenizer(source)
+    dtype, eot_id = _DTYPES[config.dtype], tokenizer.eot_id
+    files = huggingface.write_weights(partial, source, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)
+    huggingface.write_json(
+        partial / huggingface.CONFIG_FILE, huggingface.llama_config(model_config, dtype=dtype, eot_id=eot_id)
+    )
+    huggingface.write_json(
+        partial / huggingface.TOKENIZER_CONFIG_FILE,
+        huggingface.tokenizer_config(END_OF_TEXT, model_config.context_length),
+    )
+    huggingface.write_json(partial / huggingface.GENERATION_CONFIG_FILE, huggingface.generation_config(eot_id))
+    shutil.copyfile(source / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+    note = _note(run, tokenizer, config.dtype)
+    huggingface.write_json(partial / huggingface.NOTE_FILE, note)
+    model_card.write(partial, run, model_config, name=config.push_to_hub or output.name, dtype=config.dtype)
+    return ExportReport(
+        source=str(source),
+        output=str(output),
+        parameters=model_config.num_parameters,
+        dtype=config.dtype,
+        files=files,
+    )
+
+
+def _publish(config: ExportConfig, report: ExportReport, run: model_card.Run) -> ExportReport:
+    values = asdict(report)
+    if config.push_to_hub:
+        step = f", step {run.info.step:,}" if run.info else ""
+        values["hub"] = hub_models.push(Path(report.output), config.push_to_hub, message=f"GPT-2.5{step}")
+    if config.mlflow:
+        from pipeline.pretrained.pyfunc import log_model
+
+        values["mlflow_model"] = log_model(Path(report.output), run.mlflow_run, ray_cluster.working_folder())
+    return ExportReport(**values)
+
+
+def _note(run: model_card.Run, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """What the folder says of itself; no paths, it may become public."""
+    values: dict[str, Any] = {"format_version": _NOTE_FORMAT, "dtype": dtype}
+    if run.info is not None:
+        info = run.info
+        values |= {"step": info.step, "tokens_seen": info.tokens_seen, "train_loss": info.last_loss}
+        values |= {"manifest_fingerprint": info.manifest_fingerprint}
+    return values | {"tokenizer_fingerprint": tokenizer.fingerprint}
+
+
+def _check_output(output: Path, source: Path) -> None:
+    """An export may be replaced by another; nothing else is ever removed."""
+    if output == source:
+        raise UserError(f"output {output} is the checkpoint itself; choose another --output")
+    if output.is_dir() and (not any(output.iterdir()) or (output / huggingface.NOTE_FILE).is_file()):
+        return
+    if output.exists():
+        raise UserError(f"output {output} is there and is no export of an earlier run; choose another --output")
+
+
+def _replace(partial: Path, output: Path) -> None:
+    """Everything on disk, then one rename; an earlier export goes when the new one is complete."""
+    for file in partial.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    old = partial.with_suffix(".old")
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,357 @@
+"""The Hugging Face folder of a model: Llama's names and config.json, safetensors, tokenizer.json. Reading and writing.
+
+    <folder>/
+        config.json                    LlamaForCausalLM's shape
+        model.safetensors              weights; above a size model-00001-of-00003.safetensors, ..., and an index
+        tokenizer.json                 ours as it is;  tokenizer_config.json: which of its ids are special
+        generation_config.json         end of text, the recipe's sampling
+        README.md                      model card (model_card.py)
+        gpt25.json                     which run and step it came from; what tells an export from any other folder
+
+The network is Llama's, tensor by tensor, so the export is a renaming; the padding rows of the vocabulary are left out.
+One tensor is in memory at a time, whatever the size of the model and the number of ranks that wrote its checkpoint.
+transformers, lm-evaluation-harness and llama.cpp's converter read the folder (tests/pretrained/test_huggingface.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+from pipeline.checkpoints import reader as checkpoint_reader
+from pipeline.errors import UserError
+
+CONFIG_FILE = "config.json"
+NOTE_FILE = "gpt25.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+_TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward": "mlp",
+}
+_VOCABULARY_MATRICES = ("embedding.weight", "output.weight")
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def llama_name(name: str) -> str:
+    """blocks.0.attention.q_proj.weight -> model.layers.0.self_attn.q_proj.weight."""
+    first, _, rest = name.partition(".")
+    if first != "blocks":
+        return f"{_TOP_NAMES[first]}.{rest}"
+    number, part, rest = rest.split(".", 2)
+    return f"model.layers.{number}.{_BLOCK_NAMES[part]}.{rest}"
+
+
+def is_exported(path: Path) -> bool:
+    """Whether ``path`` is a Hugging Face folder, ours or another's."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder or in a checkpoint.
+
+    Raises:
+        UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
+    """
+    if not is_exported(path):
+        return checkpoint_reader.read_info(path).model_config
+    return _config_from_llama(path / CONFIG_FILE, _read_json(path / CONFIG_FILE))
+
+
+def check_shape(path: Path, expected: ModelConfig) -> None:
+    """Raise a UserError that names the field where the model in ``path`` differs from the run's."""
+    found = read_model_config(path).to_dict()
+    for name, value in expected.to_dict().items():
+        if found[name] != value:
+            raise UserError(
+                f"{path} holds a model with {name} {found[name]}, but this run asks for {value}; use the same {name}, "
+                "or start without --checkpoint"
+            )
+
+
+def load_weights(path: Path, model: Transformer) -> None:
+    """Read the weights in a Hugging Face folder or a checkpoint into ``model``, sharded or not, in place.
+
+    Every rank calls; a folder's tensors are read whole by each rank, one at a time. Padding rows become zero.
+    """
+    if not is_exported(path):
+        checkpoint_reader.load_weights(path, model)
+        return
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in read_weights(path, model.config):
+            _fill(parameters[name], tensor)
+
+
+def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our names and the tensors of a folder or a checkpoint, in the model's order, one in memory at a time.
+
+    Matrices over the vocabulary have their padding rows where the source has them.
+    """
+    shapes = weight_shapes(config)
+    if not is_exported(path):
+        checkpoint_reader.verify(path)
+        for name, shape in shapes.items():
+            tensor = torch.empty(shape)
+            checkpoint_reader.read_tensors(path, {f"model.{name}": tensor})
+            yield name, tensor
+        return
+    with contextlib.ExitStack() as stack:
+        files = _open_files(path, stack)
+        _refuse_others(path, set(files), {llama_name(name) for name in shapes})
+        for name, shape in shapes.items():
+            yield name, _read_tensor(path, files, name, _real_shape(config, name, shape))
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter; takes no memory."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def write_weights(
+    path: Path, source: Path, config: ModelConfig, *, dtype: torch.dtype, max_file_bytes: int
+) -> dict[str, int]:
+    """Write the weights of ``source`` (checkpoint or folder) into the folder ``path`` as safetensors; name -> bytes.
+
+    Args:
+        max_file_bytes: a further file is begun where one would grow beyond it; a tensor is never split.
+    """
+    shapes = {name: _real_shape(config, name, shape) for name, shape in weight_shapes(config).items()}
+    parts = _split(shapes, dtype.itemsize, max_file_bytes)
+    names = [WEIGHTS_FILE] if len(parts) == 1 else [_part_name(number, len(parts)) for number in range(len(parts))]
+    tensors = read_weights(source, config)
+    for file_name, part in zip(names, parts, strict=True):
+        with (path / file_name).open("wb") as file:
+            _write_header(file, {llama_name(name): shapes[name] for name in part}, dtype)
+            for name in part:
+                found, tensor = next(tensors)
+                assert found == name
+                _write_tensor(file, tensor[: shapes[name][0]], dtype)
+                del tensor
+    if len(parts) > 1:
+        weight_map = {llama_name(name): file for file, part in zip(names, parts, strict=True) for name in part}
+        total = sum(_num_bytes(shape, dtype.itemsize) for shape in shapes.values())
+        write_json(path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return {name: (path / name).stat().st_size for name in names}
+
+
+def llama_config(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> dict[str, Any]:
+    """config.json: what transformers 4 and 5, vLLM and llama.cpp need to know."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": 0.02,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+
+
+def tokenizer_config(end_of_text: str, context_length: int) -> dict[str, Any]:
+    """tokenizer_config.json. As with our tokenizer, text never turns into a special token by itself."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "unk_token": None,
+        "pad_token": None,
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+
+
+def generation_config(eot_id: int) -> dict[str, Any]:
+    """generation_config.json: the published sampling, and where a text ends."""
+    return {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What an exported folder says of itself; empty for a folder that others made."""
+    return _read_json(path / NOTE_FILE) if (path / NOTE_FILE).is_file() else {}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _config_from_llama(path: Path, values: dict[str, Any]) -> ModelConfig:
+    try:
+        heads, width = values["num_attention_heads"], values["hidden_size"]
+        _refuse_other_networks(path, values, heads, width)
+        rope = values.get("rope_parameters") or {}
+        return ModelConfig(
+            vocab_size=values["vocab_size"],
+            context_length=values["max_position_embeddings"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=heads,
+            d_model=width,
+            d_ff=values["intermediate_size"],
+            theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+            norm_eps=float(values["rms_norm_eps"]),
+            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise UserError(f"{path} has no {error}; give the folder of a LlamaForCausalLM") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not describe a network of ours: {error}") from error
+
+
+def _refuse_other_networks(path: Path, values: dict[str, Any], heads: int, width: int) -> None:
+    """UserError on whatever would make transformers compute something else than we do."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    expected: dict[str, tuple[Any, Any]] = {
+        "model_type": (values.get("model_type"), "llama"),
+        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
+        "num_key_value_heads": (values.get("num_key_value_heads") or heads, heads),
+        "head_dim": (values.get("head_dim") or width // heads, width // heads),
+        "attention_bias": (values.get("attention_bias") or False, False),
+        "mlp_bias": (values.get("mlp_bias") or False, False),
+        "rope_type": (rope.get("rope_type") or rope.get("type") or "default", "default"),
+        "quantization_config": (values.get("quantization_config"), None),
+    }
+    for name, (found, needed) in expected.items():
+        if found != needed:
+            raise UserError(f"{path} has {name} {found!r}, but this network is Llama with {name} {needed!r} only")
+
+
+def _open_files(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Their name of every tensor -> the open file that has it."""
+    from safetensors import SafetensorError, safe_open
+
+    names = [WEIGHTS_FILE]
+    if (path / INDEX_FILE).is_file():
+        names = sorted(set(_read_json(path / INDEX_FILE)["weight_map"].values()))
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            file = stack.enter_context(safe_open(path / name, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the weights {path / name} cannot be read ({error}); export or fetch them again"
+            ) from error
+        found.update(dict.fromkeys(file.keys(), file))
+    return found
+
+
+def _refuse_others(path: Path, found: set[str], needed: set[str]) -> None:
+    # Where the matrices are tied, transformers ignores an lm_head.weight that is there nevertheless, and so do we.
+    others = sorted(found - needed - {"lm_head.weight"})
+    missing = sorted(needed - found)
+    if missing or others:
+        what = f"lacks the tensor {missing[0]}" if missing else f"has the tensor {others[0]}, which is not ours"
+        raise UserError(f"{path} {what}; give the folder of a LlamaForCausalLM without biases or adapters")
+
+
+def _read_tensor(path: Path, files: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor: Tensor = files[llama_name(name)].get_tensor(llama_name(name))
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"{path} has {llama_name(name)} of shape {tuple(tensor.shape)}, but its {CONFIG_FILE} asks for {shape}"
+        )
+    return tensor
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy into a parameter, sharded or not; rows that the tensor has not are zero."""
+    if not isinstance(parameter, dist.tensor.DTensor):
+        parameter.zero_()
+        parameter[: tensor.shape[0]].copy_(tensor)
+        return
+    whole = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    whole[: tensor.shape[0]].copy_(tensor)
+    # Every rank has the whole tensor and keeps its part: nothing is sent.
+    part = dist.tensor.distribute_tensor(
+        whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+    parameter.to_local().copy_(part.to_local())
+
+
+def _real_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without padding rows."""
+    return (config.vocab_size, *shape[1:]) if name in _VOCABULARY_MATRICES else shape
+
+
+def _split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:
+    """Names, in order, in groups of at most ``max_bytes``; a larger tensor has a group of its own."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        size = _num_bytes(shape, itemsize)
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _num_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    return int(torch.Size(shape).numel()) * itemsize
+
+
+def _part_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_header(file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """The head of a safetensors file: its length (8 bytes, little-endian), then JSON; then comes the data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + _num_bytes(shape, dtype.itemsize)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+    bits = tensor.to(dtype).contiguous().view(torch.int32 if dtype.itemsize == 4 else torch.int16)
+    file.write(bits.numpy().data)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); export or fetch the folder again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object; export or fetch the folder again")
+    return values

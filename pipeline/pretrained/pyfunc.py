@@ -1,0 +1,224 @@
+"""A model as MLflow knows it: log an exported folder, find one again, answer prompts (mlflow.pyfunc, models serve).
+
+What is logged is the exported folder, this project's code and pyfunc_model.py, which MLflow runs to get a TextModel:
+models from code, so nothing is pickled and nothing unpickled. Beside mlflow_*.py the only file that imports mlflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow.pyfunc import PythonModel
+
+from model.batching import Batch, Request
+from model.decoding import Decoder
+from pipeline.checkpoints.reader import local_checkpoint
+from pipeline.errors import UserError
+from pipeline.tracking.mlflow_run import MLflowRun, mlflow_errors, mlflow_uri
+
+logger = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).resolve().parents[2]
+_ARTIFACT = "model"
+_MODEL_NAME = "text"
+_MAX_TEXTS = 16
+_REQUIREMENTS = ("torch", "numpy", "numba", "pyarrow", "safetensors", "pyyaml", "psutil", "mlflow")
+PARAMETERS: dict[str, Any] = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.9, "seed": 1337}
+"""What a caller may set, and what holds otherwise; top_k 0 is none."""
+
+
+class TextModel(PythonModel):
+    """Prompts in, prompts with their continuations out; the same prompt, parameters and seed give the same text."""
+
+    def load_context(self, context: Any) -> None:
+        from pipeline.pretrained.resolve import open_model
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = open_model(Path(context.artifacts[_ARTIFACT]), device)
+        self._tokenizer, self._config = found.tokenizer, found.config
+        self._decoder = Decoder(found.model)
+
+    def predict(self, context, model_input, params=None) -> list[str]:  # type: ignore[no-untyped-def]  # see below
+        """One text for each prompt.
+
+        Args:
+            model_input: a list of strings, or a table whose column ``prompt`` (or only column) has them.
+            params: a dictionary, see PARAMETERS.
+
+        MLflow would read annotations as a schema of its own; the signature that is logged says what comes in.
+
+        Raises:
+            UserError: no text, a prompt longer than the context.
+        """
+        settings = PARAMETERS | (params or {})
+        prompts = _prompts(model_input)
+        batch = Batch(self._decoder, max_texts=_MAX_TEXTS)
+        for number, prompt in enumerate(prompts):
+            batch.add(number, self._request(prompt, settings))
+        new: list[list[int]] = [[] for _ in prompts]
+        while len(batch):
+            for step in batch.step():
+                if step.token is not None:
+                    new[int(str(step.key))].append(step.token)
+        return [prompt + self._tokenizer.decode(tokens) for prompt, tokens in zip(prompts, new, strict=True)]
+
+    def _request(self, prompt: str, settings: dict[str, Any]) -> Request:
+        from pipeline.generation.sampling import encode_prompt
+
+        try:
+            return Request(
+                tokens=encode_prompt(self._tokenizer, prompt, self._config.context_length),
+                max_new_tokens=int(settings["max_new_tokens"]),
+                temperature=float(settings["temperature"]),
+                top_k=int(settings["top_k"]) or None,
+                top_p=float(settings["top_p"]),
+                seed=int(settings["seed"]),
+                stop_id=self._tokenizer.eot_id,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def _prompts(model_input: Any) -> list[str]:
+    if hasattr(model_input, "columns"):
+        names = list(model_input.columns)
+        values = list(model_input["prompt" if "prompt" in names else names[0]])
+    else:
+        values = [model_input] if isinstance(model_input, str) else list(model_input)
+    for value in values:
+        if not isinstance(value, str):
+            raise UserError(f"a prompt is {value!r}; give texts, in a column named prompt or as a list")
+    return values
+
+
+def save_model(folder: Path, path: Path) -> None:
+    """The exported ``folder`` as an MLflow model in the new folder ``path``: for mlflow models serve -m PATH."""
+    import mlflow
+
+    with _without_advice():
+        mlflow.pyfunc.save_model(path=str(path), **_contents(folder))
+
+
+def log_model(folder: Path, run: MLflowRun | None, working_folder: Path) -> str:
+    """The exported ``folder`` as a model of the training run, or of no run; returns its models:/... address.
+
+    Raises:
+        UserError: the store does not take it.
+    """
+    import mlflow
+
+    uri = run.tracking_uri if run else mlflow_uri(None, working_folder)
+    try:
+        with _store(uri), _inside(run), _without_advice():
+            logged = mlflow.pyfunc.log_model(name=_MODEL_NAME, **_contents(folder))
+    except mlflow_errors() as error:
+        raise UserError(f"MLflow did not take the model: {' '.join(str(error).split())}") from error
+    return str(logged.model_uri)
+
+
+def find_model(address: str, working_folder: Path, tracking_uri: str | None = None) -> Path:
+    """The folder behind models:/... or runs:/...: the exported one that was logged, or the checkpoint that is named.
+
+    Raises:
+        UserError: MLflow does not know it, or it is no model of this project.
+    """
+    import mlflow
+
+    try:
+        with _store(mlflow_uri(tracking_uri, working_folder)):
+            checkpoint = _named_checkpoint(address)
+            if checkpoint:
+                return local_checkpoint(checkpoint)
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+    except mlflow_errors() as error:
+        raise UserError(f"MLflow has no model {address}: {' '.join(str(error).split())}") from error
+    folders = sorted(file.parent for file in local.glob("artifacts/*/config.json"))
+    if not folders:
+        raise UserError(f"{address} holds no exported model of this project; log one with jobs/export.py --mlflow")
+    return folders[0]
+
+
+@contextlib.contextmanager
+def _store(uri: str) -> Iterator[None]:
+    """MLflow's functions write to and read from ``uri``; afterwards the process is as it was, its environment too."""
+    import mlflow
+
+    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if variable is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = variable
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """MLflow recommends annotations and an example; the signature says what they would."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
+        yield
+
+
+@contextlib.contextmanager
+def _inside(run: MLflowRun | None) -> Iterator[None]:
+    """What is logged belongs to ``run``, whose status stays what it was."""
+    import mlflow
+
+    if run is None:
+        yield
+        return
+    status = mlflow.MlflowClient().get_run(run.run_id).info.status
+    with mlflow.start_run(run_id=run.run_id):
+        yield
+    mlflow.MlflowClient().update_run(run.run_id, status=status)
+
+
+def _named_checkpoint(address: str) -> str | None:
+    """The checkpoint folder that a training run's models:/m-..., models:/NAME@best or models:/NAME/3 stands for: those
+    are logged by name only."""
+    from mlflow import MlflowClient
+
+    name = address.removeprefix("models:/")
+    if name == address:
+        return None
+    model, _, alias = name.partition("@")
+    family, _, version = name.partition("/")
+    if alias:
+        tags = MlflowClient().get_model_version_by_alias(model, alias).tags
+    elif version.isdigit():
+        tags = MlflowClient().get_model_version(family, version).tags
+    elif name.startswith("m-") and not version:
+        tags = MlflowClient().get_logged_model(name).tags
+    else:
+        return None
+    checkpoint: str | None = tags.get("checkpoint")
+    return checkpoint
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    types = {int: DataType.long, float: DataType.double}
+    parameters = [ParamSpec(name, types[type(value)], value) for name, value in PARAMETERS.items()]
+    return {
+        "python_model": str(_ROOT / "pipeline" / "pretrained" / "pyfunc_model.py"),
+        "artifacts": {_ARTIFACT: str(folder)},
+        "code_paths": [str(_ROOT / "model"), str(_ROOT / "pipeline")],
+        "pip_requirements": list(_REQUIREMENTS),  # given, because MLflow would load the model to find them out
+        "signature": ModelSignature(
+            inputs=Schema([ColSpec(DataType.string, "prompt")]),
+            outputs=Schema([ColSpec(DataType.string)]),
+            params=ParamSchema(parameters),
+        ),
+    }

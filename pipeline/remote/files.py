@@ -1,0 +1,309 @@
+"""Files that lie elsewhere: on the Hugging Face hub, in buckets (s3, gs), behind http(s). Which, and their bytes.
+
+Bytes are fetched in ranges of 8 MB, several at a time, and each range is asked for again after failures (retry.py).
+A file is the one that was listed or a DamagedInputError: the hub's are pinned to a commit, the others by ETag and size.
+Tokens and keys come from the environment and never enter a plan or a message. Whole files on disk: download_cache.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import re
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.remote import globs, hub_datasets
+from pipeline.remote import http as remote_http
+from pipeline.remote.range_reader import RangeFile
+from pipeline.remote.retry import Interrupted, Patience
+from pipeline.storage.object_store import bucket_errors, bucket_store, parse_url
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+
+SCHEMES = ("hf", "s3", "gs", "http", "https")
+_RANGE_BYTES = 8 << 20  # the hub counts requests, a slow start costs little of it
+_RANGES_AT_A_TIME = 8  # of one file, 64 MB in memory
+_SMALL_RANGES_AT_A_TIME = 16
+_NEAR_BYTES = 64 << 10  # ranges that close are fetched as one
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """One file as it was listed; plain values."""
+
+    url: str
+    """hf://datasets/OWNER/NAME@COMMIT/PATH, s3://BUCKET/KEY, gs://BUCKET/KEY, http(s)://..."""
+    name: str
+    """Path in the hub's data set; else relative to the fixed part of the source."""
+    size_bytes: int
+    version: str
+    """sha256:HEX or blob:HEX (git's hash) on the hub; etag:... or modified:... elsewhere; empty: nothing is known."""
+
+    @property
+    def where(self) -> str:
+        """How messages name the file: no commit, nothing that may be secret."""
+        return describe(self.url)
+
+
+class Origin(Protocol):
+    """Where the bytes of one file come from; used by several threads."""
+
+    def stream(self, start: int, stop: int) -> Iterator[bytes]:
+        """[start, stop) or the first of it, in one request; Interrupted where asking for the rest may help."""
+
+    def has_ranges(self) -> bool:
+        """False where asking for a part means reading all before it."""
+
+
+def is_remote(source: str) -> bool:
+    """Whether the source is of a kind that this module lists."""
+    return source.partition("://")[0] in SCHEMES and "://" in source
+
+
+def describe(url: str) -> str:
+    """A URL for a message, without commit, user, password and query."""
+    if not url.startswith(("http://", "https://")):
+        return re.sub("@[0-9a-f]{40}(?=/|$)", "", url, count=1)
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+# ---- listing ---------------------------------------------------------------------------------------------------------
+
+
+def list_files(source: str) -> tuple[str | None, list[RemoteFile]]:
+    """The source pinned to a commit (None where nothing pins it) and its files, sorted by name.
+
+    hf, s3 and gs sources may be a file, a folder or a glob (globs.py); an http(s) address is one file.
+
+    Raises:
+        UserError: the place cannot be reached or refuses; nothing of that name is an empty list, on http(s) an error.
+    """
+    if source.startswith("hf://"):
+        return _list_hub(source)
+    if source.startswith(("s3://", "gs://")):
+        return None, _list_bucket(source)
+    where = describe(source)
+    name = unquote(urlsplit(source).path.rpartition("/")[2])
+    if not name:
+        raise UserError(f"{where} names no file; only single files can be read over http(s)")
+    size_bytes, version = remote_http.describe(source, where)
+    return None, [RemoteFile(url=source, name=name, size_bytes=size_bytes, version=version)]
+
+
+def _list_hub(source: str) -> tuple[str, list[RemoteFile]]:
+    pinned, files = hub_datasets.list_files(source)
+    return pinned, [
+        RemoteFile(url=file.url, name=file.path, size_bytes=file.size_bytes, version=file.version) for file in files
+    ]
+
+
+def _list_bucket(source: str) -> list[RemoteFile]:
+    import obstore
+
+    scheme, bucket, pattern = parse_url(source)
+    store, _ = bucket_store(source)
+    fixed = globs.fixed_part(pattern)
+
+    def remote_file(entry: Any, folder: str) -> RemoteFile:
+        key = entry["path"]
+        version = f"etag:{entry['e_tag']}" if entry["e_tag"] else ""
+        name = key.removeprefix(f"{folder}/") if folder else key
+        return RemoteFile(url=f"{scheme}://{bucket}/{key}", name=name, size_bytes=entry["size"], version=version)
+
+    with bucket_errors(source):
+        if fixed and fixed == pattern:
+            with contextlib.suppress(FileNotFoundError):
+                return [remote_file(obstore.head(store, fixed), fixed.rpartition("/")[0])]
+        pages = list(obstore.list(store, fixed or None, chunk_size=1000))
+    files = [remote_file(entry, fixed) for page in pages for entry in page if globs.matches(entry["path"], pattern)]
+    return sorted(files, key=lambda file: file.name)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def stream(file: RemoteFile, start: int = 0) -> Generator[bytes, None, None]:
+    """The bytes of a file from ``start`` to its end, in order, fetched in several ranges at a time.
+
+    Raises:
+        DamagedInputError: the file is gone, or changed since it was listed.
+        UserError: the place cannot be reached, or refuses.
+    """
+    return _stream(file, _origin_of(file), start)
+
+
+def read_ranges(file: RemoteFile, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of every range [start, stop), many at a time; raises as ``stream`` does."""
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= file.size_bytes:
+            raise DamagedInputError(f"{file.where} has {file.size_bytes:,} bytes; bytes {start}-{stop} are not in it")
+    parts = _fetch_all(file, _origin_of(file), ranges)
+    return [_cut(parts, start, stop) for start, stop in ranges]
+
+
+def open_file(file: RemoteFile) -> BinaryIO:
+    """A seekable file: what is read in order is fetched ahead, anything else as it is asked for. Close it."""
+    origin = _origin_of(file)
+
+    def fetch(start: int, stop: int) -> bytes:
+        return _cut(_fetch_all(file, origin, [(start, stop)]), start, stop)
+
+    return cast(BinaryIO, RangeFile(file.size_bytes, fetch, lambda start: _stream(file, origin, start)))
+
+
+def _stream(file: RemoteFile, origin: Origin, start: int) -> Generator[bytes, None, None]:
+    if start >= file.size_bytes:
+        return
+    if not origin.has_ranges():
+        yield from _chunks(file, origin, start, file.size_bytes, threading.Event())
+        return
+    waiting = collections.deque(_divide(start, file.size_bytes))
+    running: collections.deque[Future[bytes]] = collections.deque()
+    with _pool(min(_RANGES_AT_A_TIME, len(waiting))) as (pool, stopped):
+        while waiting or running:
+            while waiting and len(running) < _RANGES_AT_A_TIME:
+                running.append(pool.submit(_fetch, file, origin, waiting.popleft(), stopped))
+            yield running.popleft().result()
+
+
+def _fetch_all(file: RemoteFile, origin: Origin, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+    """Parts that cover the ranges: (start, content), sorted by start, no two over the same bytes."""
+    spans = _spans(ranges)
+    if not spans:
+        return []
+    if origin.has_ranges():
+        parts = [part for span in spans for part in _divide(*span)]
+    else:
+        parts = [(spans[0][0], spans[-1][1])]  # one answer, read from the start of the file
+    with _pool(min(_SMALL_RANGES_AT_A_TIME, len(parts))) as (pool, stopped):
+        running = [pool.submit(_fetch, file, origin, part, stopped) for part in parts]
+        done, _ = wait(running, return_when=FIRST_EXCEPTION)  # one refusal need not wait for the patience of another
+        if errors := [error for future in done if (error := future.exception())]:
+            raise errors[0]
+        return [(start, future.result()) for (start, _), future in zip(parts, running, strict=True)]
+
+
+@contextlib.contextmanager
+def _pool(num_threads: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
+    """Threads, and the event that ends their waits when the block is left."""
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
+    try:
+        yield pool, stopped
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _fetch(file: RemoteFile, origin: Origin, part: tuple[int, int], stopped: threading.Event) -> bytes:
+    return b"".join(_chunks(file, origin, *part, stopped))
+
+
+def _chunks(file: RemoteFile, origin: Origin, start: int, stop: int, stopped: threading.Event) -> Iterator[bytes]:
+    """[start, stop), asked for again from where it broke off."""
+    patience = Patience(file.where, stopped=stopped)
+    while start < stop:
+        try:
+            for chunk in origin.stream(start, stop):
+                start += len(chunk)
+                patience.progress()
+                yield chunk
+            if start < stop:
+                raise Interrupted("the server ends its answers before all has come")
+        except Interrupted as interruption:
+            patience.wait(interruption)
+
+
+def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges in order, those that touch or nearly do as one."""
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if start == stop:
+            continue
+        if spans and start <= spans[-1][1] + _NEAR_BYTES:
+            spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
+        else:
+            spans.append((start, stop))
+    return spans
+
+
+def _divide(start: int, stop: int) -> list[tuple[int, int]]:
+    return [(first, min(first + _RANGE_BYTES, stop)) for first in range(start, stop, _RANGE_BYTES)]
+
+
+def _cut(parts: Sequence[tuple[int, bytes]], start: int, stop: int) -> bytes:
+    """[start, stop) out of sorted parts that cover it."""
+    if start == stop:
+        return b""
+    pieces = []
+    index = bisect.bisect_right(parts, start, key=lambda part: part[0]) - 1
+    while start < stop:
+        first, content = parts[index]
+        pieces.append(memoryview(content)[start - first : stop - first])
+        start += len(pieces[-1])
+        index += 1
+    return b"".join(pieces)
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+def _origin_of(file: RemoteFile) -> Origin:
+    scheme = file.url.partition("://")[0]
+    if scheme == "hf":  # pinned by its commit; the servers that it redirects to have ETags of their own
+        location, headers = hub_datasets.address(file.url)
+        return remote_http.WebFile(
+            location,
+            where=file.where,
+            size_bytes=file.size_bytes,
+            headers=headers,
+            refusal=hub_datasets.refusal,
+            known_ranges=True,
+        )
+    if scheme in ("s3", "gs"):
+        return _BucketFile(file)
+    return remote_http.WebFile(file.url, where=file.where, size_bytes=file.size_bytes, version=file.version)
+
+
+class _BucketFile:
+    """An object of a bucket. obstore itself asks again where it gets no answer at all."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
+        self._store, self._key = bucket_store(file.url)
+
+    def has_ranges(self) -> bool:
+        return True
+
+    def stream(self, start: int, stop: int) -> Iterator[bytes]:
+        import obstore
+        from obstore.exceptions import BaseError, PreconditionError
+
+        file = self._file
+        options: GetOptions = {"range": (start, stop)}
+        if file.version.startswith("etag:"):
+            options["if_match"] = file.version.removeprefix("etag:")
+        try:
+            with bucket_errors(file.url):
+                try:
+                    answer = obstore.get(self._store, self._key, options=options)
+                except PreconditionError as error:
+                    raise DamagedInputError(f"{file.where} has {remote_http.CHANGED}") from error
+        except FileNotFoundError as error:
+            raise DamagedInputError(f"{file.where} is missing; it was there when the plan was made") from error
+        if answer.meta["size"] != file.size_bytes:
+            raise DamagedInputError(f"{file.where} has {remote_http.CHANGED}")
+        try:
+            yield from answer.stream(_CHUNK_BYTES)
+        except BaseError as error:
+            raise Interrupted(f"the connection to {describe(file.url)} breaks off") from error

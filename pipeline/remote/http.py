@@ -1,0 +1,203 @@
+"""Byte ranges of one file over HTTP: what the hub and plain http(s) addresses have in common.
+
+A file that is not the one that was planned is told by its ETag (else Last-Modified) and its size. The client is
+huggingface_hub's, for one pool of connections and its settings of proxies and certificates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.remote.retry import RETRIED_STATUS, TRANSFER_TRIES, Interrupted, asked_wait_seconds, patiently
+
+CHANGED = "changed since the plan was made; plan it anew, into another output folder"
+_SILENCE_SECONDS = 60.0  # without a byte, then the connection is given up
+_EXPIRED = frozenset({400, 401, 403, 404, 410})  # answers of a signed address whose time is over
+
+
+class WebFile:
+    """A file at an HTTP address; several threads may read it at once."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        where: str,
+        size_bytes: int,
+        version: str = "",
+        headers: Mapping[str, str] | None = None,
+        refusal: Callable[[str, Any], UserError] | None = None,
+        known_ranges: bool | None = None,
+    ) -> None:
+        """``version`` as ``version_of`` gives it, compared where both are known; ``refusal`` words other answers."""
+        self._url = url
+        self._where = where
+        self._size_bytes = size_bytes
+        self._version = version
+        self._headers = dict(headers or {})
+        self._refusal = refusal or _refusal
+        self._lock = threading.Lock()
+        self._redirected: str | None = None
+        self._has_ranges = known_ranges
+
+    def stream(self, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes [start, stop) or the first of them, in one request; a server without ranges sends all before them.
+
+        Raises:
+            Interrupted: the rest may come when it is asked for again.
+            DamagedInputError: the file is gone, or another one.
+            UserError: the server refuses it.
+        """
+        with self._get(start, stop) as response:
+            skip = 0 if response.status_code == 206 else start
+            left = stop - start
+            for chunk in response.iter_raw():
+                wanted = chunk[skip : skip + left]
+                skip = max(0, skip - len(chunk))
+                if wanted:
+                    yield wanted
+                    left -= len(wanted)
+                if not left:
+                    return
+
+    def has_ranges(self) -> bool:
+        """Whether the server sends parts of the file; asked once."""
+        if self._has_ranges is None:
+            self._has_ranges = patiently(self._where, self._ask_for_ranges, tries=TRANSFER_TRIES)
+        return self._has_ranges
+
+    def _ask_for_ranges(self) -> bool:
+        with self._get(0, 1) as response:
+            return _is_part(response)
+
+    @contextlib.contextmanager
+    def _get(self, start: int, stop: int) -> Iterator[Any]:
+        """An answer with the range, or with the whole file."""
+        with self._lock:
+            redirected = self._redirected
+        headers = {} if redirected else self._headers  # a token is for the first address only
+        headers = {**headers, "Range": f"bytes={start}-{stop - 1}"}
+        with get(redirected or self._url, headers) as response:
+            if redirected and response.status_code in _EXPIRED:
+                with self._lock:
+                    self._redirected = None
+                raise Interrupted(f"a signed address was refused ({response.status_code})", wait_seconds=0)
+            self._check(response, start)
+            with self._lock:  # the next ranges go there directly: the hub counts what it is asked
+                if response.history and _origin(str(response.url)) != _origin(self._url):
+                    self._redirected = str(response.url)
+            yield response
+
+    def _check(self, response: Any, start: int) -> None:
+        if response.status_code in (412, 416):
+            raise DamagedInputError(f"{self._where} has {CHANGED}")
+        if response.status_code not in (200, 206):
+            response.read()
+            raise self._refusal(self._where, response)
+        version, size_bytes = version_of(response.headers), total_bytes(response)
+        if version and self._version and version != self._version:
+            raise DamagedInputError(f"{self._where} has {CHANGED}")
+        if size_bytes is not None and size_bytes != self._size_bytes:
+            sizes = f"it has {size_bytes:,} bytes and had {self._size_bytes:,}"
+            raise DamagedInputError(f"{self._where} has {CHANGED} ({sizes})")
+        if response.status_code == 206 and _first_byte(response) != start:
+            raise Interrupted("the server sent another part of the file than it was asked for")
+
+
+@contextlib.contextmanager
+def get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
+    """An answer that is no passing failure, its body still to come; a body that breaks off raises Interrupted too."""
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    headers = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the bytes of the file itself
+    try:
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=_SILENCE_SECONDS, follow_redirects=True
+        ) as response:
+            if response.status_code in RETRIED_STATUS:
+                raise Interrupted(
+                    f"the server answered with an error ({response.status_code})",
+                    wait_seconds=asked_wait_seconds(response.headers),
+                )
+            yield response
+    except (HTTPError, ConnectionError) as error:  # the text of these may hold the address, which may hold a secret
+        raise Interrupted(
+            f"the server at {_origin(url)} cannot be reached, or breaks off ({type(error).__name__})",
+            advice="check the network, then run the same command again",
+        ) from error
+
+
+def describe(url: str, where: str) -> tuple[int, str]:
+    """Size and version of the file at an address, by one GET of its first byte: signed addresses allow no HEAD.
+
+    Raises:
+        UserError: the server refuses it, cannot be reached, or does not say how long the file is.
+    """
+
+    def attempt() -> tuple[int, str]:
+        with get(url, {"Range": "bytes=0-0"}) as response:
+            if response.status_code not in (200, 206, 416):
+                response.read()
+                raise _refusal(where, response)
+            _is_part(response)
+            size_bytes, version = total_bytes(response), version_of(response.headers)
+        if size_bytes is None:
+            raise UserError(
+                f"{where}: the server does not say how long the file is (no Content-Length), so nobody could tell "
+                "whether all of it arrived; download it and name the local file as source"
+            )
+        return size_bytes, version
+
+    return patiently(where, attempt)
+
+
+def version_of(headers: Mapping[str, str]) -> str:
+    """etag:..., else modified:..., else nothing."""
+    if etag := headers.get("ETag"):
+        return f"etag:{etag}"
+    modified = headers.get("Last-Modified")
+    return f"modified:{modified}" if modified else ""
+
+
+def total_bytes(response: Any) -> int | None:
+    """Length of the whole file by the headers of an answer."""
+    if response.status_code == 200:
+        length = response.headers.get("Content-Length", "")
+    else:
+        length = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(length) if length.isdigit() else None
+
+
+def _is_part(response: Any) -> bool:
+    """Whether the server sent the one byte that it was asked for; it is read, so that the connection is used again."""
+    if response.status_code == 206:
+        response.read()
+    return bool(response.status_code == 206)
+
+
+def _first_byte(response: Any) -> int:
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(match[1]) if match else -1
+
+
+def _refusal(where: str, response: Any) -> UserError:
+    status = response.status_code
+    if status in (404, 410):
+        return DamagedInputError(f"{where} is missing; the server has no such file ({status})")
+    if status in (401, 403):
+        return UserError(f"{where}: the server refuses it ({status}); it needs a login, or the address has expired")
+    return UserError(f"{where}: the server answered with an error ({status}); try again later")
+
+
+def _origin(url: str) -> str:
+    """Without what may be secret: user, password, query."""
+    parts = urlsplit(url)
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname}{port}"

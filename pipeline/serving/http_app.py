@@ -1,0 +1,268 @@
+"""The web application around one Engine: completions, models, health, a page to try prompts. ASGI, by Starlette.
+
+Everything that a request may take is bounded: bytes, seconds, prompts, tokens, requests at a time. Whatever is wrong
+with a request is answered with a status of 4xx and a sentence in OpenAI's shape. The token, where one is asked for, is
+known here by its hash only and compared in constant time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from model.batching import Reason
+from pipeline.serving.engine import Engine, EngineError, Growth
+from pipeline.serving.openai_protocol import Answer, Completion, Limits, RequestError, parse, to_json
+from pipeline.tokenizer.bpe import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).with_name("page.html")
+_LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebLimits:
+    """What the server bears."""
+
+    max_body_bytes: int
+    max_waiting: int
+    """Requests at a time."""
+    request_seconds: float
+    """From arrival to the last token."""
+    only_local: bool
+    """Serve only requests whose host is this machine: a page from elsewhere cannot get in by a DNS trick."""
+    token_sha256: str | None
+    """Hexadecimal; None where no token is asked for."""
+
+
+class WebApp:
+    """Answers requests from one Engine; ``app`` is what a web server runs."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, web: WebLimits) -> None:
+        self._engine, self._tokenizer, self._limits, self._web = engine, tokenizer, limits, web
+        self._num_requests = 0
+        self._started = int(time.time())
+        routes = [
+            Route("/", self._guarded(self._page)),
+            Route("/healthz", self._guarded(self._health)),
+            Route("/v1/models", self._guarded(self._models, needs_token=True)),
+            Route("/v1/models/{name:path}", self._guarded(self._model, needs_token=True)),
+            Route("/v1/completions", self._guarded(self._completions, needs_token=True), methods=["POST"]),
+        ]
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+    def _guarded(self, answer: Callable[[Request], Any], *, needs_token: bool = False) -> Callable[[Request], Any]:
+        """``answer`` behind the checks; what it raises becomes an answer."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._check_host(request)
+                if needs_token:
+                    self._check_token(request)
+                response: Response = await answer(request)
+            except RequestError as error:
+                return _error_response(error)
+            except EngineError as error:
+                return _error_response(RequestError(str(error), status=503))
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
+            return response
+
+        return guarded
+
+    def _check_host(self, request: Request) -> None:
+        host = request.headers.get("host", "")
+        if self._web.only_local and not _LOCAL_HOST.fullmatch(host):
+            raise RequestError(f"this server answers to localhost, not to {host[:100]!r}", status=403)
+
+    def _check_token(self, request: Request) -> None:
+        expected = self._web.token_sha256
+        if expected is None:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        found = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        if not hmac.compare_digest(found, expected) or scheme.lower() != "bearer":
+            message = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
+            raise RequestError(message, status=401, code="invalid_api_key")
+
+    async def _page(self, request: Request) -> Response:
+        headers = {"Content-Security-Policy": self._page_policy, "X-Content-Type-Options": "nosniff"}
+        return Response(self._page_html, media_type="text/html; charset=utf-8", headers=headers)
+
+    async def _health(self, request: Request) -> Response:
+        self._engine.check()
+        return _json({"status": "ok", "model": self._limits.model_name, "texts": self._engine.num_texts})
+
+    async def _models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [self._model_entry]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._limits.model_name:
+            message = f"model {name[:100]!r} is not served here; the model is {self._limits.model_name!r}"
+            raise RequestError(message, status=404, code="model_not_found")
+        return _json(self._model_entry)
+
+    async def _completions(self, request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise RequestError("the body must be JSON; send Content-Type: application/json", status=415)
+        if self._num_requests >= self._web.max_waiting:
+            message = f"the server has {self._num_requests} requests already; try again in a moment"
+            raise RequestError(message, status=429, code="rate_limit_exceeded")
+        deadline = time.monotonic() + self._web.request_seconds
+        self._num_requests += 1
+        is_handed_on = False
+        try:
+            completion = parse(await self._body(request), self._limits, self._tokenizer)
+            answer = Answer(completion, self._limits.model_name)
+            if not completion.stream:
+                return await self._whole(request, completion, answer, deadline)
+            events = self._events(completion, answer, deadline)
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            is_handed_on = True
+            return _Stream(self._end_request, events, media_type="text/event-stream", headers=headers)
+        finally:
+            if not is_handed_on:
+                self._end_request()
+
+    def _end_request(self) -> None:
+        self._num_requests -= 1
+
+    async def _body(self, request: Request) -> bytes:
+        """All of it, unless it is too large or too slow."""
+        most = self._web.max_body_bytes
+        too_large = RequestError(f"the body has more than {most:,} bytes", status=413)
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared[:20]) > most:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._web.request_seconds / 10):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError:
+            raise RequestError("the body did not arrive in time", status=408) from None
+        return bytes(body)
+
+    async def _whole(self, request: Request, completion: Completion, answer: Answer, deadline: float) -> Response:
+        texts = list(completion.heads)
+        reasons: list[Reason | None] = [None] * len(texts)
+        num_tokens = 0
+        async for growth in self._growth(completion, deadline):
+            texts[growth.index] += growth.piece
+            reasons[growth.index] = growth.finished
+            num_tokens += growth.num_tokens
+            if await request.is_disconnected():
+                raise ClientDisconnect
+        return _json(answer.whole(texts, reasons, num_tokens))
+
+    async def _events(self, completion: Completion, answer: Answer, deadline: float) -> AsyncIterator[bytes]:
+        """Server-sent events: a chunk for each piece of text, the counts where they are asked for, [DONE]."""
+        num_tokens = 0
+        try:
+            for index, head in enumerate(completion.heads):
+                if head:
+                    yield _event(to_json(answer.chunk(index, head, None)))
+            async for growth in self._growth(completion, deadline):
+                num_tokens += growth.num_tokens
+                if growth.piece or growth.finished:
+                    yield _event(to_json(answer.chunk(growth.index, growth.piece, growth.finished)))
+            if completion.include_usage:
+                yield _event(to_json(answer.usage_chunk(num_tokens)))
+            yield _event(b"[DONE]")
+        except RequestError as error:  # the status is sent already
+            yield _event(to_json(error.body))
+        except EngineError as error:
+            yield _event(to_json(RequestError(str(error), status=503).body))
+
+    async def _growth(self, completion: Completion, deadline: float) -> AsyncIterator[Growth]:
+        """The engine's stream until the deadline; closed whatever happens, so that its texts leave the batch."""
+        async with aclosing(self._engine.grow(completion.requests, completion.stop)) as stream:  # type: ignore[type-var]
+            while True:
+                try:
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        growth = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    message = f"the text was not finished within {self._web.request_seconds:g} seconds; ask for less"
+                    raise RequestError(message, status=408, code="timeout") from None
+                yield growth
+
+    @property
+    def _model_entry(self) -> dict[str, Any]:
+        name = self._limits.model_name
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "gpt-2.5"}
+
+    @cached_property
+    def _page_html(self) -> str:
+        return PAGE.read_text(encoding="utf-8")
+
+    @cached_property
+    def _page_policy(self) -> str:
+        """The page's own script and style, by their hashes, and requests to this server; nothing else."""
+        hashes = {}
+        for name in ("script", "style"):
+            content = self._page_html.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
+            hashes[name] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        return (
+            f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+
+class _Stream(StreamingResponse):
+    """Says when it has ended, even where the client left before the first byte."""
+
+    def __init__(self, on_end: Callable[[], None], *values: Any, **settings: Any) -> None:
+        super().__init__(*values, **settings)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and wrong methods, in the same shape."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    reasons = {
+        404: "there is nothing at this path; see /v1/models and /v1/completions",
+        405: "this path takes another method",
+    }
+    return _error_response(RequestError(reasons.get(status, "the request was refused"), status=status))
+
+
+def _error_response(error: RequestError) -> Response:
+    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
+    return _json(error.body, status=error.status, headers=headers)
+
+
+def _json(values: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(values), status_code=status, media_type="application/json", headers=headers)
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"

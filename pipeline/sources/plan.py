@@ -1,0 +1,319 @@
+"""From layouts to work items: a function of the input and of ``item_bytes`` alone, whatever the cluster.
+
+An item is a part of one file, a file above ``item_bytes`` being divided into parts of about equal size, or whole small
+files together; never a mixture. A plan is written down as lines of JSON: FineWeb whole, 350,000 items, takes 23 MB.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.remote.files import RemoteFile
+from pipeline.sources import json_lines
+from pipeline.sources.sources import Layout
+from pipeline.sources.work_items import Piece, WorkItem, open_piece, reading, unpacked
+
+_FORMAT = "gpt-2.5 plan 1"
+_PRECISION = 128  # parts of a file are made equal to a 128th of their size
+
+
+def make_plan(
+    layouts: Iterable[Layout],
+    *,
+    text_column: str,
+    item_bytes: int,
+    limit_documents: int | None = None,
+    limit_bytes: int | None = None,
+) -> list[WorkItem]:
+    """The work items of a source, in order.
+
+    ``limit_documents``: records at most, counted before any is skipped: parquet rows, lines that are not blank, files.
+    Lines are counted by reading, from the front and no further than needed. ``limit_bytes`` of text, about: the row
+    group or range of bytes in which it is reached is the last. No layout behind a limit is asked for.
+
+    Raises UserError where there is no text at all, DamagedInputError for lines that cannot be counted.
+    """
+    groups = _Groups(item_bytes)
+    for layout in _limited(layouts, limit_documents, limit_bytes):
+        if int(layout.sizes.sum()) > item_bytes and len(layout.sizes) > 1:
+            for part in _parts(layout, _divide(layout.sizes.tolist(), item_bytes)):
+                groups.add([part])
+        elif len(layout.sizes):
+            groups.add_file(*_parts(layout, [0, len(layout.sizes)]))
+    return groups.items(text_column)
+
+
+def sample_plan(layouts: Iterable[Layout], *, text_column: str, item_bytes: int, sample_bytes: int) -> list[WorkItem]:
+    """Row groups, ranges and files at even distances over the whole source, ``sample_bytes`` together at most.
+
+    At least one; all of it, as ``make_plan`` does, where it is no more. Takes 24 bytes of memory per row group.
+    """
+    layouts = [layout for layout in layouts if len(layout.sizes)]
+    total_bytes = sum(int(layout.sizes.sum()) for layout in layouts)
+    if total_bytes <= sample_bytes:
+        return make_plan(layouts, text_column=text_column, item_bytes=item_bytes)
+    groups = _Groups(item_bytes)
+    for layout, units in _spread(layouts, total_bytes, sample_bytes):
+        if len(units) == len(layout.sizes) and int(layout.sizes.sum()) <= item_bytes:
+            groups.add_file(*_parts(layout, [0, len(units)]))
+            continue
+        edges = _fill(list(itertools.accumulate(layout.sizes[units].tolist(), initial=0)), item_bytes)
+        for begin, end in itertools.pairwise(edges):
+            groups.add([part for run in _runs(units[begin:end]) for part in _parts(layout, run)])
+    return groups.items(text_column)
+
+
+def fetch_units(items: Iterable[WorkItem]) -> list[list[WorkItem]]:
+    """Neighbouring items that read the same remote file, together; any other item alone."""
+    units: list[list[WorkItem]] = []
+    for item in items:
+        file = item.pieces[0].file
+        if file is not None and units and units[-1][-1].pieces[-1].file == file:
+            units[-1].append(item)
+        else:
+            units.append([item])
+    return units
+
+
+# ---- a plan on disk --------------------------------------------------------------------------------------------------
+
+
+def save_plan(items: Sequence[WorkItem]) -> bytes:
+    """A head, then a line for every file where it is first read and a line for every item."""
+    text_columns = {item.text_column for item in items}
+    if len(text_columns) > 1:
+        raise ValueError(f"items of one plan have one text column, not {', '.join(sorted(text_columns))}")
+    lines = [_compact({"format": _FORMAT, "text_column": "".join(text_columns), "items": len(items)})]
+    numbers: dict[Any, int] = {}
+    for item in items:
+        pieces: list[int | None] = []
+        for piece in item.pieces:
+            file = (piece.name, piece.path, piece.kind, piece.version, piece.file)
+            if file not in numbers:
+                numbers[file] = len(numbers)
+                remote_file = dataclasses.astuple(piece.file) if piece.file else None
+                lines.append(_compact({"file": [*file[:4], remote_file]}))
+            pieces += [numbers[file], piece.start, piece.stop, piece.size_bytes, piece.max_documents]
+        lines.append(_compact([item.index, *pieces]))
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def load_plan(content: bytes) -> list[WorkItem]:
+    """What was saved; raises UserError where that is no plan of this version, or not whole."""
+    names = [field.name for field in dataclasses.fields(RemoteFile)]
+    files: list[tuple[str, str, str, str, RemoteFile | None]] = []
+    items: list[WorkItem] = []
+    lines = content.splitlines()
+    try:
+        head = json.loads(lines[0])
+        for line in lines[1:]:
+            values = json.loads(line)
+            if isinstance(values, dict):
+                *plain, remote_file = values["file"]
+                file = RemoteFile(**dict(zip(names, remote_file, strict=True))) if remote_file else None
+                files.append((*plain, file))
+            else:
+                pieces = tuple(_piece(files, values[at : at + 5]) for at in range(1, len(values), 5))
+                items.append(WorkItem(index=values[0], pieces=pieces, text_column=head["text_column"]))
+        if head["format"] != _FORMAT or head["items"] != len(items):
+            raise ValueError(f"{head['format']}, {len(items)} of {head['items']} items")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError("the plan is damaged or of another version; choose another --output") from error
+    return items
+
+
+def _compact(values: Any) -> str:
+    return json.dumps(values, separators=(",", ":"))
+
+
+def _piece(files: list[tuple[str, str, str, str, RemoteFile | None]], values: list[Any]) -> Piece:
+    number, start, stop, size_bytes, max_documents = values
+    name, path, kind, version, file = files[number]
+    return Piece(
+        name=name,
+        path=path,
+        kind=kind,
+        version=version,
+        start=start,
+        stop=stop,
+        size_bytes=size_bytes,
+        max_documents=max_documents,
+        file=file,
+    )
+
+
+# ---- dividing --------------------------------------------------------------------------------------------------------
+
+
+class _Groups:
+    """What becomes the items: parts of a file as they are, whole small files as many as fit together."""
+
+    def __init__(self, item_bytes: int) -> None:
+        self._item_bytes = item_bytes
+        self._groups: list[tuple[Piece, ...]] = []
+        self._files: list[Piece] = []  # that wait for more
+        self._free_bytes = item_bytes
+
+    def add(self, parts: Iterable[Piece]) -> None:
+        self._close()
+        self._groups.append(tuple(parts))
+
+    def add_file(self, file: Piece) -> None:
+        if file.size_bytes > self._free_bytes:
+            self._close()
+        self._files.append(file)
+        self._free_bytes -= file.size_bytes
+
+    def items(self, text_column: str) -> list[WorkItem]:
+        self._close()
+        if not any(piece.size_bytes for group in self._groups for piece in group):
+            raise UserError("the source holds no text")
+        return [
+            WorkItem(index=index, pieces=group, text_column=text_column) for index, group in enumerate(self._groups)
+        ]
+
+    def _close(self) -> None:
+        if self._files:
+            self._groups.append(tuple(self._files))
+        self._files = []
+        self._free_bytes = self._item_bytes
+
+
+def _divide(sizes: list[int], item_bytes: int) -> list[int]:
+    """Unit numbers at which parts begin, and the end: the fewest parts of ``item_bytes``, the largest of them small.
+
+    A unit above ``item_bytes`` is a part of its own.
+    """
+    ends = list(itertools.accumulate(sizes, initial=0))
+    best = _fill(ends, item_bytes)
+    low = sum(size for size in sizes if size <= item_bytes) // (len(best) - 1)
+    high = item_bytes
+    while high - low > high // _PRECISION:
+        middle = (low + high) // 2
+        edges = _fill(ends, middle)
+        if len(edges) == len(best):
+            best, high = edges, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def _fill(ends: list[int], part_bytes: int) -> list[int]:
+    """Edges of parts of at most ``part_bytes``, or of one unit, each as full as may be."""
+    edges = [0]
+    while edges[-1] < len(ends) - 1:
+        begin = edges[-1]
+        edges.append(max(begin + 1, bisect.bisect_right(ends, ends[begin] + part_bytes, lo=begin) - 1))
+    return edges
+
+
+def _runs(units: list[int]) -> list[tuple[int, int]]:
+    """[begin, end) of unit numbers that follow each other."""
+    breaks = [at for at in range(1, len(units)) if units[at] != units[at - 1] + 1]
+    return [(units[begin], units[end - 1] + 1) for begin, end in itertools.pairwise([0, *breaks, len(units)])]
+
+
+def _parts(layout: Layout, edges: Sequence[int]) -> Iterator[Piece]:
+    """The units between every two edges; the last of a file that a limit cuts knows how many records it has."""
+    whole = layout.whole
+    for begin, end in itertools.pairwise(edges):
+        max_documents = None
+        if whole.max_documents is not None and end == len(layout.sizes) and layout.documents is not None:
+            max_documents = int(layout.documents[begin:end].sum())
+        yield dataclasses.replace(
+            whole,
+            start=int(layout.bounds[begin]),
+            stop=int(layout.bounds[end]),
+            size_bytes=int(layout.sizes[begin:end].sum()),
+            max_documents=max_documents,
+        )
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def _limited(layouts: Iterable[Layout], limit_documents: int | None, limit_bytes: int | None) -> Iterator[Layout]:
+    """Layouts up to the limits, the last one cut; where records are cut its ``whole.max_documents`` is set."""
+    for layout in layouts:
+        if limit_bytes is not None:
+            units = int(np.searchsorted(np.cumsum(layout.sizes), limit_bytes)) + 1
+            limit_bytes -= int(layout.sizes.sum())
+            layout = _first_units(layout, units)  # noqa: PLW2901
+        if limit_documents is not None:
+            layout, records = _first_records(layout, limit_documents)  # noqa: PLW2901
+            limit_documents -= records
+        yield layout
+        if (limit_bytes is not None and limit_bytes <= 0) or limit_documents == 0:
+            return
+
+
+def _first_units(layout: Layout, units: int) -> Layout:
+    return dataclasses.replace(
+        layout,
+        bounds=layout.bounds[: units + 1],
+        sizes=layout.sizes[:units],
+        documents=None if layout.documents is None else layout.documents[:units],
+    )
+
+
+def _first_records(layout: Layout, limit: int) -> tuple[Layout, int]:
+    """The layout of the first ``limit`` records, and how many there are."""
+    if layout.documents is None:
+        return _first_lines(layout, limit)
+    ends = np.cumsum(layout.documents)
+    records = int(ends[-1]) if len(ends) else 0
+    if records <= limit:
+        return layout, records
+    units = int(np.searchsorted(ends, limit)) + 1
+    layout = _first_units(layout, units)
+    if ends[units - 1] > limit:
+        documents = layout.documents.copy()  # type: ignore[union-attr]
+        documents[-1] -= ends[units - 1] - limit
+        whole = dataclasses.replace(layout.whole, max_documents=limit)
+        layout = dataclasses.replace(layout, whole=whole, documents=documents)
+    return layout, limit
+
+
+def _first_lines(layout: Layout, limit: int) -> tuple[Layout, int]:
+    """The same for lines: a plain file ends behind the last one, a compressed one knows their number."""
+    whole = layout.whole
+    stop = int(layout.bounds[-1])
+    with reading(whole.where), open_piece(whole) as file:
+        records, end = json_lines.count_records(unpacked(file, whole.name), limit, stop if whole.is_range else None)
+    if records < limit:
+        return layout, records
+    if not whole.is_range:
+        whole = dataclasses.replace(whole, max_documents=limit)
+        return dataclasses.replace(layout, whole=whole, documents=np.array([limit])), limit
+    units = int(np.searchsorted(layout.bounds, min(end, stop)))
+    bounds = np.append(layout.bounds[:units], min(end, stop))
+    return Layout(whole=whole, bounds=bounds, sizes=np.diff(bounds)), limit
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def _spread(layouts: list[Layout], total_bytes: int, sample_bytes: int) -> Iterator[tuple[Layout, list[int]]]:
+    """The units of each layout that keep the share chosen so far below that of the whole; at least the smallest."""
+    seen_bytes = chosen_bytes = 0
+    for layout in layouts:
+        units = []
+        for unit, size_bytes in enumerate(layout.sizes.tolist()):
+            seen_bytes += size_bytes
+            if size_bytes and (chosen_bytes + size_bytes) * total_bytes <= seen_bytes * sample_bytes:
+                units.append(unit)
+                chosen_bytes += size_bytes
+        if units:
+            yield layout, units
+    if not chosen_bytes:
+        texts = [layout for layout in layouts if layout.sizes.any()]
+        smallest = min(texts, key=lambda layout: int(layout.sizes[layout.sizes > 0].min()))
+        yield smallest, [smallest.sizes.tolist().index(smallest.sizes[smallest.sizes > 0].min())]

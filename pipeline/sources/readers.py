@@ -1,0 +1,284 @@
+"""Reading a work item: parquet, JSON lines, text files and Python modules in, Arrow arrays of texts out.
+
+A document is a parquet row, a line of JSON, a text file, a documented Python module. Nulls and blank texts are counted
+and left out. Memory is bounded by ``_ARRAY_BYTES`` and the largest document, not by the item or its row groups.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.sources import docstrings, json_lines
+from pipeline.sources.column_chunks import DAMAGED, SegmentFile, by_piece
+from pipeline.sources.parquet_metadata import text_chunks
+from pipeline.sources.work_items import COMPRESSIONS, Damage, Piece, WorkItem, open_piece, reading, unpacked
+
+_ARRAY_BYTES = 2_000_000  # of text in an array: what is read stays in the processor's cache until it is encoded
+_ROWS = 4096  # of parquet at a time, at most
+_DICTIONARY_ROWS = 64  # the same where any row may be the longest text of a dictionary
+_DICTIONARY_BYTES = 64_000_000  # that such rows may have, if the dictionary is one text that does not compress
+_PAGE_BYTES = 1 << 20  # of a column chunk read at a time
+_CHUNK_BYTES = 1 << 20  # of a compressed text file
+
+Segments = list[tuple[int, pa.Buffer]]
+
+
+def read_item(
+    item: WorkItem, skipped: Counter[str], segments: pa.Table | None = None, damaged: Damage | None = None
+) -> Iterator[pa.Array]:
+    """The texts of an item, in order, as large_string arrays of at most about 2 MB without nulls or blank texts.
+
+    A larger document has an array to itself. What is left out is counted in ``skipped`` by reason. ``segments``: what
+    ``segments.gather`` made of the remote files; a piece that is not in it is read where it lies. ``damaged``: what
+    cannot be read of a piece, which is what comes after the first damage, is noted there and left out.
+
+    Raises:
+        DamagedInputError: where ``damaged`` is not given.
+        UserError: no text under the name of the item's text column; an unreachable file.
+    """
+    arrays = _pieces(item, skipped, segments, damaged)
+    for array in _joined(part for whole in arrays for part in _divided(whole)):
+        texts = _without_blanks(array, skipped)
+        if len(texts):
+            yield texts
+
+
+def _pieces(
+    item: WorkItem, skipped: Counter[str], segments: pa.Table | None, damaged: Damage | None
+) -> Iterator[pa.Array]:
+    gathered = {} if segments is None else by_piece(segments)
+    for number, piece in enumerate(item.pieces):
+        try:
+            yield from _piece(piece, item.text_column, skipped, gathered.get(number, []))
+        except DamagedInputError as error:
+            if damaged is None:
+                raise
+            damaged.append({"name": piece.label, "reason": str(error)})
+
+
+def _piece(piece: Piece, text_column: str, skipped: Counter[str], segments: Segments) -> Iterator[pa.Array]:
+    if segments and segments[0][0] == DAMAGED:
+        raise DamagedInputError(segments[0][1].to_pybytes().decode())
+    with reading(piece.where), _open(piece, segments) as file:
+        if piece.kind == "parquet":
+            yield from _parquet(piece, text_column, file)
+        elif piece.kind == "jsonl":
+            yield from _json(piece, text_column, file, skipped, segments[0][0] if segments else None)
+        elif piece.kind == "txt":
+            yield _text(unpacked(file, piece.name), piece)
+        else:
+            yield from _module(piece, file, skipped)
+
+
+def _open(piece: Piece, segments: Segments) -> Any:
+    if not segments:
+        return open_piece(piece)
+    return SegmentFile(segments) if piece.kind == "parquet" else pa.BufferReader(segments[0][1])
+
+
+# ---- kinds of files --------------------------------------------------------------------------------------------------
+
+
+def _parquet(piece: Piece, text_column: str, file: Any) -> Iterator[pa.Array]:
+    left = piece.max_documents
+    # with pre_buffer, the default, whole column chunks are read ahead
+    options = {"buffer_size": _PAGE_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+    with pq.ParquetFile(file, **options) as parquet:
+        first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
+        groups = range(piece.start, piece.stop)
+        for group, chunk in zip(groups, text_chunks(parquet.metadata, text_column, groups), strict=True):
+            row = first_row
+            for batch in parquet.iter_batches(_rows_at_a_time(chunk), [group], [text_column], use_threads=False):
+                texts: Any = batch.column(0)[:left]
+                texts = texts.cast(pa.large_string())  # strings of 32 bits, dictionaries, views
+                _require_utf8(texts, piece, row)
+                yield texts
+                row += len(texts)
+                if left is not None and (left := left - len(texts)) == 0:
+                    return
+            first_row += parquet.metadata.row_group(group).num_rows
+
+
+def _rows_at_a_time(chunk: Any) -> int:
+    """Rows that have ``_ARRAY_BYTES`` on average; few where they point into a dictionary, which hides their sizes."""
+    rows = _ROWS
+    if chunk.total_uncompressed_size > 0:
+        rows = min(rows, _ARRAY_BYTES * chunk.num_values // chunk.total_uncompressed_size)
+    if chunk.has_dictionary_page:
+        dictionary_bytes = chunk.data_page_offset - (chunk.dictionary_page_offset or 0)
+        rows = min(rows, _DICTIONARY_ROWS, _DICTIONARY_BYTES // max(1, dictionary_bytes))
+    return max(1, rows)
+
+
+def _require_utf8(texts: pa.Array, piece: Piece, first_row: int) -> None:
+    """Arrow reads any bytes as strings; only a full validation (4 GB/s) looks at them."""
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, value in enumerate(texts.cast(pa.large_binary()), first_row):
+            _decode(value.as_buffer() if value.is_valid else b"", f"row {row} of {piece.where}")
+        raise
+
+
+def _decode(content: Any, where: str) -> None:
+    try:
+        codecs.decode(content, "utf-8")
+    except UnicodeDecodeError as error:
+        byte = memoryview(content).cast("B")[error.start]
+        raise DamagedInputError(f"{where} is not UTF-8 text: byte {error.start} is {byte:#04x}") from error
+
+
+def _json(
+    piece: Piece, text_column: str, file: Any, skipped: Counter[str], gathered_from: int | None
+) -> Iterator[pa.Array]:
+    """``gathered_from``: where in the whole file ``file`` begins, if it is a segment."""
+    if not piece.is_range:
+        lines = json_lines.read_lines(unpacked(file, piece.name), 0, None)
+    elif gathered_from is not None:
+        lines = json_lines.read_lines(file, gathered_from, piece.stop)
+    else:
+        lines = json_lines.read_lines(file, json_lines.seek_first_line(file, piece.start, piece.stop), piece.stop)
+    yield from _batches(_json_texts(piece, text_column, lines, skipped))
+
+
+def _json_texts(
+    piece: Piece, key: str, lines: Iterable[tuple[int, json_lines.Line]], skipped: Counter[str]
+) -> Iterator[bytes | pa.Array]:
+    records = 0
+    with reading(piece.where):
+        for number, (position, line) in enumerate(lines, 1):
+            if json_lines.is_blank(line):
+                continue
+            if records == piece.max_documents:
+                return
+            records += 1
+            try:
+                text = json_lines.text_of(line, key)
+            except ValueError as error:
+                raise DamagedInputError(f"{_place(piece, number, position)} {error}") from error
+            except LookupError as error:
+                raise UserError(f"{_place(piece, number, position)} {error.args[0]}") from error
+            if text is None:
+                skipped["null"] += 1
+            else:
+                yield text
+
+
+def _place(piece: Piece, number: int, position: int) -> str:
+    """Lines are counted from 1 where all before this one were read."""
+    is_counted = piece.start == 0 or not piece.is_range
+    return f"line {number} of {piece.where}" if is_counted else f"the line at byte {position:,} of {piece.where}"
+
+
+def _text(file: Any, piece: Piece) -> pa.Array:
+    """A file as one document; takes its size once."""
+    if piece.name.endswith(COMPRESSIONS):
+        content = bytearray()
+        while chunk := file.read(_CHUNK_BYTES):
+            content += chunk
+    else:
+        content = file.read()
+    start = len(codecs.BOM_UTF8) if content[:3] == codecs.BOM_UTF8 else 0
+    text = _array_of(content, start, len(content))
+    try:
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        _decode(memoryview(content)[start:], piece.where)
+        raise
+    return text
+
+
+def _module(piece: Piece, file: Any, skipped: Counter[str]) -> Iterator[pa.Array]:
+    try:
+        document = docstrings.module_document(piece.name, file.read())
+    except ValueError:  # UnicodeDecodeError too
+        skipped["module that cannot be parsed"] += 1
+        return
+    if document is None:
+        skipped["module with little documentation"] += 1
+    else:
+        yield pa.array([document], pa.large_string())
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _array_of(content: Any, start: int, stop: int) -> pa.Array:
+    """One text, which is not copied."""
+    offsets = pa.py_buffer(np.array([start, stop]))
+    return pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(content)])
+
+
+def _batches(texts: Iterable[bytes | pa.Array]) -> Iterator[pa.Array]:
+    """Single texts, UTF-8, as arrays; those that are one already stay so. Damage is raised behind what came before."""
+    batch: list[bytes] = []
+    size_bytes = 0
+    damage: DamagedInputError | None = None
+    try:
+        for text in texts:
+            if batch and (isinstance(text, pa.Array) or size_bytes + len(text) > _ARRAY_BYTES):
+                yield pa.array(batch, pa.large_binary()).view(pa.large_string())
+                batch, size_bytes = [], 0
+            if isinstance(text, pa.Array):
+                yield text
+            else:
+                batch.append(text)
+                size_bytes += len(text)
+    except DamagedInputError as error:
+        damage = error
+    if batch:
+        yield pa.array(batch, pa.large_binary()).view(pa.large_string())
+    if damage:
+        raise damage
+
+
+def _divided(texts: pa.Array) -> Iterator[pa.Array]:
+    """Slices of at most ``_ARRAY_BYTES``, or of one text."""
+    offsets = _offsets(texts)
+    begin = 0
+    while begin < len(texts):
+        end = int(np.searchsorted(offsets, offsets[begin] + _ARRAY_BYTES, side="right")) - 1
+        end = max(end, begin + 1)
+        yield texts[begin:end]
+        begin = end
+
+
+def _joined(arrays: Iterable[pa.Array]) -> Iterator[pa.Array]:
+    """Neighbours together up to ``_ARRAY_BYTES``."""
+    waiting: list[pa.Array] = []
+    waiting_bytes = 0
+    for array in arrays:
+        offsets = _offsets(array)
+        size_bytes = int(offsets[-1] - offsets[0])
+        if waiting and waiting_bytes + size_bytes > _ARRAY_BYTES:
+            yield pa.concat_arrays(waiting) if len(waiting) > 1 else waiting[0]
+            waiting, waiting_bytes = [], 0
+        waiting.append(array)
+        waiting_bytes += size_bytes
+    if waiting:
+        yield pa.concat_arrays(waiting) if len(waiting) > 1 else waiting[0]
+
+
+def _offsets(texts: Any) -> Any:
+    """(n + 1,) where the texts begin and end in their buffer."""
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+def _without_blanks(texts: Any, skipped: Counter[str]) -> Any:
+    if texts.null_count:
+        skipped["null"] += texts.null_count
+        texts = texts.drop_null()
+    is_blank: Any = pc.or_(pc.utf8_is_space(texts), pc.equal(pc.binary_length(texts), 0))  # trimming would copy all
+    if is_blank.true_count:
+        skipped["blank"] += is_blank.true_count
+        texts = texts.filter(pc.invert(is_blank))
+    return texts

@@ -1,0 +1,187 @@
+"""Where compiled numba kernels are kept: one folder per user and per content of the kernel sources.
+
+numba's own cache looks only at the file of the outer function, so that an edited helper in another file goes on running
+as it was, and it looks for its files by the path of the checkout, so that the throw-away copy which ``ray job submit``
+unpacks compiles again. Here the folder's name is a hash of everything the machine code depends on: a stale hit cannot
+be, and any copy of the same sources finds the same folder. Kernels live in the files beside this one,
+and use nothing of other files but what they are handed. Nothing is compiled, made or written at import.
+
+Processes that find a kernel missing at the same time wait for the one that compiles it.
+
+The folder: $GPT25_KERNEL_CACHE, else $XDG_CACHE_HOME/gpt-2.5, else ~/.cache/gpt-2.5; in it ``numba-<hash>``. numba
+keeps pickles there, so it must be a folder that only the user can write to. Where none can be written, kernels are
+compiled in every process and a warning says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numba
+import numpy as np
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _Cache, _CacheLocator
+
+logger = logging.getLogger(__name__)
+
+_KERNEL_FILES = tuple(sorted(Path(__file__).parent.glob("*.py")))
+# Read at import: the files may change between then and the first call, and the code that runs is the earlier one.
+_SOURCES = hashlib.sha256(b"\0".join(path.name.encode() + b"\0" + path.read_bytes() for path in _KERNEL_FILES)).digest()
+
+
+def cache_root() -> Path:
+    """The user's cache folder for this project (see the head of the module); it need not exist."""
+    named = os.environ.get("GPT25_KERNEL_CACHE")
+    if named:
+        return Path(named).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(shared).is_absolute():
+        return Path(shared) / "gpt-2.5"
+    try:
+        return Path.home() / ".cache" / "gpt-2.5"
+    except RuntimeError as error:  # a user without an entry in the password file, as in some containers
+        raise OSError("no home folder; set GPT25_KERNEL_CACHE to a folder for compiled kernels") from error
+
+
+def stamp(machine: object) -> str:
+    """Hash of the kernel sources, of Python, numpy and numba, and of the machine compiled for: 20 hex digits."""
+    versions = (sys.version_info[:3], np.__version__, numba.__version__, machine)
+    return hashlib.sha256(_SOURCES + repr(versions).encode()).hexdigest()[:20]
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorate a numba function that Python calls: compiled on first call, kept on disk, runs without the GIL.
+
+    Callers give arguments of the same types every time (Python's int, writable contiguous arrays of one dtype): one
+    signature per kernel, and so no two processes that write different files under one number of numba's index.
+    """
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = StampedCache(function)
+    return dispatcher
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """Decorate a numba function that only kernels call: compiled into each of them."""
+    return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A helper whose machine code is put into its caller, where a call would cost more than what it does."""
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+
+
+class StampedCache(_Cache):
+    """numba's on-disk cache of one kernel, opened in the stamped folder when the kernel is first compiled."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._opened: FunctionCache | None = None
+        self._lock: IO[str] | None = None  # held from a miss until the compiled code is kept
+        self._enabled = True
+
+    def _open(self, target_context: Any) -> FunctionCache:
+        if self._opened is None:
+            _Locator.folder = cache_root() / f"numba-{stamp(target_context.codegen().magic_tuple())}"
+            self._opened = _FolderCache(self._function)
+        return self._opened
+
+    @property
+    def cache_path(self) -> str | None:
+        """Folder of the compiled code, None before the first call."""
+        return self._opened.cache_path if self._opened else None
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled code for a signature, or None."""
+        if not self._enabled:
+            return None
+        try:
+            cache = self._open(target_context)
+            found = cache.load_overload(sig, target_context)
+            if found is None:
+                self._lock = _wait_for_lock(Path(cache.cache_path) / f"{self._function.__name__}.lock")
+                found = cache.load_overload(sig, target_context)  # by whoever was first
+                if found is not None:
+                    self._release()
+            return found
+        except OSError as error:
+            logger.warning("kept kernels cannot be read, they are compiled again: %s", error)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep compiled code; a folder that cannot be written costs a warning, not the run."""
+        if not self._enabled:
+            return
+        try:
+            self._open(data.target_context).save_overload(sig, data)
+        except OSError as error:
+            logger.warning("compiled kernels are not kept, every process compiles them again: %s", error)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def enable(self) -> None:
+        """Use the cache (the default)."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Compile afresh and keep nothing."""
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Forget what is on disk for this kernel."""
+        if self._opened:
+            self._opened.flush()
+
+
+def _wait_for_lock(path: Path) -> IO[str]:
+    """Open a lock file and hold it until it is closed, or the process ends."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = path.open("w")
+    with contextlib.suppress(OSError):  # a file system without locks: every process compiles for itself
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+class _Locator(_CacheLocator):
+    """Tells numba's cache classes our folder; the folder's name carries the stamp, so the file's own is constant."""
+
+    folder = Path()
+
+    def __init__(self, line: int) -> None:
+        self._folder = str(type(self).folder)
+        self._line = line
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], _py_file: str) -> _Locator:
+        return cls(py_func.__code__.co_firstlineno)
+
+    def ensure_cache_path(self) -> None:
+        Path(self._folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def get_cache_path(self) -> str:
+        return self._folder
+
+    def get_source_stamp(self) -> str:
+        return Path(self._folder).name
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+class _FolderImpl(CompileResultCacheImpl):
+    _locator_classes: Any = (_Locator,)
+
+
+class _FolderCache(FunctionCache):
+    _impl_class = _FolderImpl

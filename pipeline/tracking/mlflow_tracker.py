@@ -1,0 +1,250 @@
+"""MLflow's tracker: it writes to the run's journal (journal.py), and a background thread sends the journal's entries.
+
+Training never waits for MLflow. A server that is away costs one warning; what it should get stays in the journal and is
+sent when it is back, or by the next process of the run, in order and once: every entry is sent so that sending it again
+changes nothing. MLflow merges points of equal key, step, time and value, and the journal keeps the time; points whose
+step the server has already, from a journal that was lost, are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.training import without_password
+from pipeline.errors import UserError
+from pipeline.storage.folders import Folder
+from pipeline.tracking.journal import Entry, Journal, weight
+from pipeline.tracking.mlflow_run import MLflowRun, first_line, mlflow_client, mlflow_errors
+from pipeline.tracking.mlflow_writer import Sending, is_refused
+from pipeline.tracking.report import write_pages
+from pipeline.tracking.system_metrics import SystemSampler
+from pipeline.tracking.tracker import RunInput, Status
+
+logger = logging.getLogger(__name__)
+
+_PERIOD_SECONDS = 5.0
+_MIRROR_SECONDS = 60.0
+_MOST_PERIOD_SECONDS = 60.0  # between two attempts at a server that is away
+_IDLE_SECONDS = 10.0  # what ``finish`` waits for a queue that does not move
+_MOST_ENTRIES = 200  # sent with one request, if they are metrics
+
+
+class MLflowTracker:
+    """Tells one MLflow run.
+
+    Args:
+        run: where to.
+        folder: the training run's, which gets the journal, the curves and the report; None for what is told once, at
+            the end of a job: nothing then outlasts the process.
+        registered_model: name in the model registry for the best checkpoint, under the alias "best"; None: not there.
+        sample_system: log system/... every some seconds.
+    """
+
+    def __init__(
+        self,
+        run: MLflowRun,
+        folder: Folder | None = None,
+        *,
+        registered_model: str | None = None,
+        sample_system: bool = False,
+    ) -> None:
+        self.run, self.folder = run, folder
+        self.journal = Journal(folder)
+        self.sender = Sender(run, self.journal, registered_model)
+        self.journal.append("start")
+        self._sampler = SystemSampler(self._log_system) if sample_system else None
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        values = {name: without_password(v) if isinstance(v, str) else v for name, v in params.items()}
+        self.journal.append("params", values=values)
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        self.journal.append("tags", values=dict(tags))
+
+    def log_inputs(self, inputs: Sequence[RunInput]) -> None:
+        values = [dataclasses.asdict(item) | {"source": without_password(item.source)} for item in inputs]
+        self.journal.append("inputs", values=values)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        new = {name: float(value) for name, value in metrics.items() if step > self.journal.last_step[name]}
+        if new:
+            self.journal.append("metrics", step=step, values=new)
+
+    def log_sample(self, step: int, prompt: str, text: str) -> None:
+        if step not in self.journal.samples:
+            self.journal.append("sample", step=step, prompt=prompt, text=text)
+
+    def log_checkpoint(
+        self, step: int, path: Path | Folder, metrics: Mapping[str, float], *, best: bool = False
+    ) -> None:
+        known = self.journal.checkpoints.get(step)
+        if known is None or not known.issuperset(metrics) or (best and "best" not in known):
+            values = {name: float(value) for name, value in metrics.items()}
+            self.journal.append("checkpoint", step=step, path=str(path), values=values, best=best)
+
+    def log_file(self, path: Path) -> None:
+        self.journal.append("file", path=str(path))
+        if self.folder is None:  # the file may be a temporary one
+            self.sender.drain()
+
+    def flush(self) -> None:
+        """Everything is on disk; without a folder, sent as far as the store takes it."""
+        self.journal.sync()
+        self.sender.wake()
+        if self.folder is None:
+            self.sender.drain()
+
+    def finish(self, status: Status) -> None:
+        if self._sampler is not None:
+            self._sampler.stop()
+        if self.folder is not None and status == "FINISHED":
+            self._write_pages(self.folder)
+        self.journal.append("status", status=status)
+        self.journal.sync()
+        self.close()
+
+    def close(self) -> None:
+        """Send what waits, for as long as the store takes it; then nothing more can be told."""
+        left = self.sender.drain()
+        self.sender.stop()
+        self.journal.close()
+        if left:
+            where = f"; they wait in {self.journal.path}, and the next start sends them" if self.folder else ""
+            logger.warning("MLflow has not got %d points%s", left, where)
+
+    def _log_system(self, values: Mapping[str, float]) -> None:
+        """Points whose step is the seconds since the run began: they go on after a restart, with a gap."""
+        begin = self.journal.start_time or 0
+        self.log_metrics(values, int(time.time() - begin / 1000))
+
+    def _write_pages(self, folder: Folder) -> None:
+        try:
+            names = write_pages(folder, (entry for entry, _ in self.journal.read(0)))
+        except (UserError, ValueError, LookupError, TypeError) as error:  # no page is worth a run that is done
+            logger.warning("there is no report: %s", error)
+            return
+        for name in names:
+            self.journal.append("page", name=name)
+
+
+def send_waiting(run: MLflowRun, folder: Folder, registered_model: str | None = None) -> None:
+    """Send what a run, which is over, could not send while its server was away."""
+    journal = Journal(folder)
+    if journal.sent(run.run_id) < journal.size:
+        sender = Sender(run, journal, registered_model)
+        if sender.drain() == 0:
+            logger.info("MLflow has now got what waited in %s", journal.path)
+        sender.stop()
+    journal.close()
+
+
+class Sender:
+    """The thread that sends a journal's entries, from the first that the store has not got."""
+
+    def __init__(self, run: MLflowRun, journal: Journal, registered_model: str | None) -> None:
+        self.run, self.journal = run, journal
+        self.registered_model = registered_model
+        self._sent = journal.sent(run.run_id)
+        self._failures = 0  # attempts in a row that did not get through
+        self._attempts_failed = 0
+        self._wake = threading.Event()
+        self._stopped = self._mirror_asked = False
+        self._mirrored = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Send now, not at the end of the period, and bring a bucket's copy of the journal up to date."""
+        self._mirror_asked = True
+        self._wake.set()
+
+    def drain(self) -> int:
+        """Wait for as long as the queue moves; returns the number of points and other entries that are left."""
+        failed_before, seen, since = self._attempts_failed, self._sent, time.monotonic()
+        while self._sent < self.journal.size and self._attempts_failed == failed_before:
+            self._wake.set()
+            if self._sent != seen:
+                seen, since = self._sent, time.monotonic()
+            elif time.monotonic() - since > _IDLE_SECONDS:
+                break
+            time.sleep(0.02)
+        return sum(weight(entry) for entry, _ in self.journal.read(self._sent))
+
+    def stop(self) -> None:
+        """End the thread; a request that is under way ends by itself."""
+        self._stopped = True
+        self._wake.set()
+
+    def _work(self) -> None:
+        sending: Sending | None = None
+        while not self._stopped:
+            period = min(_MOST_PERIOD_SECONDS, _PERIOD_SECONDS * 2 ** min(self._failures, 5))
+            self._wake.wait(period)
+            self._wake.clear()
+            try:
+                if sending is None:
+                    sending = Sending(
+                        self.run, mlflow_client(self.run.tracking_uri), self.journal.folder, self.registered_model
+                    )
+                self._send_all(sending)
+            except mlflow_errors() as error:
+                self._failed(error)
+            self._mirror()
+
+    def _mirror(self) -> None:
+        """A bucket's object is written as a whole, so not at every period."""
+        if self._mirror_asked or time.monotonic() - self._mirrored > _MIRROR_SECONDS:
+            self._mirror_asked, self._mirrored = False, time.monotonic()
+            self.journal.mirror()
+
+    def _send_all(self, sending: Sending) -> None:
+        """Send until nothing is left; raises what a store raises that is away."""
+        while self._sent < self.journal.size and not self._stopped:
+            batch: list[Entry] = []
+            end = self._sent
+            for entry, position in self.journal.read(self._sent):
+                alone = entry["kind"] != "metrics"
+                if batch and (alone or len(batch) == _MOST_ENTRIES):
+                    break
+                batch.append(entry)
+                end = position
+                if alone:
+                    break
+            self._send(sending, batch)
+            self._sent = max(end, self._sent)
+            if not batch:  # the rest is no entry
+                self._sent = self.journal.size
+            self.journal.note_sent(self.run.run_id, self._sent)
+            if self._failures:
+                logger.info("MLflow at %s answers again", without_password(self.run.tracking_uri))
+                self._failures = 0
+
+    def _send(self, sending: Sending, batch: Sequence[Entry]) -> None:
+        """Send entries of one kind; what the store will never take is left out with a warning."""
+        if not batch:
+            return
+        try:
+            sending.send(batch)
+        except mlflow_errors() as error:
+            if not is_refused(error):
+                raise
+            what = json.dumps(batch[0])[:200]
+            logger.warning("MLflow refuses an entry (%s), which is left out: %s", first_line(error), what)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._attempts_failed += 1
+        if self._failures == 1:
+            logger.warning(
+                "MLflow at %s does not answer (%s); the run goes on, and what it tells waits in %s",
+                without_password(self.run.tracking_uri),
+                first_line(error),
+                self.journal.path,
+            )

@@ -1,0 +1,244 @@
+"""How a journal entry of each kind becomes part of an MLflow run. Sending it again, whole or in part, adds nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage.folders import Folder
+from pipeline.tracking.journal import Entry
+from pipeline.tracking.mlflow_run import MLflowRun
+
+_MAX_BATCH = 1000  # MLflow's limit of metrics per request
+_MAX_PARAM_CHARACTERS = 6000  # MLflow's limit
+_MAX_TAG_CHARACTERS = 5000  # MLflow's limit
+_DIGEST_CHARACTERS = 36  # MLflow's limit of a data set digest
+_SAMPLES_FILE = "samples.json"
+_TABLES_TAG = "mlflow.loggedArtifacts"  # what the UI shows as tables
+_COMMIT_TAG = "mlflow.source.git.commit"  # what the UI shows beside the source
+_VERSIONS_TAG = "mlflow.modelVersions"  # of a model, what the UI links to; a server sets it, a sqlite store does not
+_BEST = "best"
+_DESCRIPTION = "Checkpoints of training runs, each the best of its run by val loss when it was saved: see its tags"
+_REFUSALS = {
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "NOT_IMPLEMENTED",
+    "FEATURE_DISABLED",
+}
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether trying again is in vain: the store answered, and did not want it; or a file to send is gone."""
+    return getattr(error, "error_code", None) in _REFUSALS or isinstance(error, FileNotFoundError)
+
+
+class Sending:
+    """Sends entries to one run. Raises what MLflow raises."""
+
+    def __init__(self, run: MLflowRun, client: Any, folder: Folder | None, registered_model: str | None) -> None:
+        self.run, self.client, self.folder, self.registered_model = run, client, folder, registered_model
+        self._known_steps: dict[str, set[int]] = {}  # of each metric, before this process sent any
+        self._models: dict[int, str] = {}  # checkpoint's step -> model id
+        self._samples: dict[int, tuple[str, str]] = {}
+
+    def send(self, entries: Sequence[Entry]) -> None:
+        """Entries of one kind; more than one of metrics only."""
+        kind = entries[0]["kind"]
+        if kind == "metrics":
+            self._send_metrics(entries)
+            return
+        action = {
+            "start": lambda entry: None,
+            "params": self._send_params,
+            "tags": self._send_tags,
+            "inputs": self._send_inputs,
+            "sample": self._send_sample,
+            "checkpoint": self._send_checkpoint,
+            "file": lambda entry: self.client.log_artifact(self.run.run_id, entry["path"]),
+            "page": self._send_page,
+            "status": self._send_status,
+        }[kind]
+        for entry in entries:
+            action(entry)
+
+    def _send_params(self, entry: Entry) -> None:
+        """MLflow's params cannot change; what a resumed run changes (--train_steps) becomes a tag."""
+        from mlflow.entities import Param
+
+        values = {name: str(value)[:_MAX_PARAM_CHARACTERS] for name, value in entry["values"].items()}
+        logged = self.client.get_run(self.run.run_id).data.params
+        new = [Param(name, value) for name, value in values.items() if name not in logged]
+        for start in range(0, len(new), 100):  # MLflow's limit of params per request
+            self.client.log_batch(self.run.run_id, params=new[start : start + 100])
+        changed = {name: value for name, value in values.items() if logged.get(name, value) != value}
+        self._set_tags({f"resumed.{name}": value for name, value in changed.items()})
+
+    def _send_tags(self, entry: Entry) -> None:
+        commit = entry["values"].get("commit", "unknown").removesuffix("+changes")
+        known = {} if commit == "unknown" else {_COMMIT_TAG: commit}
+        self._set_tags(entry["values"] | known)
+
+    def _send_inputs(self, entry: Entry) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        datasets = [
+            DatasetInput(
+                dataset=Dataset(
+                    name=item["name"],
+                    digest=item["fingerprint"][:_DIGEST_CHARACTERS],
+                    source_type="local",
+                    source=json.dumps({"uri": item["source"]}),
+                    profile=json.dumps(item["profile"]),
+                ),
+                tags=[InputTag("mlflow.data.context", item["context"])],
+            )
+            for item in entry["values"]
+        ]
+        self.client.log_inputs(self.run.run_id, datasets=datasets)
+        self._set_tags({f"{item['context']}_fingerprint": item["fingerprint"] for item in entry["values"]})
+
+    def _send_metrics(self, entries: Sequence[Entry]) -> None:
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(name, value, entry["time"], entry["step"])
+            for entry in entries
+            for name, value in entry["values"].items()
+            if entry["step"] not in self._steps(name)
+        ]
+        for start in range(0, len(points), _MAX_BATCH):
+            self.client.log_batch(self.run.run_id, metrics=points[start : start + _MAX_BATCH])
+
+    def _steps(self, name: str) -> set[int]:
+        if name not in self._known_steps:
+            history = self.client.get_metric_history(self.run.run_id, name)
+            self._known_steps[name] = {point.step for point in history}
+        return self._known_steps[name]
+
+    def _send_sample(self, entry: Entry) -> None:
+        """The whole table each time: rows cannot be added to one."""
+        if not self._samples:
+            self._samples = self._sent_samples()
+        self._samples[entry["step"]] = (entry["prompt"], entry["text"])
+        rows = [[step, prompt, text] for step, (prompt, text) in sorted(self._samples.items())]
+        table = {"columns": ["step", "prompt", "text"], "data": rows}
+        self.client.log_dict(self.run.run_id, table, _SAMPLES_FILE)
+        self._set_tags({_TABLES_TAG: json.dumps([{"path": _SAMPLES_FILE, "type": "table"}])})
+
+    def _sent_samples(self) -> dict[int, tuple[str, str]]:
+        """The rows that an earlier process sent."""
+        if _TABLES_TAG not in self.client.get_run(self.run.run_id).data.tags:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.client.download_artifacts(self.run.run_id, _SAMPLES_FILE, folder)
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+        return {int(step): (prompt, text) for step, prompt, text in rows}
+
+    def _send_checkpoint(self, entry: Entry) -> None:
+        """A checkpoint as an MLflow model that names its folder; nothing is copied."""
+        from mlflow.entities import LoggedModelStatus
+
+        step, path = entry["step"], entry["path"]
+        model_id = self._model(step, path)
+        for key, value in entry["values"].items():
+            name = f"checkpoint/{key}"
+            self.client.log_metric(self.run.run_id, name, value, timestamp=entry["time"], step=step, model_id=model_id)
+        self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+        if entry["best"]:
+            self._set_tags({"best_step": str(step), "best_val_loss": str(entry["values"].get("val_loss"))})
+            if self.registered_model:
+                self._register(self.registered_model, entry, model_id)
+
+    def _model(self, step: int, path: str) -> str:
+        """Id of the model of a checkpoint, which is made unless it is there."""
+        if step in self._models:
+            return self._models[step]
+        from mlflow.entities import LoggedModelOutput
+
+        name, run_id = f"step-{step:06d}", self.run.run_id
+        known = self.client.search_logged_models(
+            [self.run.experiment_id], filter_string=f"source_run_id = '{run_id}' AND name = '{name}'"
+        )
+        model = (
+            known[0]
+            if known
+            else self.client.create_logged_model(
+                self.run.experiment_id,
+                name=name,
+                source_run_id=run_id,
+                tags={"checkpoint": path, "step": str(step)},
+                model_type="gpt-2.5-checkpoint",
+            )
+        )
+        outputs = self.client.get_run(run_id).outputs
+        if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+            self.client.log_outputs(run_id, models=[LoggedModelOutput(model.model_id, step)])
+        self._models[step] = str(model.model_id)
+        return self._models[step]
+
+    def _register(self, name: str, entry: Entry, model_id: str) -> None:
+        """A version of the registered model; the alias moves to it unless another run's best is better on this data."""
+        data = self.client.get_run(self.run.run_id).data.tags.get("validation_fingerprint", "")
+        holder = self._registered(name).aliases.get(_BEST)
+        version = self._version(name, entry, model_id, data)
+        if holder is None or self._is_better(name, str(holder), data, entry["values"]["val_loss"]):
+            self.client.set_registered_model_alias(name, _BEST, version)
+
+    def _version(self, name: str, entry: Entry, model_id: str, data: str) -> str:
+        """Number of the version that a checkpoint is, which is made unless it is there; its model's page names it."""
+        step = str(entry["step"])
+        found = self.client.search_model_versions(f"run_id = '{self.run.run_id}'")
+        mine = [version for version in found if version.name == name and version.tags.get("step") == step]
+        model = self.client.get_logged_model(model_id)
+        tags = {
+            "checkpoint": entry["path"],
+            "step": step,
+            "val_loss": repr(entry["values"]["val_loss"]),
+            "validation_fingerprint": data,
+        }
+        version = mine[0] if mine else self.client.create_model_version(
+            name, model.artifact_location, run_id=self.run.run_id, tags=tags, model_id=model_id
+        )  # fmt: skip
+        link = {"name": name, "version": version.version}
+        links = json.loads(model.tags.get(_VERSIONS_TAG, "[]"))
+        if link not in links:
+            self.client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([*links, link])})
+        return str(version.version)
+
+    def _is_better(self, name: str, holder: str, data: str, val_loss: float) -> bool:
+        """Than the version that has the alias: it is of this run, of other data, or has a higher val loss."""
+        rival = self.client.get_model_version(name, holder)
+        same_data = rival.tags.get("validation_fingerprint") == data
+        return rival.run_id == self.run.run_id or not same_data or val_loss < float(rival.tags["val_loss"])
+
+    def _registered(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return self.client.create_registered_model(name, description=_DESCRIPTION)
+
+    def _send_page(self, entry: Entry) -> None:
+        assert self.folder is not None
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / entry["name"]
+            path.write_bytes(self.folder.read(entry["name"]))
+            self.client.log_artifact(self.run.run_id, str(path))
+
+    def _send_status(self, entry: Entry) -> None:
+        self.client.set_terminated(self.run.run_id, entry["status"], end_time=entry["time"])
+
+    def _set_tags(self, values: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, str(value)[:_MAX_TAG_CHARACTERS]) for name, value in values.items()]
+        for start in range(0, len(tags), 100):  # MLflow's limit of tags per request
+            self.client.log_batch(self.run.run_id, tags=tags[start : start + 100])

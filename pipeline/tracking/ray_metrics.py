@@ -1,0 +1,55 @@
+"""A run's figures as Ray's own metrics: on the dashboard, and at every node's Prometheus endpoint.
+
+``train/loss`` becomes the gauge ``gpt25_train_loss`` (Ray puts ``ray_`` before it), with the run's name as a tag. Ray
+exports a gauge's last value every few seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.tracking.tracker import SilentTracker
+
+_DESCRIPTIONS = {
+    "train/loss": "training loss, nats per token",
+    "train/grad_norm": "global gradient norm before clipping",
+    "train/lr": "learning rate",
+    "val/loss": "validation loss, nats per token",
+    "perf/tokens_per_second": "training tokens per second over all workers",
+    "perf/mfu": "model FLOPs utilisation",
+    "perf/step_seconds": "seconds per optimizer step",
+    "perf/data_wait_seconds": "seconds per step that rank 0 waited for batches",
+    "perf/checkpoint_stall_seconds": "seconds that training stood still for the last checkpoint",
+    "step": "optimizer steps done",
+}
+
+
+class RayMetrics(SilentTracker):
+    """Sets one gauge per metric, in a process that Ray started.
+
+    Args:
+        run: name of the run, a tag of every gauge.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._tags = {"run": run}
+        self._gauges: dict[str, Any] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in {**metrics, "step": step}.items():
+            self._gauge(name).set(float(value), tags=self._tags)
+
+    def _gauge(self, name: str) -> Any:
+        if name not in self._gauges:
+            from ray.util.metrics import Gauge
+
+            description = _DESCRIPTIONS.get(name, name)
+            self._gauges[name] = Gauge(gauge_name(name), description=description, tag_keys=("run",))
+        return self._gauges[name]
+
+
+def gauge_name(metric: str) -> str:
+    """What a metric is called in Ray; Prometheus takes letters, digits and underscores."""
+    return f"gpt25_{re.sub('[^A-Za-z0-9_]', '_', metric)}"

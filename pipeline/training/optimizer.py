@@ -1,0 +1,45 @@
+"""The optimizer that a run's settings ask for, on weights that may be spread over workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.muon import Group, Muon, muon_groups
+from model.optimizer import AdamW, parameter_groups
+from model.transformer import Transformer
+from pipeline.distributed.fsdp import Workers, local_part
+
+if TYPE_CHECKING:
+    from pipeline.config.training import PretrainConfig
+
+
+def build_optimizer(model: Transformer, config: PretrainConfig, workers: Workers) -> AdamW:
+    """AdamW for all parameters, or with --optimizer muon Muon for the blocks' matrices and AdamW for the rest."""
+    settings: dict[str, Any] = {
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "compile": compiles(config, workers),
+    }
+    if config.optimizer == "adamw":
+        groups = parameter_groups(model, config.weight_decay)
+        return AdamW(groups, config.lr, **settings, local_part=local_part)
+    groups = muon_groups(model, model.blocks, config.weight_decay)
+    processes = Group(rank=workers.rank, size=workers.world_size, exchange=exchange)
+    return Muon(groups, config.lr, **settings, local_part=local_part, group=processes)
+
+
+def compiles(config: PretrainConfig, workers: Workers) -> bool:
+    """Whether the step is compiled: where asked for, and by default on a GPU."""
+    return config.compile == "on" or (config.compile == "auto" and workers.device.type == "cuda")
+
+
+def exchange(outgoing: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """Sends flat tensor r to rank r; returns what came, counts[r] numbers from rank r. Collective."""
+    received = outgoing[0].new_empty(sum(counts))
+    sent = torch.cat(outgoing)
+    dist.all_to_all_single(received, sent, counts, [len(tensor) for tensor in outgoing])
+    return list(received.split(counts))

@@ -1,0 +1,124 @@
+"""What is measured of a network in training, when it is due: val loss on part of the val set, HellaSwag, a sample.
+
+All of it happens on all ranks and leaves the training as it was: the same steps with or without it, bit for bit. Rank 0
+tells the tracker, and keeps in <run>/best.json which checkpoint has the lowest val loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from model.transformer import Transformer
+from pipeline.config.training import PretrainConfig
+from pipeline.dataset.shards import TokenStream
+from pipeline.distributed.fsdp import Workers
+from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score_encoded
+from pipeline.evaluation.validation import ValidationResult, validation_loss
+from pipeline.generation.sampling import continue_text
+from pipeline.storage.folders import Folder
+from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.run_folder import Best, read_best, write_best
+
+logger = logging.getLogger(__name__)
+
+_HELLASWAG_TOKENS = 8192  # of a forward pass: logits of all of them are there at once
+
+
+class RunEvaluation:
+    """Measures one run's network.
+
+    Args:
+        output: the run's folder.
+        tracker: told on rank 0.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        val_stream: TokenStream,
+        *,
+        output: Folder,
+        workers: Workers,
+        tracker: Tracker,
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.val_stream = config, model, tokenizer, val_stream
+        self.output, self.workers, self.tracker = output, workers, tracker
+        self.validation: ValidationResult | None = None
+        """The last one."""
+        self.hellaswag: HellaSwagResult | None = None
+        """The last one."""
+        self.sample = ""
+        """The last one."""
+        self.best = read_best(self.output)
+        self._questions = encode_all(read_questions(config.hellaswag), tokenizer) if config.hellaswag else None
+
+    def run(self, done: int, checkpoint: Folder | None) -> None:
+        """Measure what is due after ``done`` steps. Collective.
+
+        checkpoint: the one of this very step, if it was saved; may still be on its way to the disk.
+        """
+        config = self.config
+        last = done == config.train_steps
+        if done % config.val_every == 0 or last:
+            self._validate(done, checkpoint)
+        if self._questions is not None and (done % config.hellaswag_every == 0 or last):
+            self._score_hellaswag(done)
+        if done % config.sample_every == 0 or last:
+            self._sample(done)
+
+    def summary(self) -> dict[str, Any]:
+        """RunSummary's fields about the best checkpoint and HellaSwag."""
+        found = self.hellaswag
+        return {
+            "best_step": self.best.step if self.best else None,
+            "best_val_loss": self.best.val_loss if self.best else None,
+            "hellaswag_acc_norm": found.acc_norm if found else None,
+            "hellaswag_acc": found.acc if found else None,
+            "hellaswag_questions": found.questions if found else None,
+        }
+
+    def _validate(self, done: int, checkpoint: Folder | None) -> None:
+        self.validation = result = validation_loss(
+            self.model,
+            self.val_stream,
+            self.workers,
+            context_length=self.config.context_length,
+            batch_size=self.config.batch_size,
+            max_tokens=self.config.val_tokens,
+        )
+        is_best = self.best is None or result.loss < self.best.val_loss or done == self.best.step
+        if checkpoint is not None and is_best:
+            self.best = Best(step=done, val_loss=result.loss)
+        if not self.workers.is_first:
+            return
+        self.tracker.log_metrics({"val/loss": result.loss, "val/perplexity": result.perplexity}, done)
+        logger.info("step %d: val loss %.4f, perplexity %.2f", done, result.loss, result.perplexity)
+        if checkpoint is not None:
+            if self.best is not None and is_best:
+                write_best(self.output, self.best)
+            self.tracker.log_checkpoint(done, checkpoint, {"val_loss": result.loss}, best=is_best)
+
+    def _score_hellaswag(self, done: int) -> None:
+        assert self._questions is not None
+        tokens = min(_HELLASWAG_TOKENS, self.config.batch_size * self.config.context_length)
+        self.hellaswag = found = score_encoded(self.model, self._questions, self.workers, tokens_per_batch=tokens)
+        if self.workers.is_first:
+            self.tracker.log_metrics({"eval/hellaswag_acc_norm": found.acc_norm, "eval/hellaswag_acc": found.acc}, done)
+            logger.info(
+                "step %d: HellaSwag %.4f acc_norm, %.4f acc on %s questions",
+                done,
+                found.acc_norm,
+                found.acc,
+                f"{found.questions:,}",
+            )
+
+    def _sample(self, done: int) -> None:
+        prompt, length = self.config.sample_prompt, self.config.sample_tokens
+        self.sample = continue_text(self.model, self.tokenizer, prompt, max_new_tokens=length, seed=self.config.seed)
+        if self.workers.is_first:
+            self.tracker.log_sample(done, prompt, self.sample)
+            logger.info("step %d: sample: %r", done, self.sample)

@@ -1,0 +1,155 @@
+"""A run as its folder shows it: what may go on from which checkpoint, what came out, what it was made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.checkpoints.metadata import CheckpointInfo
+from pipeline.checkpoints.reader import check_shape, newest_info
+from pipeline.config.training import PretrainConfig
+from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer
+from pipeline.dataset.manifest import Manifest, as_folder
+from pipeline.errors import UserError
+from pipeline.storage.folders import Folder, open_folder
+from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tracking.tracker import RunInput
+
+SUMMARY_FILE = "summary.json"
+BEST_FILE = "best.json"
+_ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What came out of a finished run (<run>/summary.json)."""
+
+    steps: int
+    tokens_seen: int
+    parameters: int
+    first_loss: float
+    """Training loss of the first step, nats per token."""
+    last_loss: float
+    """Training loss of the last step, nats per token."""
+    val_loss: float
+    """On the val set's first val_tokens, nats per token."""
+    val_tokens: int
+    sample: str
+    tokens_per_second: float
+    """Over the steps of the last start, evaluation and checkpoints left out."""
+    checkpoint: str
+    """Folder of the last checkpoint."""
+    peak_memory_gib: float
+    """Largest resident memory of rank 0 (on a GPU: of its allocator)."""
+    best_step: int | None = None
+    """Of the checkpoint with the lowest val loss."""
+    best_val_loss: float | None = None
+    hellaswag_acc_norm: float | None = None
+    """Of the last network; None where HellaSwag was not asked for."""
+    hellaswag_acc: float | None = None
+    hellaswag_questions: int | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.val_loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The checkpoint with the lowest val loss so far (<run>/best.json); it is kept."""
+
+    step: int
+    val_loss: float
+
+
+def read_best(output: Folder) -> Best | None:
+    """The best checkpoint of the run in ``output``; None before the first validation."""
+    try:
+        return Best(**json.loads(output.read(BEST_FILE)))
+    except FileNotFoundError:
+        return None
+
+
+def write_best(output: Folder, best: Best) -> None:
+    output.write(BEST_FILE, [json.dumps(asdict(best)).encode()])
+
+
+def open_data(folder: Folder) -> tuple[Tokenizer, Manifest]:
+    """Tokenizer and manifest of a folder of shards, checked against each other.
+
+    Raises:
+        UserError: no such data, or shards that another tokenizer made.
+    """
+    manifest = Manifest.load(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"the shards in {folder} were made with another tokenizer than its tokenizer.json (fingerprint "
+            f"{manifest.tokenizer_fingerprint[:12]} against {tokenizer.fingerprint[:12]}); tokenize again"
+        )
+    return tokenizer, manifest
+
+
+def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
+    """Raise a UserError where going on from checkpoint ``path`` would not be the same run."""
+    check_shape(path, info, config.model_config(manifest.vocab_size))
+    if info.manifest_fingerprint != manifest.fingerprint:
+        what = "tokenizer" if info.tokenizer_fingerprint != manifest.tokenizer_fingerprint else "shards"
+        raise UserError(
+            f"checkpoint {path} was trained on other {what} than --data holds; give a new --output or the old --data"
+        )
+    for name in _ORDER_SETTINGS:
+        if info.config[name] != getattr(config, name):
+            raise UserError(
+                f"checkpoint {path} was trained with {name} {info.config[name]}, now it is {getattr(config, name)}; "
+                "that changes the data order, so keep it, or give a new --output"
+            )
+
+
+def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Path | Folder) -> RunSummary | None:
+    """The summary of this very run if it has reached train_steps; checks what a resume would check.
+
+    Needs neither Ray nor a process group, so that jobs can say at once what is done or what does not fit.
+    """
+    _, manifest = open_data(as_folder(data))
+    output = as_folder(output)
+    newest = newest_info(open_folder(f"{output}/checkpoints"))
+    if newest is None:
+        return None
+    place, info = newest
+    check_resumable(place, info, config, manifest)
+    if info.step < config.train_steps:
+        return None
+    try:
+        summary = RunSummary(**json.loads(output.read(SUMMARY_FILE)))
+    except FileNotFoundError:
+        return None
+    return summary if summary.steps >= config.train_steps else None
+
+
+def write_summary(output: Folder, summary: RunSummary) -> None:
+    output.write(SUMMARY_FILE, [json.dumps(asdict(summary), indent=2).encode()])
+
+
+def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:
+    """What the run is made from, with fingerprints: the lineage of its weights."""
+    inputs = [
+        RunInput(
+            name=f"{data.url.rpartition('/')[2]}-{split}",  # MLflow takes equal names and fingerprints for one data set
+            fingerprint=manifest.fingerprint,
+            source=str(data),
+            context=context,
+            profile={"tokens": manifest.tokens(split), "documents": manifest.documents(split)},
+        )
+        for split, context in (("train", "training"), ("val", "validation"))
+    ]
+    tokenizer = RunInput(
+        name="tokenizer",
+        fingerprint=manifest.tokenizer_fingerprint,
+        source=f"{data}/{TOKENIZER_NAME}",
+        context="tokenizer",
+        profile={"vocab_size": manifest.vocab_size},
+    )
+    return [*inputs, tokenizer]

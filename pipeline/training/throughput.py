@@ -1,0 +1,79 @@
+"""How fast a run goes: tokens per second, MFU, time left, and the progress line that says so."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config.training import PretrainConfig
+    from pipeline.training.trainer import StepResult
+
+
+class Clock:
+    """Counts steps and the seconds they took, without the pauses for checkpoints and evaluation.
+
+    Model FLOPs utilisation is (FLOPs of the tokens trained) / (seconds x peak FLOP/s of all workers), as in PaLM,
+    appendix B.
+    """
+
+    def __init__(self, start_step: int, config: PretrainConfig, flops_per_token: float, peak_flops: float) -> None:
+        self.config = config
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.start_step = start_step
+        self.total_steps = self._steps = 0
+        self.total_seconds = self._seconds = self._data_wait_seconds = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, data_wait_seconds: float) -> None:
+        """One more step is done."""
+        now = time.perf_counter()
+        self._steps += 1
+        self._seconds += now - self._since
+        self._data_wait_seconds += data_wait_seconds
+        self._since = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no part of any step."""
+        yield
+        self._since = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Speed since the last reading, as metrics."""
+        now = time.perf_counter()  # the reading follows a wait for the device, which belongs to the steps
+        seconds, steps = self._seconds + now - self._since, self._steps
+        tokens_per_second = steps * self.config.tokens_per_step / seconds
+        figures = {
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
+            "perf/step_seconds": seconds / steps,
+            "perf/data_wait_seconds": self._data_wait_seconds / steps,
+        }
+        self.total_steps += steps
+        self.total_seconds += seconds
+        self._steps, self._seconds, self._data_wait_seconds, self._since = 0, 0.0, 0.0, now
+        return figures
+
+    def overall(self) -> float:
+        """Tokens per second since the start."""
+        return self.total_steps * self.config.tokens_per_step / self.total_seconds if self.total_seconds else 0.0
+
+    def line(self, done: int, loss: float, result: StepResult, speed: dict[str, float]) -> str:
+        """The progress line."""
+        left = (self.config.train_steps - done) * (self.total_seconds / max(1, self.total_steps))
+        return (
+            f"step {done:>{len(str(self.config.train_steps))}}/{self.config.train_steps}  loss {loss:.4f}  "
+            f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  "
+            f"{speed['perf/tokens_per_second']:,.0f} tokens/s  mfu {speed['perf/mfu']:.1%}  eta {format_seconds(left)}"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

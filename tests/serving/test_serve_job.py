@@ -1,0 +1,264 @@
+"""jobs/serve.py as users start it: Ray Serve, the openai package, the page in a real browser, a crowd, a storm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from model.generation import generate
+from pipeline.pretrained import resolve
+from tests.support.models import train
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["import os", "class A:\n    def ", "x = ", "# The", "\n\n", "for name in names:", "return ", "żółw"]
+QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen[str]
+
+    def memory(self) -> int:
+        """Resident bytes of the replica and of Ray Serve's proxy."""
+        found = 0
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "ServeReplica" in (name := " ".join(process.cmdline())) or "ProxyActor" in name:
+                    found += process.memory_info().rss
+        return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_data, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), str(checkpoint), "--port", "0", "--device", "cpu"]
+    command += ["--model_name", "tiny", "--max_waiting", "300", "--max_tokens", "4000", "--request_seconds", "60"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "GPT25_SERVE_TOKEN")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
+    process = subprocess.Popen(
+        command, cwd=tmp_path_factory.mktemp("home"), env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+    )
+    try:
+        yield Server(url=wait_for_address(process, log), process=process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60)
+        process.kill()
+    assert process.returncode == 0
+    log.seek(0)
+    said = log.read()
+    assert "Traceback" not in said, said[said.index("Traceback") - 1000 :][:6000]
+
+
+def wait_for_address(process: subprocess.Popen[str], log: Any) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if match := re.search(r"page\s+(http://\S+)/", line):
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            return match[1]
+    log.seek(0)
+    raise AssertionError(f"the server did not start: {log.read()[-3000:]}")
+
+
+def expected(checkpoint: Path, prompt: str, count: int, seed: int) -> str:
+    found = resolve.open_model(checkpoint, torch.device("cpu"))
+    ids = torch.tensor([found.tokenizer.encode(prompt)])
+    stop_id = found.tokenizer.eot_id
+    new = generate(found.model, ids, max_new_tokens=count, temperature=1.0, top_p=None, seed=seed, stop_id=stop_id)
+    return found.tokenizer.decode(new[0])
+
+
+def test_the_openai_package(server: Server, checkpoint: Path) -> None:
+    openai = pytest.importorskip("openai", reason="needs the openai package: pip install openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    text = expected(checkpoint, "import os", 30, seed=5)
+    settings = {"model": "tiny", "prompt": "import os", "max_tokens": 30, "seed": 5}
+    whole = client.completions.create(**settings)
+    assert whole.choices[0].text == text and whole.usage.completion_tokens == 30
+    chunks = list(client.completions.create(**settings, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text and len(chunks) > 5
+    with pytest.raises(openai.BadRequestError, match="the model sees 128; shorten it"):
+        client.completions.create(model="tiny", prompt="x " * 500)
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        client.completions.create(model="other", prompt="x")
+
+
+def test_the_page_in_a_browser(server: Server, checkpoint: Path) -> None:
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("needs Chromium (apt-get install chromium), or its path in CHROMIUM")
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", *QUIET])
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(f"{server.url}/")
+        page.get_by_label("prompt").fill("import os")
+        for name, value in (("max_tokens", "30"), ("temperature", "1"), ("top_p", "1"), ("seed", "5")):
+            page.locator(f"#{name}").fill(value)
+        page.get_by_role("button", name="Go on").click()
+        expect(page.locator("#status")).to_have_text(re.compile("ended: (length|stop)"), timeout=30_000)
+        assert page.locator("#new").text_content() == expected(checkpoint, "import os", 30, seed=5)
+        assert problems == []
+        page.locator("#max_tokens").fill("4000")
+        page.get_by_role("button", name="Go on").click()
+        expect(page.locator("#new")).not_to_have_text("")
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("#status")).to_have_text("stopped")
+        page.get_by_label("prompt").fill("x " * 500)
+        page.get_by_role("button", name="Go on").click()
+        expect(page.get_by_role("alert")).to_contain_text("shorten it")
+        browser.close()
+
+
+def test_an_open_address_needs_a_token(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), str(checkpoint), "--host", "0.0.0.0", "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "GPT25_SERVE_TOKEN"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 1 and "set GPT25_SERVE_TOKEN" in result.stderr and "Traceback" not in result.stderr
+
+
+async def exchange(server: Server, raw: bytes, *, leave_after: float | None = None) -> bytes:
+    """What comes back for raw bytes; with leave_after, the client goes away then."""
+    host, port = server.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(raw)
+        await writer.drain()
+        if leave_after is not None:
+            await asyncio.sleep(leave_after)
+            return b""
+        return await asyncio.wait_for(reader.read(), timeout=120)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def request(values: Any, headers: str = "") -> bytes:
+    body = values if isinstance(values, bytes) else json.dumps(values).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Content-Type: application/json\r\n{headers}\r\n".encode() + body
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def choice_of(answer: bytes) -> Any:
+    return json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["text"]
+
+
+@pytest.mark.slow
+def test_two_hundred_clients(server: Server, checkpoint: Path) -> None:
+    """Every one of them gets the text that it would get alone."""
+    wanted = {number: (PROMPTS[number % len(PROMPTS)], 3 + number % 20, number % 16) for number in range(200)}
+    texts = {values: expected(checkpoint, *values) for values in set(wanted.values())}
+
+    async def crowd() -> list[bytes]:
+        bodies = [{"prompt": p, "max_tokens": count, "seed": seed} for p, count, seed in wanted.values()]
+        return list(await asyncio.gather(*(exchange(server, request(body)) for body in bodies)))
+
+    for answer, values in zip(asyncio.run(crowd()), wanted.values(), strict=True):
+        assert status_of(answer) == 200, answer
+        assert choice_of(answer) == texts[values]
+
+
+@pytest.mark.slow
+def test_a_minute_of_bad_manners(server: Server, checkpoint: Path) -> None:
+    """Malformed, oversized, abandoned: each a 4xx or nothing, while others get right texts; afterwards all is free."""
+    right = {prompt: expected(checkpoint, prompt, 12, seed=1) for prompt in PROMPTS}
+    counts: dict[str, int] = {}
+    choose = random.Random(0)
+
+    async def malformed() -> None:
+        whole = request({"prompt": "x", "max_tokens": 3})
+        body = choose.choice([b"", b"{", b"null", b'{"prompt": 1}', b"\x00\xff" * 50, b"[" * 50_000, whole])
+        answer = await exchange(server, request(body))
+        assert 400 <= status_of(answer) < 500, answer
+        broken = bytearray(whole)
+        for _ in range(5):
+            broken[choose.randrange(len(broken) - 40)] = choose.randrange(256)
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            answer = await asyncio.wait_for(exchange(server, bytes(broken)), timeout=10)
+            assert not answer or status_of(answer) < 500, (broken, answer)
+
+    async def oversized() -> None:
+        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+            answer = await exchange(server, request({"prompt": "x" * 3_000_000}))
+            assert not answer or status_of(answer) == 413, answer
+
+    async def abandoned() -> None:
+        values = {"prompt": choose.choice(PROMPTS), "max_tokens": 4000, "stream": choose.random() < 0.5}
+        raw = request(values)
+        await exchange(server, raw[: choose.randrange(1, len(raw))] if choose.random() < 0.3 else raw, leave_after=0.2)
+
+    async def honest() -> None:
+        prompt = choose.choice(PROMPTS)
+        answer = await exchange(server, request({"prompt": prompt, "max_tokens": 12, "seed": 1}))
+        assert status_of(answer) in (200, 429), answer
+        if status_of(answer) == 200:
+            assert choice_of(answer) == right[prompt]
+            counts["right"] = counts.get("right", 0) + 1
+
+    async def client(act: Any, end: float) -> None:
+        while time.monotonic() < end:
+            await act()
+            counts[act.__name__] = counts.get(act.__name__, 0) + 1
+
+    async def storm(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        acts = [malformed] * 4 + [oversized] * 2 + [abandoned] * 4 + [honest] * 4
+        await asyncio.gather(*(client(act, end) for act in acts))
+
+    asyncio.run(storm(10))  # what is allocated once is allocated now
+    before = server.memory()
+    asyncio.run(storm(60))
+    wait_until_idle(server)
+    assert counts["right"] > 20 and min(counts.values()) > 10, counts
+    assert server.memory() - before < 100e6, (before, server.memory(), counts)
+
+
+def wait_until_idle(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    end = time.monotonic() + 30
+    while True:
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: client.recv(4096), b""))
+        assert status_of(answer) == 200
+        if json.loads(answer.partition(b"\r\n\r\n")[2])["texts"] == 0:
+            return
+        assert time.monotonic() < end, answer
+        time.sleep(0.5)

@@ -1,0 +1,42 @@
+"""A small trained model for the tests of what leaves the house, and its twin in transformers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pipeline.config.training import PretrainConfig
+from pipeline.distributed.fsdp import Workers
+from pipeline.storage.folders import open_folder
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.trainer import Trainer
+
+# One thread: what torch's threads wait for each other takes longer than a model of this size.
+os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count() or 1))
+ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def train(data: Path, output: Path, **changes: object) -> Path:
+    """A run of some steps on one rank and without Ray; returns its newest checkpoint."""
+    settings: dict[str, object] = {
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_model": 32,
+        "d_ff": 96,
+        "context_length": 128,
+        "tokens_per_step": 1024,
+        "batch_size": 8,
+        "train_steps": 40,
+        "lr": 1e-2,
+        "log_every": 10,
+        "val_every": 20,
+        "val_tokens": 500,
+        "sample_tokens": 4,
+        "num_workers": 1,
+        "device": "cpu",
+    }
+    config = PretrainConfig(**(settings | changes))  # type: ignore[arg-type]
+    Trainer(config, data=open_folder(data), output=output, workers=ALONE, tracker=MemoryTracker()).run()
+    return output / "checkpoints" / f"step-{config.train_steps:06d}"

@@ -1,0 +1,82 @@
+"""Texts, files of every format made of them, and ways to read them back."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.sources import column_chunks
+from pipeline.sources.plan import make_plan
+from pipeline.sources.readers import read_item
+from pipeline.sources.sources import find
+from pipeline.sources.work_items import Piece, WorkItem, open_piece
+
+TEXTS = [
+    "A first text.",
+    "  dzień dobry, ½ of Ⅷ 日本語 🙂\n\nend",
+    "x",
+    "\ufeffstarts with a mark",
+    "<|endoftext|>",
+    "y" * 5000,
+]
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.compress(content, codec="zstd", asbytes=True))
+
+
+def json_lines(texts: list[str], key: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": i, key: text}).encode() + b"\n" for i, text in enumerate(texts))
+
+
+def write_parquet(
+    path: Path, texts: list[str | None], *, row_group_size: int = 2, column: pa.DataType | None = None, **options: Any
+) -> None:
+    table = pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string()).cast(column or pa.string())})
+    pq.write_table(table, path, row_group_size=row_group_size, **{"compression": "zstd", **options})
+
+
+def items_of(source: Path | str, *, item_bytes: int = 1_000_000, text_column: str = "text") -> list[WorkItem]:
+    return make_plan(find(str(source)).layouts(text_column), text_column=text_column, item_bytes=item_bytes)
+
+
+def read_items(items: list[WorkItem], **options: Any) -> list[str]:
+    """The texts of all items; every item survives its way through JSON first."""
+    copies = [WorkItem.from_json(item.to_json()) for item in items]
+    arrays = [array for item in copies for array in read_item(item, options.get("skipped", Counter()))]
+    assert {array.type for array in arrays} <= {pa.large_string()}
+    assert not any(array.null_count for array in arrays)
+    return [text for array in arrays for text in array.to_pylist()]
+
+
+def read(source: Path | str, *, item_bytes: int = 1_000_000, **options: Any) -> list[str]:
+    return read_items(items_of(source, item_bytes=item_bytes), **options)
+
+
+def read_gathered(items: list[WorkItem], open_file: Callable[[Piece], BinaryIO] = open_piece) -> list[str]:
+    """The texts of items of a remote source, read from what was gathered of it and nothing else."""
+    texts = []
+    for item in items:
+        table = column_chunks.gather(item, open_file)
+        assert table.schema == column_chunks.SCHEMA
+        assert set(table["piece"].to_pylist()) == set(range(len(item.pieces)))  # nothing is left to be opened
+        texts += [text for array in read_item(item, Counter(), table) for text in array.to_pylist()]
+    return texts
+
+
+def mistake(source: Path | str, *, text_column: str = "text", kind: type[UserError] = UserError) -> str:
+    """The sentence that planning or reading ends with."""
+    with pytest.raises(UserError) as raised:
+        for item in items_of(source, text_column=text_column):
+            list(read_item(item, Counter()))
+    assert "\n" not in str(raised.value)
+    assert type(raised.value) is kind
+    return str(raised.value)

@@ -1,0 +1,75 @@
+"""The web application of jobs/serve.py in this process, without Ray: for tests of what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from pipeline.config.inference import ServeConfig
+from pipeline.serving.serve_job import build_app
+
+
+class WebServer:
+    """Where it listens, and its engine."""
+
+    def __init__(self, port: int, app: Any) -> None:
+        self.port = port
+        self.engine = app.state.engine
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+        finally:
+            connection.close()
+
+    def complete(self, status: int = 200, **values: Any) -> Any:
+        """The JSON that answers a completion request; the status must be the given one."""
+        headers = {"Content-Type": "application/json"}
+        found, _, body = self.ask("POST", "/v1/completions", json.dumps(values).encode(), headers)
+        assert found == status, body
+        return json.loads(body)
+
+    def wait_until_idle(self, seconds: float = 300) -> None:
+        """Until no text grows: those whose clients left must go too."""
+        self.wait_for_texts(0, seconds)
+
+    def wait_for_texts(self, count: int, seconds: float = 300) -> None:
+        """Until exactly so many texts grow."""
+        end = time.monotonic() + seconds
+        while self.engine.num_texts != count:
+            assert time.monotonic() < end, f"{self.engine.num_texts} texts grow, not {count}"
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running(checkpoint: Path, *, token_sha256: str | None = None, **settings: Any) -> Iterator[WebServer]:
+    """A server that answers as long as the block runs."""
+    config = ServeConfig(device="cpu", **settings)
+    values = {"config": asdict(config), "path": str(checkpoint), "model_name": "tiny", "token_sha256": token_sha256}
+    app = build_app(values)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    try:
+        yield WebServer(server.servers[0].sockets[0].getsockname()[1], app)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        app.state.engine.close()

@@ -1,0 +1,133 @@
+"""Compiled kernels on disk: found again from another checkout, never run stale, nothing done at import."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.tokenizer.kernels import cache as kernel_cache
+from pipeline.tokenizer.kernels import count as count_kernels
+from pipeline.tokenizer.kernels import encode as encode_kernels
+from pipeline.tokenizer.kernels import hash_table, merge_short
+from pipeline.tokenizer.kernels import train as train_kernels
+from pipeline.tokenizer.training import count_pretokens, merge_counts, train_bpe, warm_up
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path("pipeline/tokenizer/kernels")
+HELPER = """
+from pipeline.tokenizer.kernels.cache import helper
+
+@helper
+def step(number):
+    return number + 1
+"""
+KERNEL = """
+from pipeline.tokenizer.kernels.cache import kernel
+from pipeline.tokenizer.kernels.inner import step
+
+@kernel
+def twice(number):
+    return step(step(number))
+"""
+CALL = """
+from pipeline.tokenizer.kernels.outer import twice
+print(twice(0), sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
+"""
+
+
+def run(code: str, folder: Path, cache: Path | str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "GPT25_KERNEL_CACHE": str(cache)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A package pipeline with one kernel, whose helper is in another file."""
+    folder = tmp_path / "checkout"
+    (folder / KERNELS).mkdir(parents=True)
+    for package in (KERNELS, *KERNELS.parents):
+        (folder / package / "__init__.py").touch()
+    shutil.copy(ROOT / KERNELS / "cache.py", folder / KERNELS)
+    (folder / KERNELS / "inner.py").write_text(HELPER, encoding="utf-8")
+    (folder / KERNELS / "outer.py").write_text(KERNEL, encoding="utf-8")
+    return folder
+
+
+def test_found_from_another_checkout_and_never_stale(checkout: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert run(CALL, checkout, cache).stdout.split() == ["2", "0", "1"]
+    other = tmp_path / "elsewhere" / "unpacked"
+    shutil.copytree(checkout, other, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (other / KERNELS).iterdir():
+        os.utime(file, (1, 1))
+    assert run(CALL, other, cache).stdout.split() == ["2", "1", "0"]
+    # The edit is in the helper's file and keeps its size; numba's own stamp looks at the kernel's file.
+    (checkout / KERNELS / "inner.py").write_text(HELPER.replace("+ 1", "+ 5"), encoding="utf-8")
+    assert run(CALL, checkout, cache).stdout.split() == ["10", "0", "1"]
+    assert len(list(cache.glob("numba-*"))) == 2
+
+
+def test_processes_that_start_together_compile_once(checkout: Path, tmp_path: Path) -> None:
+    slow = KERNEL.replace("step(step(number))", "step(step(number)) + sum(sorted(list(range(number))))")
+    (checkout / KERNELS / "outer.py").write_text(slow, encoding="utf-8")
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(run, CALL, checkout, tmp_path / "cache") for _ in range(4)]
+    assert sorted(each.result().stdout.split() for each in done) == [["2", "0", "1"], *[["2", "1", "0"]] * 3]
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(CALL, checkout, tmp_path / "file" / "cache")
+    assert done.stdout.split()[0] == "2"
+    assert "compiled kernels are not kept" in done.stderr
+
+
+def test_import_compiles_and_makes_nothing(tmp_path: Path) -> None:
+    code = """
+import pipeline.tokenizer.training as training, pipeline.tokenizer.kernels.encode as kernels
+print(len(kernels.encode_documents.signatures), len(training.kernels.learn.signatures))
+"""
+    assert run(code, ROOT, tmp_path / "cache").stdout.split() == ["0", "0"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GPT25_KERNEL_CACHE", str(tmp_path / "named"))
+    assert kernel_cache.cache_root() == tmp_path / "named"
+    monkeypatch.delenv("GPT25_KERNEL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert kernel_cache.cache_root() == tmp_path / "xdg" / "gpt-2.5"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the XDG specification: to be ignored
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert kernel_cache.cache_root() == tmp_path / "home" / ".cache" / "gpt-2.5"
+
+
+def test_the_stamp_knows_the_machine() -> None:
+    assert kernel_cache.stamp("one") != kernel_cache.stamp("other") and kernel_cache.stamp("one") == kernel_cache.stamp(
+        "one"
+    )
+
+
+def test_a_kernel_has_one_signature_and_warming_up_compiles_it() -> None:
+    modules = [encode_kernels, merge_short, hash_table, count_kernels, train_kernels]
+    found = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "_cache")}
+    kernels = {name: value for name, value in found.items() if isinstance(value._cache, kernel_cache.StampedCache)}
+    warm_up()
+    assert len(kernels) == 10
+    del kernels["cut"]  # for looking at pieces; no job needs it
+    assert {name: len(value.signatures) for name, value in kernels.items()} == dict.fromkeys(kernels, 1)
+    counts = merge_counts([count_pretokens(pa.array(["a b", "c" * 500]))] * 2)
+    train_bpe(counts, 260).encode_batch(["ab", "c" * 600, "d" * 200])
+    pickle.loads(pickle.dumps(train_bpe(counts, 260))).encode_bytes(b"\xff\xfe" * 200)
+    count_pretokens([" ".join(map(str, range(40_000)))])  # the table grows
+    assert {name: len(value.signatures) for name, value in kernels.items()} == dict.fromkeys(kernels, 1)

@@ -1,0 +1,230 @@
+"""Four workers under a real Ray: a killed worker and a killed job go on and end with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
+
+from pipeline.checkpoints.reader import list_checkpoints
+from pipeline.cluster import ray_cluster
+from pipeline.config.inference import EvaluateConfig
+from pipeline.config.training import PretrainConfig, to_dict
+from pipeline.errors import UserError
+from pipeline.evaluation import evaluate_job
+from pipeline.storage.folders import open_folder
+from pipeline.tracking.mlflow_run import MLflowRun
+from pipeline.training import launch
+from pipeline.training.run_folder import RunSummary
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+KILL_AFTER = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working folder, with a local Ray of four logical CPUs."""
+    path = tmp_path_factory.mktemp("launch")
+    before = os.environ.get("GPT25_HOME")
+    os.environ["GPT25_HOME"] = str(path)
+    ray_cluster.connect(num_cpus=4)
+    yield path
+    ray_cluster.shut_down()
+    if before is None:
+        del os.environ["GPT25_HOME"]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data: Path) -> PretrainConfig:
+    return PretrainConfig(
+        data=str(tiny_data),
+        output="clean",
+        num_layers=2,
+        num_heads=2,
+        d_model=32,
+        d_ff=64,
+        context_length=32,
+        tokens_per_step=32 * 16,
+        batch_size=2,
+        train_steps=STEPS,
+        lr=5e-3,
+        log_every=1,
+        val_every=30,
+        val_tokens=200,
+        sample_every=30,
+        sample_tokens=8,
+        checkpoint_every=5,
+        num_workers=4,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(folder: Path, config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
+    """A run that nobody disturbed."""
+    return launch.pretrain(config)
+
+
+def when_checkpointed(run_folder: Path, action: Callable[[], None]) -> threading.Thread:
+    """Do ``action`` in a thread as soon as the run has its checkpoint of step KILL_AFTER."""
+
+    def wait_and_act() -> None:
+        while not any(step >= KILL_AFTER for step, _ in list_checkpoints(run_folder / "checkpoints")):
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=wait_and_act, daemon=True)
+    thread.start()
+    return thread
+
+
+def training_workers() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in process.name()]
+
+
+def losses(run: MLflowRun) -> list[tuple[int, float]]:
+    points = MlflowClient(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
+    return [(point.step, point.value) for point in points]
+
+
+def same_result(summary: RunSummary, expected: RunSummary) -> bool:
+    fields = ("steps", "tokens_seen", "first_loss", "last_loss", "val_loss", "val_tokens", "sample")
+    return all(getattr(summary, name) == getattr(expected, name) for name in fields)
+
+
+def test_four_workers_train_and_everything_is_in_mlflow(clean: tuple[RunSummary, MLflowRun], folder: Path) -> None:
+    summary, run = clean
+    assert summary.last_loss < summary.first_loss - 0.7
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    found = MlflowClient(run.tracking_uri).get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert {tag.value for i in found.inputs.dataset_inputs for tag in i.tags} == {"training", "validation", "tokenizer"}
+    assert run.tracking_uri == f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(run.tracking_uri)
+    steps = {int(model.tags["step"]) for model in client.search_logged_models([run.experiment_id])}
+    assert steps == set(range(5, STEPS + 1, 5))
+
+
+def test_a_finished_run_is_not_run_again(clean: tuple[RunSummary, MLflowRun], config: PretrainConfig) -> None:
+    assert launch.pretrain(config) == clean
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
+    clean: tuple[RunSummary, MLflowRun], config: PretrainConfig, folder: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        victim = training_workers()[2]
+        killed.append(victim.pid)
+        victim.kill()
+
+    thread = when_checkpointed(folder / "worker-killed", kill_one)
+    summary, run = launch.pretrain(dataclasses.replace(config, output="worker-killed"))
+    thread.join(10)
+    assert len(killed) == 1
+    assert same_result(summary, clean[0])
+    assert losses(run) == losses(clean[1]), "no point is missing or doubled"
+
+
+def test_a_killed_job_goes_on_with_the_same_command(
+    clean: tuple[RunSummary, MLflowRun], config: PretrainConfig, folder: Path
+) -> None:
+    settings = to_dict(dataclasses.replace(config, output="job-killed"))
+    flags = [f"--{name}={value}" for name, value in settings.items() if value != getattr(PretrainConfig(), name)]
+    command = [sys.executable, str(ROOT / "jobs/pretrain.py"), *flags]
+    # A cluster of its own: it dies with the job, as on a laptop that loses power.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_AUTH_MODE"] = "disabled"
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    when_checkpointed(folder / "job-killed", first.kill).join(300)
+    assert first.wait(60) == -9
+    steps_kept = [step for step, _ in list_checkpoints(folder / "job-killed" / "checkpoints")]
+    assert KILL_AFTER <= steps_kept[-1] < STEPS
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "resuming at step" in second.stdout + second.stderr
+    summary, run = launch.pretrain(dataclasses.replace(config, output="job-killed"))  # finished: read, not run
+    assert same_result(summary, clean[0])
+    assert losses(run) == losses(clean[1]), "no point is missing or doubled"
+
+
+def test_a_new_run_starts_from_the_newest_weights_of_another(
+    clean: tuple[RunSummary, MLflowRun], config: PretrainConfig, folder: Path
+) -> None:
+    tiny_step = dataclasses.replace(config, output="tuned", checkpoint="clean", train_steps=1, lr=1e-9)
+    summary, _ = launch.pretrain(tiny_step)
+    assert summary.val_loss == pytest.approx(clean[0].val_loss, abs=1e-4)  # one step at this rate moves nothing
+
+
+def test_evaluation_on_two_workers_equals_one(clean: tuple[RunSummary, MLflowRun], folder: Path) -> None:
+    alone = evaluate_job.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4))
+    together = evaluate_job.evaluate(EvaluateConfig(checkpoint="clean", device="cpu", batch_size=4, num_workers=2))
+    assert together.val_tokens == alone.val_tokens
+    assert together.val_loss == pytest.approx(alone.val_loss, rel=1e-6)  # float32 means, added up in float64
+    assert alone.unigram_entropy is not None and alone.val_loss is not None
+    assert alone.learned == pytest.approx(alone.unigram_entropy - alone.val_loss)
+
+
+def test_a_mistake_in_a_worker_is_one_error_and_no_retry(
+    clean: tuple[RunSummary, MLflowRun], config: PretrainConfig, folder: Path
+) -> None:
+    output = folder / "no-space"
+    output.mkdir()
+    (output / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="no-space/checkpoints cannot be made: there is a file of that name"):
+        launch.pretrain(dataclasses.replace(config, output=str(output)))
+
+
+def test_more_workers_than_the_cluster_has_cpus_is_said_at_once(config: PretrainConfig, folder: Path) -> None:
+    with pytest.raises(UserError, match="5 workers need 5 CPUs, but the cluster has 4"):
+        launch.pretrain(dataclasses.replace(config, output="many", num_workers=5))
+
+
+def test_gpus_that_the_cluster_does_not_have_are_said_at_once(config: PretrainConfig, folder: Path) -> None:
+    with pytest.raises(UserError, match="--device cuda was asked for, but the cluster has no GPU"):
+        launch.pretrain(dataclasses.replace(config, output="gpu", device="cuda"))
+
+
+class Starts:
+    """Ray Train's answer, one after the other: a worker that dies in the moment when it gets its work, or a result."""
+
+    def __init__(self, *, lost: int) -> None:
+        self.lost, self.number = lost, 0
+
+    def __call__(self, *_: object) -> dict[str, object]:
+        self.number += 1
+        if self.number > self.lost:
+            return {"result": {"steps": 1}}
+        raise ControllerError(ActorDiedError())
+
+
+def run_starts(
+    starts: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch, *, max_failures: int
+) -> dict[str, object]:
+    monkeypatch.setattr(launch, "_fit", starts)
+    config = EvaluateConfig(device="cpu", num_workers=1)
+    return launch.run_workers(dict, {}, config, notes=open_folder(str(folder)), max_failures=max_failures)
+
+
+def test_a_worker_lost_as_it_gets_its_work_is_a_failure_like_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_starts(Starts(lost=2), folder, monkeypatch, max_failures=2) == {"steps": 1}
+    assert run_starts(Starts(lost=9), folder, monkeypatch, max_failures=-1) == {"steps": 1}
+    starts = Starts(lost=9)
+    with pytest.raises(UserError, match="failed more often than max_failures 2 allows"):
+        run_starts(starts, folder, monkeypatch, max_failures=2)
+    assert starts.number == 3
