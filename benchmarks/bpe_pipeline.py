@@ -25,7 +25,7 @@ from gigatoken.gigatoken_rs import ParquetFileSource
 
 from benchmarks.bpe_report import ROOT, Row, Seconds, Section, Spread, Target, measure
 from benchmarks.data_material import make_job
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.preprocessing import encode_documents, ray_dataflow, stages
 from pipeline.preprocessing.rows import ItemRow
 from pipeline.sources import readers

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.shards import shard_parts
 from pipeline.preprocessing.encode_documents import encode_parts
 from pipeline.preprocessing.stages import use_system_memory

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bpe_report import ROOT
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.dataset import shards
 from pipeline.dataset.dataset import save_tokenizer
 from pipeline.preprocessing import stages, tokenization

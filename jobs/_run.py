@@ -10,7 +10,7 @@ from typing import TypeVar
 import yaml
 
 from pipeline.config.command_line import resolve
-from pipeline.config.training import to_dict
+from pipeline.config.settings import to_dict
 from pipeline.errors import RunStopped, UserError
 
 ConfigT = TypeVar("ConfigT")

@@ -14,8 +14,9 @@ from typing import NoReturn
 
 from jobs._run import guarded, print_table
 from pipeline.config.command_line import resolve
+from pipeline.config.data import TokenizeConfig
 from pipeline.config.inference import EvaluateConfig
-from pipeline.config.training import PretrainConfig, TokenizeConfig
+from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 
 

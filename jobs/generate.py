@@ -20,16 +20,16 @@ from pipeline.config.inference import GenerateConfig
 
 
 def main(config: GenerateConfig) -> None:
-    from pipeline.cluster import ray_cluster
     from pipeline.generation import generate_job
+    from pipeline.paths import make_output, resolve_path
 
     texts = itertools.groupby(generate_job.generate_texts(config), key=lambda piece: piece.text_number)
     if config.output is None:
         for number, pieces in texts:
             show(number, pieces, config.num_samples, has_prompts=config.prompts is not None)
         return
-    output = ray_cluster.resolve_path(config.output)
-    ray_cluster.make_output(output.parent)
+    output = resolve_path(config.output)
+    make_output(output.parent)
     count = 0
     partial = output.with_name(f".{output.name}.incomplete")
     with partial.open("w", encoding="utf-8") as file:

@@ -14,13 +14,13 @@ from pipeline.config.training import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from pipeline.cluster import ray_cluster
+    from pipeline.paths import resolve_output
     from pipeline.tracking import journal
     from pipeline.tracking.report import REPORT_FILE
     from pipeline.training import launch
 
     summary, mlflow_run = launch.pretrain(config)
-    output = ray_cluster.resolve_output(config.output)
+    output = resolve_output(config.output)
     rows = [
         ("parameters", f"{summary.parameters:,}"),
         ("steps", f"{summary.steps:,} ({summary.tokens_seen:,} tokens)"),

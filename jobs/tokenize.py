@@ -11,14 +11,14 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.errors import UserError
 
 _SHOWN_PROBLEMS = 20
 
 
 def main(config: TokenizeConfig) -> None:
-    from pipeline.cluster import ray_cluster
+    from pipeline.paths import resolve_output
     from pipeline.preprocessing import tokenize_job
 
     if config.verify:
@@ -35,14 +35,14 @@ def main(config: TokenizeConfig) -> None:
             ("tokens", f"{report.train_tokens:,} train, {report.val_tokens:,} val"),
             ("vocabulary", f"{report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
             ("speed", f"{report.megabytes_per_second:,.1f} MB/s, {report.seconds:,.0f} s in all"),
-            ("output", str(ray_cluster.resolve_output(config.output))),
+            ("output", str(resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
         ],
     )
 
 
 def _verify(config: TokenizeConfig) -> None:
-    from pipeline.cluster import ray_cluster
+    from pipeline.paths import resolve_output
     from pipeline.preprocessing import tokenize_job
 
     manifest, problems = tokenize_job.verify(config)
@@ -50,7 +50,7 @@ def _verify(config: TokenizeConfig) -> None:
         print(problem, file=sys.stderr)
     if problems:
         raise UserError(
-            f"{len(problems):,} things are wrong with {ray_cluster.resolve_output(config.output)}; delete the "
+            f"{len(problems):,} things are wrong with {resolve_output(config.output)}; delete the "
             "shards named and run the command again without --verify"
         )
     print_table(
@@ -58,7 +58,7 @@ def _verify(config: TokenizeConfig) -> None:
         [
             ("shards", f"{len(manifest.shards):,}, checksums, counts and ids as the manifest says"),
             ("tokens", f"{manifest.tokens('train'):,} train, {manifest.tokens('val'):,} val"),
-            ("output", str(ray_cluster.resolve_output(config.output))),
+            ("output", str(resolve_output(config.output))),
         ],
     )
 

@@ -10,11 +10,11 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import print_table, run
-from pipeline.config.training import TrainTokenizerConfig
+from pipeline.config.data import TrainTokenizerConfig
 
 
 def main(config: TrainTokenizerConfig) -> None:
-    from pipeline.cluster import ray_cluster
+    from pipeline.paths import resolve_output
     from pipeline.preprocessing import train_tokenizer_job
 
     report, mlflow_run, was_there = train_tokenizer_job.train_tokenizer(config)
@@ -28,7 +28,7 @@ def main(config: TrainTokenizerConfig) -> None:
             ("vocabulary", f"{report.vocab_size:,} ids: 256 bytes, {report.merges:,} merges, {special_tokens}"),
             ("counting", f"{report.count_seconds:,.1f} s, {report.megabytes_per_second:,.1f} MB/s from source on"),
             ("merging", f"{report.merge_seconds:,.1f} s"),
-            ("output", str(ray_cluster.resolve_output(config.output))),
+            ("output", str(resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
         ],
     )

@@ -17,7 +17,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config, with_envs
 
 from pipeline.config.command_line import resolve
-from pipeline.config.training import PretrainConfig, TokenizeConfig
+from pipeline.config.data import TokenizeConfig
+from pipeline.config.training import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("cluster.yaml", "cluster.onprem.yaml")

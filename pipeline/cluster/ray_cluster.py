@@ -1,11 +1,11 @@
-"""Joining or starting Ray, and where relative paths lie.
+"""Joining or starting Ray.
 
-A job runs in three ways, and says nothing about which: alone (a local Ray is started), with RAY_ADDRESS set, and
-under ``ray job submit``. Under the last the current folder is a throw-away copy of the project, so relative paths
-count from GPT25_HOME, a folder or a bucket, or from ~/gpt-2.5 where that is not set.
+A job runs in three ways and need not know which: alone (a local Ray is started), with RAY_ADDRESS set, or under
+``ray job submit``.
 
-What a cluster file tells the jobs by environment (deploy/, docs/cluster.md): GPT25_HOME; GPT25_NODES, nodes that are
-always there; GPT25_AUTOSCALING=1, others come when they are asked for; GPT25_MAX_CPUS, how many CPUs they bring.
+A cluster file sets these environment variables for the jobs (deploy/, docs/cluster.md): GPT25_HOME (paths.py);
+GPT25_NODES, the number of nodes that are always there; GPT25_AUTOSCALING=1 where others are added on demand;
+GPT25_MAX_CPUS, the CPUs of the cluster with all of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.sources.sources import INSTALLED_DOCS
-from pipeline.storage.folders import Folder, is_url, open_folder
+from pipeline.paths import submitted
 
 logger = logging.getLogger(__name__)
 
@@ -37,56 +36,6 @@ _ALONE = {
     "RAY_AUTH_MODE": "token",  # a joined cluster has its own mode
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node but this one
 }
-
-
-def submitted() -> bool:
-    """Whether this process is the driver of a ``ray job submit``."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def working_folder() -> Path:
-    """The local folder that relative paths count from, unless GPT25_HOME is a bucket."""
-    home = os.environ.get("GPT25_HOME", "")
-    if home and not is_url(home):
-        return Path(home).expanduser().absolute()
-    return Path.home() / "gpt-2.5" if home or submitted() else Path.cwd()
-
-
-def resolve_path(path: str) -> Path:
-    """An absolute path, the same in the driver and in every worker."""
-    url = _in_bucket(path)
-    if url is not None:
-        raise UserError(f"{url}: only folders that every node sees are supported here; give an absolute path")
-    return working_folder() / Path(path).expanduser()
-
-
-def resolve_output(path: str) -> Folder:
-    """Where a job writes to: a bucket's address, or an absolute path, the same in the driver and in every worker."""
-    return open_folder(_in_bucket(path) or resolve_path(path))
-
-
-def resolve_source(source: str) -> str:
-    """A source as every worker finds it: relative paths made absolute; addresses and installed-docs stay."""
-    return source if source == INSTALLED_DOCS else _in_bucket(source) or str(resolve_path(source))
-
-
-def _in_bucket(path: str) -> str | None:
-    """The URL of ``path``, where it is one or counts from a GPT25_HOME that is one."""
-    if is_url(path):
-        return path
-    home = os.environ.get("GPT25_HOME", "")
-    if not is_url(home) or Path(path).expanduser().is_absolute():
-        return None
-    return f"{home.rstrip('/')}/{path}"
-
-
-def make_output(folder: Path) -> None:
-    """Make the folder that a job writes to, before anything else is made for it; UserError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"output folder {folder} cannot be made: {reason}; choose another --output") from error
 
 
 def connect(*, num_cpus: int) -> None:

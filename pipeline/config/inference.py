@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import UserError
+from pipeline.config.settings import require, require_positive
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -36,8 +36,7 @@ class EvaluateConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_workers", "hellaswag_questions"):
-            _require_positive(name, getattr(self, name))
+        require_positive(self, "batch_size", "num_workers", "hellaswag_questions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,9 @@ class GenerateConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "batch_size", "top_k"):
-            _require_positive(name, getattr(self, name))
-        _require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
-        _require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+        require_positive(self, "max_new_tokens", "num_samples", "batch_size", "top_k")
+        require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
+        require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ class ExportConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        _require_positive("max_file_bytes", self.max_file_bytes)
+        require_positive(self, "max_file_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +139,5 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         whole = ("num_replicas", "max_batch_size", "max_waiting", "max_prompt_tokens", "max_tokens", "max_texts")
-        for name in (*whole, "max_body_bytes", "request_seconds"):
-            _require_positive(name, getattr(self, name))
-        _require(0 <= self.port < 2**16, f"port is {self.port}; it must lie between 0 and 65535")
-
-
-def _require_positive(name: str, value: float | None) -> None:
-    _require(value is None or value > 0, f"{name} is {value}; it must be positive")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+        require_positive(self, *whole, "max_body_bytes", "request_seconds")
+        require(0 <= self.port < 2**16, f"port is {self.port}; it must lie between 0 and 65535")

@@ -17,7 +17,6 @@ import numpy as np
 
 from model.transformer import Transformer
 from pipeline.checkpoints import reader as checkpoint_reader
-from pipeline.cluster import ray_cluster
 from pipeline.config.inference import EvaluateConfig
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
@@ -25,6 +24,7 @@ from pipeline.distributed.fsdp import Workers, compute_dtype, join_workers, para
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
 from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
+from pipeline.paths import make_output, resolve_output, resolve_path, working_folder
 from pipeline.pretrained import huggingface
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_checkpoint
 from pipeline.storage.folders import Folder, open_folder
@@ -154,8 +154,8 @@ def _val_scores(
 
 def _find_data(config: EvaluateConfig, path: Path) -> Folder | None:
     if config.data:
-        return ray_cluster.resolve_output(config.data)
-    return None if huggingface.is_exported(path) else ray_cluster.resolve_output(checkpoint_reader.read_info(path).data)
+        return resolve_output(config.data)
+    return None if huggingface.is_exported(path) else resolve_output(checkpoint_reader.read_info(path).data)
 
 
 def _check_data(data: Folder, path: Path) -> Manifest:
@@ -191,16 +191,14 @@ def _earlier(run_folder: Path, path: Path, manifest: Manifest | None, questions:
 def _keep(config: EvaluateConfig, run_folder: Path | None, scores: Scores) -> None:
     """The result as JSON where it belongs, and as metrics of the training run where there is one."""
     text = json.dumps(asdict(scores) | {"perplexity": scores.perplexity}, indent=2) + "\n"
-    outputs = [ray_cluster.resolve_path(config.output)] if config.output else []
+    outputs = [resolve_path(config.output)] if config.output else []
     outputs += [run_folder / SCORES_FILE] if run_folder else []
     for output in outputs:
-        ray_cluster.make_output(output.parent)
+        make_output(output.parent)
         output.write_text(text, encoding="utf-8")
     if run_folder is None or not (run_folder / "mlflow_run.json").is_file():
         return
-    run = find_run(
-        tracking_uri=config.tracking_uri, folder=open_folder(run_folder), working_folder=ray_cluster.working_folder()
-    )
+    run = find_run(tracking_uri=config.tracking_uri, folder=open_folder(run_folder), working_folder=working_folder())
     if run is None:
         return
     names = {

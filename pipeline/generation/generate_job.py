@@ -14,11 +14,11 @@ from typing import Any
 
 from model.batching import Batch, Reason, Request
 from model.decoding import Decoder
-from pipeline.cluster.ray_cluster import resolve_path
 from pipeline.config.inference import GenerateConfig
 from pipeline.distributed.fsdp import join_workers
 from pipeline.errors import UserError
 from pipeline.generation.sampling import TextPieces, decoder_dtype, encode_prompt
+from pipeline.paths import resolve_path
 from pipeline.pretrained.resolve import open_model, resolve_checkpoint
 from pipeline.tokenizer.bpe import Tokenizer
 

@@ -8,9 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from pipeline.console import LOG_SECONDS, format_seconds
 from pipeline.sources.work_items import WorkItem
-
-_LOG_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class ItemProgress:
         self._bar.set_postfix_str(self._speed(), refresh=False)
         self._bar.update(size_bytes)
         now = time.perf_counter()
-        if self._bar.disable and (now - self._logged >= _LOG_SECONDS or self._items == self._num_items):
+        if self._bar.disable and (now - self._logged >= LOG_SECONDS or self._items == self._num_items):
             self._logged = now
             logger.info("%s: %s, %s", self._title, self._share(), self._speed())
 
@@ -65,7 +64,7 @@ class ItemProgress:
     def _share(self) -> str:
         share = self._read_bytes / max(1, self._total_bytes)
         seconds = time.perf_counter() - self._start
-        left = f", {_duration(seconds * (1 - share) / share)} left" if 0 < share < 1 else ""
+        left = f", {format_seconds(seconds * (1 - share) / share)} left" if 0 < share < 1 else ""
         return f"item {self._items:,} of {self._num_items:,} ({share:.0%}{left})"
 
     def _speed(self) -> str:
@@ -76,58 +75,3 @@ class ItemProgress:
             f", {self._tokens / 1e6:,.1f} M tokens, {self._tokens / 1e6 / seconds:,.2f} M/s" if self._tokens else ""
         )
         return f"{files}, {megabytes:,.1f} MB of text, {megabytes / seconds:,.1f} MB/s{tokens}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-class CountProgress:
-    """Things done of a number that is known."""
-
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._title, self._unit = title, unit
-        self._bar = tqdm(
-            total=total, desc=title, unit=f" {unit}", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
-        )
-        self._done = 0
-        self._logged = time.perf_counter()
-
-    def __enter__(self) -> CountProgress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def __call__(self, done: int = 1) -> None:
-        """So many more."""
-        self._done += done
-        self._bar.update(done)
-        now = time.perf_counter()
-        if self._bar.disable and now - self._logged >= _LOG_SECONDS:
-            self._logged = now
-            logger.info("%s: %s of %s %s", self._title, f"{self._done:,}", f"{self._bar.total:,}", self._unit)
-
-
-class MergeProgress:
-    """Merges learned of those wanted."""
-
-    def __init__(self) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc="merge", unit=" merges", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
-        self._logged = time.perf_counter()
-
-    def __call__(self, done: int, wanted: int) -> None:
-        self._bar.total = wanted
-        self._bar.update(done - self._bar.n)
-        now = time.perf_counter()
-        if self._bar.disable and (now - self._logged >= _LOG_SECONDS or done == wanted):
-            self._logged = now
-            logger.info("merge: %d of %d (%.0f %%)", done, wanted, 100 * done / wanted)
-
-    def close(self) -> None:
-        self._bar.close()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import pyarrow as pa
 
 from pipeline.cluster import ray_cluster
-from pipeline.config.training import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
 from pipeline.preprocessing import stages
 from pipeline.preprocessing.progress import ItemProgress
 from pipeline.preprocessing.rows import ItemRow

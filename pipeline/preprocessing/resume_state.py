@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
 from pipeline.dataset.shards import shard_bytes

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config.training import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, save_tokenizer
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cluster import ray_cluster
-from pipeline.config.training import TokenizeConfig, to_dict
+from pipeline.config.data import TokenizeConfig
+from pipeline.config.settings import to_dict
+from pipeline.console import CountProgress
 from pipeline.dataset import shards
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
+from pipeline.paths import resolve_output, resolve_path, working_folder
 from pipeline.preprocessing import tokenization
-from pipeline.preprocessing.progress import CountProgress
+from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.storage.locks import only_writer
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
@@ -55,7 +58,7 @@ class DataReport:
 
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
     """Make the shards, or find them made; returns figures, MLflow run, and whether they were there already."""
-    output = ray_cluster.resolve_output(config.output)
+    output = resolve_output(config.output)
     with only_writer(output):
         return _tokenize(_with_absolute_inputs(config), output)
 
@@ -68,7 +71,7 @@ def _tokenize(config: TokenizeConfig, output: Folder) -> tuple[DataReport, MLflo
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
         folder=output,
-        working_folder=ray_cluster.working_folder(),
+        working_folder=working_folder(),
         job="tokenize",
         reopen=report is None,
     )
@@ -85,10 +88,10 @@ def _tokenize(config: TokenizeConfig, output: Folder) -> tuple[DataReport, MLflo
 
 def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:
     """Read the data in --output again; returns their manifest and a sentence for everything that is wrong."""
-    output = ray_cluster.resolve_output(config.output)
+    output = resolve_output(config.output)
     manifest = Manifest.load(output)
-    with CountProgress("verify", len(manifest.shards), "shards") as progress:
-        return manifest, shards.verify(output, progress=progress)
+    with CountProgress("verify", "shards", len(manifest.shards)) as progress:
+        return manifest, shards.verify(output, progress=progress.add)
 
 
 def _read_report(output: Folder) -> DataReport | None:
@@ -161,5 +164,5 @@ def _draw_lengths(counts: Sequence[int], path: Path) -> Path:
 
 def _with_absolute_inputs(config: TokenizeConfig) -> TokenizeConfig:
     """Local paths made absolute, because workers run in other folders."""
-    tokenizer = str(ray_cluster.resolve_path(config.tokenizer)) if config.tokenizer else None
-    return dataclasses.replace(config, source=ray_cluster.resolve_source(config.source), tokenizer=tokenizer)
+    tokenizer = str(resolve_path(config.tokenizer)) if config.tokenizer else None
+    return dataclasses.replace(config, source=resolve_source(config.source), tokenizer=tokenizer)

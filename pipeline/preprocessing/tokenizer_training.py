@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.config.training import TrainTokenizerConfig
+from pipeline.config.data import TrainTokenizerConfig
+from pipeline.console import CountProgress
 from pipeline.preprocessing import ray_dataflow, stages
-from pipeline.preprocessing.progress import CountProgress, MergeProgress
 from pipeline.sources import plan as plan_module
 from pipeline.sources.sources import Layout, Source
 from pipeline.sources.work_items import Damage
@@ -50,13 +50,10 @@ def learn(config: TrainTokenizerConfig, source: Source, output: Folder) -> Train
     counts, figures, skipped = _count(config, source, output)
     merge_start = time.perf_counter()
     logger.info("learning a tokenizer of %d ids from %d distinct pre-tokens", config.vocab_size, counts.table.num_rows)
-    progress = MergeProgress()
-    try:
+    with CountProgress("merge", "merges") as progress:
         tokenizer = bpe_training.train_bpe(
-            counts, config.vocab_size, config.special_tokens, progress, min_frequency=config.min_frequency
+            counts, config.vocab_size, config.special_tokens, progress.update_to, min_frequency=config.min_frequency
         )
-    finally:
-        progress.close()
     return Training(
         tokenizer=tokenizer,
         documents=figures["documents"],
@@ -73,8 +70,8 @@ def read_layouts(source: Source, text_column: str, damage: Damage | None) -> lis
 
     damage: where files that cannot be read are noted; None: they are an error.
     """
-    with CountProgress("plan", len(source.inputs()), "files") as progress:
-        return list(source.layouts(text_column, progress, damage))
+    with CountProgress("plan", "files", len(source.inputs())) as progress:
+        return list(source.layouts(text_column, progress.add, damage))
 
 
 def _count(

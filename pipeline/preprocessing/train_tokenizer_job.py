@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import ray_cluster
-from pipeline.config.training import TrainTokenizerConfig, to_dict
+from pipeline.config.data import TrainTokenizerConfig
+from pipeline.config.settings import to_dict
 from pipeline.dataset.dataset import TOKENIZER_NAME, save_tokenizer
 from pipeline.errors import UserError
+from pipeline.paths import resolve_output, working_folder
 from pipeline.preprocessing import resume_state
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.preprocessing.tokenizer_training import learn
+from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.storage.locks import only_writer
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
@@ -62,8 +65,8 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
 
     Raises UserError for what the user can mend, an output folder of other settings or other input among it.
     """
-    output = ray_cluster.resolve_output(config.output)
-    config = dataclasses.replace(config, source=ray_cluster.resolve_source(config.source))
+    output = resolve_output(config.output)
+    config = dataclasses.replace(config, source=resolve_source(config.source))
     with only_writer(output):
         return _train_tokenizer(config, output)
 
@@ -78,7 +81,7 @@ def _train_tokenizer(config: TrainTokenizerConfig, output: Folder) -> tuple[Trai
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
         folder=output,
-        working_folder=ray_cluster.working_folder(),
+        working_folder=working_folder(),
         job="train_tokenizer",
         reopen=not done,
     )

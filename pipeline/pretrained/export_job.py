@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from pipeline.checkpoints.metadata import TOKENIZER_FILE
-from pipeline.cluster import ray_cluster
 from pipeline.config.inference import ExportConfig
 from pipeline.errors import UserError
+from pipeline.paths import make_output, resolve_path, working_folder
 from pipeline.pretrained import hub_models, huggingface, model_card
 from pipeline.pretrained.resolve import read_tokenizer, resolve_checkpoint
 from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
@@ -57,11 +57,11 @@ def export(config: ExportConfig) -> ExportReport:
     """
     if config.push_to_hub:
         hub_models.check_name(config.push_to_hub)
-    source, output = resolve_checkpoint(config.checkpoint), ray_cluster.resolve_path(config.output)
+    source, output = resolve_checkpoint(config.checkpoint), resolve_path(config.output)
     _check_output(output, source)
     run = model_card.read_run(source, tracking_uri=config.tracking_uri)
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.incomplete")
-    ray_cluster.make_output(output.parent)
+    make_output(output.parent)
     try:
         partial.mkdir()
         report = _write(config, source, output, partial, run)
@@ -106,7 +106,7 @@ def _publish(config: ExportConfig, report: ExportReport, run: model_card.Run) ->
     if config.mlflow:
         from pipeline.pretrained.pyfunc import log_model
 
-        values["mlflow_model"] = log_model(Path(report.output), run.mlflow_run, ray_cluster.working_folder())
+        values["mlflow_model"] = log_model(Path(report.output), run.mlflow_run, working_folder())
     return ExportReport(**values)
 
 

@@ -17,10 +17,9 @@ from typing import Any
 from model.config import ModelConfig
 from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.checkpoints.metadata import CheckpointInfo
-from pipeline.cluster import ray_cluster
-from pipeline.config.training import without_password
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
+from pipeline.paths import resolve_output, without_password, working_folder
 from pipeline.pretrained import huggingface
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.tracking.mlflow_run import MLflowRun, find_run, read_history
@@ -76,13 +75,13 @@ def read_run(source: Path, *, tracking_uri: str | None) -> Run:
     mlflow_run = None
     if (run_folder / "mlflow_run.json").is_file():
         mlflow_run = find_run(
-            tracking_uri=tracking_uri, folder=open_folder(run_folder), working_folder=ray_cluster.working_folder()
+            tracking_uri=tracking_uri, folder=open_folder(run_folder), working_folder=working_folder()
         )
     curves = read_history(mlflow_run, ("train/loss", "val/loss")) if mlflow_run else {}
     return Run(
         info=info,
         versions=checkpoint_reader.read_versions(source),
-        manifest=_read_manifest(ray_cluster.resolve_output(info.data), info),
+        manifest=_read_manifest(resolve_output(info.data), info),
         scores=_read_scores(run_folder / "evaluation.json", source),
         curves={name: [point for point in points if point[0] <= info.step] for name, points in curves.items()},
         mlflow_run=mlflow_run,

@@ -16,8 +16,8 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from pipeline.checkpoints.metadata import TOKENIZER_FILE
 from pipeline.checkpoints.reader import local_checkpoint
-from pipeline.cluster import ray_cluster
 from pipeline.errors import UserError
+from pipeline.paths import resolve_path, working_folder
 from pipeline.pretrained import hub_models, huggingface
 from pipeline.storage.folders import Folder, in_bucket
 from pipeline.tokenizer.bpe import Tokenizer
@@ -58,10 +58,10 @@ def resolve_checkpoint(text: str) -> Path:
     if text.startswith(_MLFLOW_SCHEMES):
         from pipeline.pretrained.pyfunc import find_model
 
-        return find_model(text, ray_cluster.working_folder())
+        return find_model(text, working_folder())
     if in_bucket(text):
         return local_checkpoint(text)
-    path = ray_cluster.resolve_path(text)
+    path = resolve_path(text)
     return path if huggingface.is_exported(path) else local_checkpoint(path)
 
 
@@ -69,7 +69,7 @@ def find_questions(text: str) -> Path:
     """HellaSwag's questions, a local file or one of the hub; UserError where it is not there."""
     if text.startswith("hf://"):
         return hub_models.download_file(text)
-    path = ray_cluster.resolve_path(text)
+    path = resolve_path(text)
     if not path.is_file():
         raise UserError(f"there are no HellaSwag questions at {path}; give the path of a hellaswag_val.jsonl")
     return path

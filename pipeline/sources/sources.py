@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.paths import in_bucket, resolve_path
 from pipeline.remote import files as remote_files
 from pipeline.remote.files import RemoteFile
 from pipeline.sources import docstrings
@@ -331,3 +332,8 @@ def _fixed_part(pattern: Path) -> Path:
 
 def _known_suffixes() -> str:
     return ".parquet, .jsonl or .txt (the last two also .gz or .zst)"
+
+
+def resolve_source(source: str) -> str:
+    """Return a source as every worker finds it: relative paths become absolute, addresses and installed-docs stay."""
+    return source if source == INSTALLED_DOCS else in_bucket(source) or str(resolve_path(source))

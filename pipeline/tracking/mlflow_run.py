@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.training import without_password
 from pipeline.errors import UserError
+from pipeline.paths import without_password
 from pipeline.storage.folders import Folder
 
 logger = logging.getLogger(__name__)

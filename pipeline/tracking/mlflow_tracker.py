@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.training import without_password
 from pipeline.errors import UserError
+from pipeline.paths import without_password
 from pipeline.storage.folders import Folder
 from pipeline.tracking.journal import Entry, Journal, weight
 from pipeline.tracking.mlflow_run import MLflowRun, first_line, mlflow_client, mlflow_errors

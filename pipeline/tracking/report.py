@@ -15,10 +15,10 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.console import format_seconds
 from pipeline.storage.folders import Folder
 from pipeline.tracking.journal import Entry
 from pipeline.tracking.run_history import Story, tell
-from pipeline.training.throughput import format_seconds
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"

@@ -26,6 +26,7 @@ from pipeline.distributed.fsdp import backend_name
 from pipeline.distributed.signals import Interruptions, NoteWatcher, call_in_thread, stop_on_signals
 from pipeline.distributed.startup_timer import from_stamps
 from pipeline.errors import RunStopped, UserError
+from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.storage.locks import only_writer
@@ -50,7 +51,7 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
         RunStopped: SIGTERM or Ctrl-C asked for the end, and what is done is saved.
         UserError: what the user can mend, from the driver or from any worker.
     """
-    data, output = ray_cluster.resolve_output(config.data), ray_cluster.resolve_output(config.output)
+    data, output = resolve_output(config.data), resolve_output(config.output)
     with only_writer(output):
         return _pretrain_alone(config, data, output)
 
@@ -62,7 +63,7 @@ def _pretrain_alone(config: PretrainConfig, data: Folder, output: Folder) -> tup
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
         folder=output,
-        working_folder=ray_cluster.working_folder(),
+        working_folder=working_folder(),
         job="pretrain",
         reopen=summary is None,
     )

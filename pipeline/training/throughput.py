@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.console import format_seconds
+
 if TYPE_CHECKING:
     from pipeline.config.training import PretrainConfig
     from pipeline.training.trainer import StepResult
@@ -70,10 +72,3 @@ class Clock:
             f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  "
             f"{speed['perf/tokens_per_second']:,.0f} tokens/s  mfu {speed['perf/mfu']:.1%}  eta {format_seconds(left)}"
         )
-
-
-def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

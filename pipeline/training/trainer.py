@@ -22,7 +22,8 @@ from model.transformer import Transformer, init_weights
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.checkpoints.reader import local_checkpoint, open_newest, read_tensors
 from pipeline.checkpoints.writer import CheckpointWriter, training_state
-from pipeline.config.training import PretrainConfig, to_dict
+from pipeline.config.settings import to_dict
+from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchLoader, BatchOrder, MicroBatch
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import as_folder

@@ -7,15 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.command_line import resolve
+from pipeline.config.data import MAX_VOCAB_SIZE, TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import EvaluateConfig, GenerateConfig
-from pipeline.config.training import (
-    MAX_VOCAB_SIZE,
-    PretrainConfig,
-    TokenizeConfig,
-    TrainTokenizerConfig,
-    to_dict,
-    worker_range,
-)
+from pipeline.config.settings import to_dict
+from pipeline.config.training import PretrainConfig, worker_range
 from pipeline.errors import UserError
 from pipeline.tokenizer.bpe import MAX_TOKENS
 

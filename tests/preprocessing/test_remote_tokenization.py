@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.shards import Manifest, verify
 from pipeline.errors import UserError
 from pipeline.preprocessing import tokenization

@@ -19,7 +19,7 @@ import pytest
 import ray
 import xxhash
 
-from pipeline.config.training import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
 from pipeline.dataset.shards import Manifest, open_shard, open_split, verify
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.preprocessing import ray_dataflow, resume_state, stages, tokenization, train_tokenizer_job

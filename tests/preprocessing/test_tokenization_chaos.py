@@ -21,7 +21,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.shards import verify
 from pipeline.preprocessing import resume_state, stages, tokenization
 from pipeline.preprocessing.progress import ItemProgress

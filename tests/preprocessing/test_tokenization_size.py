@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.shards import verify
 from pipeline.preprocessing import tokenization
 from pipeline.storage.folders import open_folder

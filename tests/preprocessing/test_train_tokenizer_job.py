@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config.training import TrainTokenizerConfig
+from pipeline.config.data import TrainTokenizerConfig
 from pipeline.errors import UserError
 from pipeline.preprocessing import resume_state, train_tokenizer_job
 from pipeline.preprocessing.encode_documents import split_by_hash

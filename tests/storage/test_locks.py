@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.training import PretrainConfig, TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.preprocessing import tokenize_job, train_tokenizer_job
 from pipeline.storage import locks

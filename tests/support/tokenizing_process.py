@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import ray_cluster
-from pipeline.config.training import TokenizeConfig
+from pipeline.config.data import TokenizeConfig
 from pipeline.preprocessing import stages, tokenization
 from pipeline.storage.folders import open_folder
 

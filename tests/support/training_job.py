@@ -18,7 +18,8 @@ import ray
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
-from pipeline.config.training import PretrainConfig, to_dict
+from pipeline.config.settings import to_dict
+from pipeline.config.training import PretrainConfig
 from tests.support.fixtures import ROOT
 
 NODE: dict[str, Any] = {"object_store_memory": 100_000_000}

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config.training import PretrainConfig, to_dict
+from pipeline.config.settings import to_dict
+from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.storage.folders import open_folder
 from pipeline.tracking import journal, mlflow_tracker

@@ -20,7 +20,8 @@ from ray.train import ControllerError
 from pipeline.checkpoints.reader import list_checkpoints
 from pipeline.cluster import ray_cluster
 from pipeline.config.inference import EvaluateConfig
-from pipeline.config.training import PretrainConfig, to_dict
+from pipeline.config.settings import to_dict
+from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate_job
 from pipeline.storage.folders import open_folder

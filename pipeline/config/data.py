@@ -1,0 +1,132 @@
+"""Settings of the jobs that read text: jobs/tokenize.py and jobs/train_tokenizer.py.
+
+The fields are the keys of a preset's section (``configs/*.yaml``) and the flags of the command line. A value that makes
+no sense raises a UserError that shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.settings import require, require_positive
+from pipeline.tokenizer.files import Pattern
+
+MAX_VOCAB_SIZE = (1 << 20) - 1  # bpe.MAX_TOKENS; bpe takes numba, and a trainer reads this file too
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig:
+    """Settings shared by all jobs that read a source of text."""
+
+    source: str = "installed-docs"
+    """The text to read: a file, folder or glob of .parquet, .jsonl or .txt files (plain, .gz or .zst);
+    s3://BUCKET/GLOB, gs://BUCKET/GLOB, https://...; hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the
+    docstrings of the packages on this machine."""
+    output: str
+    text_column: str = "text"
+    """Column of a parquet file, or key of a JSON line, that holds the text."""
+    vocab_size: int = 50257
+    """Number of ids of the trained tokenizer, including the 256 bytes and the special tokens."""
+    sample_bytes: int = 1_000_000_000
+    """Bytes of text, spread over the whole source, that the tokenizer is trained on."""
+    val_fraction: float
+    skip_bad_files: bool = False
+    """Continue without the files that cannot be read, and list them, instead of ending the run."""
+    item_bytes: int = 128_000_000
+    """Approximate bytes of text that one work item reads; the memory of a worker grows with it."""
+    num_workers: int | None = None
+    """Number of tasks that run at a time. If not given, one per CPU of the cluster."""
+    download_workers: int | None = None
+    """Number of downloads at a time for sources that are not local. If not given, half of num_workers, at least 2."""
+    cache_bytes: int = 100_000_000_000
+    """Disk space in bytes that each node may use for downloaded files (in GPT25_CACHE, or else ~/.cache/gpt-2.5)."""
+    tracking_uri: str | None = None
+    """MLflow server or store. If not given, MLFLOW_TRACKING_URI, or else sqlite in the working folder."""
+    experiment: str = "gpt-2.5"
+    """Name of the MLflow experiment."""
+    dry_run: bool = False
+    """Print the resolved settings, then stop."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.val_fraction < 1, f"val_fraction is {self.val_fraction}; it must lie in [0, 1)")
+        require_positive(self, "item_bytes", "sample_bytes", "cache_bytes", "num_workers", "download_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig(ReadingConfig):
+    """From a source of raw text to shards and their manifest (jobs/tokenize.py)."""
+
+    output: str = "data/demo"
+    """Folder for the shards, their manifest and the tokenizer; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER."""
+    val_fraction: float = 0.005
+    """Share of the documents held out for validation, chosen by a hash of their text."""
+    limit_documents: int | None = None
+    """Read only this many rows, lines or files, from the start of the source."""
+    limit_bytes: int | None = None
+    """Read only about this many bytes of text, up to the next row group or range of lines."""
+    dedup: Literal["off", "exact"] = "off"
+    """With exact, documents whose text occurred before in the source are left out; the source is then read twice."""
+    verify: bool = False
+    """Write nothing; read the data in --output again and compare it with its manifest."""
+    tokenizer: str | None = None
+    """A tokenizer.json to encode with. If not given, one is trained on a sample of the source."""
+    train_tokenizer: bool = False
+    """Train a tokenizer on a sample of the source, which also happens whenever --tokenizer is not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_vocab_size(self.vocab_size, 257, "256 bytes and <|endoftext|>")
+        require_positive(self, "limit_documents", "limit_bytes")
+        require(
+            not (self.train_tokenizer and self.tokenizer),
+            f"train_tokenizer and tokenizer {self.tokenizer} contradict each other; give one of them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(ReadingConfig):
+    """From a source of raw text to a tokenizer (jobs/train_tokenizer.py)."""
+
+    output: str = "data/tokenizer"
+    """Folder for tokenizer.json and summary.json."""
+    val_fraction: float = 0.0
+    """Share of the documents left out; with the val_fraction of jobs/tokenize.py they are those that it holds out."""
+    min_frequency: int = 1
+    """Pairs of tokens that occur less often are not merged; above 1 the vocabulary may become smaller."""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """Names of the special tokens, which get the last ids; jobs/tokenize.py needs <|endoftext|>."""
+    pattern: Pattern = "gpt2"
+    """Pattern that splits text into pretokens: gpt2, or cl100k as in GPT-4 and Llama 3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        num_special = len(self.special_tokens)
+        _check_vocab_size(self.vocab_size, 256 + num_special, f"256 bytes and {num_special} special tokens")
+        require(self.min_frequency > 0, f"min_frequency is {self.min_frequency}; it must be positive")
+        _check_special_tokens(self.special_tokens)
+
+
+def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:
+    require(vocab_size >= lowest, f"vocab_size is {vocab_size}; it must be at least {lowest}: {needed}")
+    require(vocab_size <= MAX_VOCAB_SIZE, f"vocab_size is {vocab_size}; it must be at most {MAX_VOCAB_SIZE}")
+
+
+def _check_special_tokens(names: tuple[str, ...]) -> None:
+    """What can be known before any text is counted; a name that the merges make too is found afterwards."""
+    require(len(set(names)) == len(names), f"special_tokens are {list(names)}; they must differ")
+    for name in names:
+        require(name != "", f"special_tokens are {list(names)}; none may be empty")
+        require(
+            len(name) > 1 or not name.isascii(),
+            f"special token {name!r} is a single byte, which is a token already; choose a longer name",
+        )
+        require(_is_utf8(name), f"special token {name!r} is not UTF-8 text; choose another name")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as Python reads bytes of the command line that are not UTF-8
+        return False
+    return True

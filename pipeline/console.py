@@ -1,0 +1,59 @@
+"""Progress on the console: a bar on a terminal, a log line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+LOG_SECONDS = 5.0
+"""Seconds between two log lines of one piece of work."""
+
+logger = logging.getLogger(__name__)
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class CountProgress:
+    """How many units of a known, or later known, total are done.
+
+    Args:
+        title: name of the work, in front of the bar and of every log line.
+        unit: what is counted, in the plural.
+        total: number of units; it may be given to update_to later.
+    """
+
+    def __init__(self, title: str, unit: str, total: int | None = None) -> None:
+        from tqdm import tqdm
+
+        self._title, self._unit = title, unit
+        self._bar = tqdm(
+            total=total, desc=title, unit=f" {unit}", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
+        )
+        self._done = 0
+        self._logged = time.perf_counter()
+
+    def __enter__(self) -> CountProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def add(self, count: int = 1) -> None:
+        """Count ``count`` more units as done."""
+        self.update_to(self._done + count, self._bar.total)
+
+    def update_to(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` units are done."""
+        self._bar.total = total
+        self._bar.update(done - self._done)
+        self._done = done
+        now = time.perf_counter()
+        if self._bar.disable and (now - self._logged >= LOG_SECONDS or done == total):
+            self._logged = now
+            logger.info("%s: %s of %s %s", self._title, f"{done:,}", f"{total:,}", self._unit)

@@ -1,0 +1,64 @@
+"""Where relative paths lie, and addresses without their secrets.
+
+Relative paths count from the current folder. Under ``ray job submit`` the current folder is a throw-away copy of the
+project, so there they count from GPT25_HOME, a folder or a bucket, or from ~/gpt-2.5 where that is not set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.storage.folders import Folder, is_url, open_folder
+
+
+def submitted() -> bool:
+    """Whether this process is the driver of a ``ray job submit``."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def working_folder() -> Path:
+    """The local folder that relative paths count from, unless GPT25_HOME is a bucket."""
+    home = os.environ.get("GPT25_HOME", "")
+    if home and not is_url(home):
+        return Path(home).expanduser().absolute()
+    return Path.home() / "gpt-2.5" if home or submitted() else Path.cwd()
+
+
+def resolve_path(path: str) -> Path:
+    """An absolute path, the same in the driver and in every worker."""
+    url = in_bucket(path)
+    if url is not None:
+        raise UserError(f"{url}: only folders that every node sees are supported here; give an absolute path")
+    return working_folder() / Path(path).expanduser()
+
+
+def resolve_output(path: str) -> Folder:
+    """A job's output folder, in a bucket or at an absolute path, the same in the driver and in every worker."""
+    return open_folder(in_bucket(path) or resolve_path(path))
+
+
+def in_bucket(path: str) -> str | None:
+    """The URL of ``path`` where it is a URL, or is relative to a GPT25_HOME that is one; otherwise None."""
+    if is_url(path):
+        return path
+    home = os.environ.get("GPT25_HOME", "")
+    if not is_url(home) or Path(path).expanduser().is_absolute():
+        return None
+    return f"{home.rstrip('/')}/{path}"
+
+
+def make_output(folder: Path) -> None:
+    """Make the folder that a job writes to; raises UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"output folder {folder} cannot be made: {reason}; choose another --output") from error
+
+
+def without_password(text: str) -> str:
+    """Return ``text`` without the user and password of every scheme://user:password@host in it."""
+    return re.sub(r"([a-z][a-z0-9+.-]*://)[^/@\s]*@", r"\1", text)
