@@ -35,7 +35,7 @@ class CountProgress:
         self._bar = tqdm(
             total=total, desc=title, unit=f" {unit}", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
         )
-        self._done = 0
+        self._total, self._done = total or 0, 0
         self._logged = time.perf_counter()
 
     def __enter__(self) -> CountProgress:
@@ -46,11 +46,11 @@ class CountProgress:
 
     def add(self, count: int = 1) -> None:
         """Count ``count`` more units as done."""
-        self.update_to(self._done + count, self._bar.total)
+        self.update_to(self._done + count, self._total)
 
     def update_to(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units are done."""
-        self._bar.total = total
+        self._bar.total = self._total = total
         self._bar.update(done - self._done)
         self._done = done
         now = time.perf_counter()

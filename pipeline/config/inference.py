@@ -1,4 +1,4 @@
-"""Settings of the jobs that use a trained model: evaluate, generate, export, serve. See config.py for the others."""
+"""Settings of the jobs that use a trained model: evaluate, generate, export, serve."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class EvaluateConfig:
     """Validation loss, perplexity, bits per byte and HellaSwag of a model (jobs/evaluate.py)."""
 
     checkpoint: str = "runs/gpt2.5"
-    """A checkpoint or run folder, an exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
+    """Model to use: a checkpoint, run or exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
     data: str | None = None
-    """Folder of shards. Not given: the one that the checkpoint was trained on."""
+    """Folder of shards. If not given, the one that the checkpoint was trained on."""
     hellaswag: str | None = None
-    """Questions: a hellaswag_val.jsonl, or hf://datasets/OWNER/NAME[@REVISION]/FILE. Not given: none are asked."""
+    """HellaSwag questions: a hellaswag_val.jsonl, or hf://datasets/OWNER/NAME[@REVISION]/FILE. Optional."""
     hellaswag_questions: int | None = None
-    """Ask the first so many only."""
+    """Number of questions to use, from the first. If not given, all of them."""
     batch_size: int = 32
-    """Windows of one forward pass on one worker; of HellaSwag as many tokens."""
+    """Windows per forward pass on one worker; HellaSwag passes hold as many tokens."""
     num_workers: int = 1
-    """Workers that share the val set and the questions."""
+    """Number of workers that share the val set and the questions."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to compute on; auto takes a GPU where there is one."""
     output: str | None = None
-    """JSON file for the result too; evaluation.json of the run folder gets it anyway."""
+    """Additional JSON file for the result, which is always written to evaluation.json of the run folder."""
     tracking_uri: str | None = None
-    """MLflow server or store whose training run gets the result. Not given: MLFLOW_TRACKING_URI, else sqlite."""
+    """MLflow server or store that holds the training run. If not given, MLFLOW_TRACKING_URI, or else sqlite."""
     dry_run: bool = False
     """Print the resolved settings, then stop."""
 
@@ -44,31 +44,31 @@ class GenerateConfig:
     """Text from a model (jobs/generate.py)."""
 
     checkpoint: str = "runs/gpt2.5"
-    """A checkpoint or run folder, an exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
+    """Model to use: a checkpoint, run or exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
     prompt: str = "Once upon a time, "
-    """What the text begins with; empty: the beginning of a document."""
+    """Text to continue; an empty prompt generates a document from its beginning."""
     prompts: str | None = None
-    """A file of prompts in place of one: .jsonl with the key prompt, or text, a line each."""
+    """File of prompts: a .jsonl file with the key prompt, or a text file with one prompt per line."""
     output: str | None = None
-    """JSON lines file for prompts and texts, in place of the terminal."""
+    """JSON lines file for prompts and texts. If not given, they are printed."""
     max_new_tokens: int = 200
-    """Tokens to add at most; the text ends sooner at <|endoftext|>."""
+    """Largest number of tokens to generate; a text ends earlier at <|endoftext|>."""
     num_samples: int = 1
-    """Texts from the same prompt; the first has the seed, the next the number after it."""
+    """Number of texts per prompt; the first one uses the seed, each further one the next number."""
     batch_size: int = 16
-    """Texts that grow at a time; it changes the speed, not the texts."""
+    """Number of sequences decoded at a time; it changes the speed, not the texts."""
     temperature: float = 0.8
-    """Below 1: bolder, above: more varied; 0 takes the likeliest token."""
+    """Divides the logits before sampling: higher is more varied, and 0 always takes the likeliest token."""
     top_k: int | None = None
-    """Draw from the likeliest k tokens only."""
+    """Sample only from the k likeliest tokens. If not given, from all."""
     top_p: float | None = 0.9
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample only from the likeliest tokens that together have this probability."""
     seed: int = 1337
-    """Same seed, same text."""
+    """Random seed; the same seed gives the same text."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to compute on; auto takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bf16"] = "auto"
-    """Of matrix products; auto is bf16 on a GPU, float32 on the CPU."""
+    """Number format of the matrix products; auto is bf16 on a GPU and float32 on the CPU."""
     dry_run: bool = False
     """Print the resolved settings, then stop."""
 
@@ -83,19 +83,19 @@ class ExportConfig:
     """A checkpoint as a Hugging Face folder (jobs/export.py)."""
 
     checkpoint: str = "runs/gpt2.5"
-    """A checkpoint or run folder, or whatever else jobs/evaluate.py takes."""
+    """Model to export: a checkpoint or run folder, or anything else that jobs/evaluate.py takes."""
     output: str = "export/gpt2.5"
-    """Folder to write; an earlier export there is replaced."""
+    """Folder to write; an earlier export in it is replaced."""
     dtype: Literal["float32", "bf16"] = "float32"
-    """Of the weights."""
+    """Number format of the exported weights."""
     max_file_bytes: int = 5_000_000_000
-    """Weights beyond this go into a further file."""
+    """Largest size of one weights file, in bytes; larger models are split over several files."""
     push_to_hub: str | None = None
-    """OWNER/NAME to commit the folder to; HF_TOKEN must hold a token that may write there."""
+    """Repository OWNER/NAME on the hub that the folder is uploaded to; HF_TOKEN must hold a token for it."""
     mlflow: bool = False
-    """Log the folder as an MLflow model too, for mlflow models serve and mlflow.pyfunc.load_model."""
+    """Also log the folder as an MLflow model, for mlflow models serve and mlflow.pyfunc.load_model."""
     tracking_uri: str | None = None
-    """MLflow server or store with the training run. Not given: MLFLOW_TRACKING_URI, else sqlite."""
+    """MLflow server or store that holds the training run. If not given, MLFLOW_TRACKING_URI, or else sqlite."""
     dry_run: bool = False
     """Print the resolved settings, then stop."""
 
@@ -108,32 +108,33 @@ class ServeConfig:
     """A model behind an OpenAI-compatible address (jobs/serve.py). GPT25_SERVE_TOKEN holds the token, if any."""
 
     checkpoint: str = "runs/gpt2.5"
-    """A checkpoint or run folder, an exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
+    """Model to use: a checkpoint, run or exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
     model_name: str | None = None
-    """What clients call it. Not given: the last part of --checkpoint."""
+    """Name of the model in requests. If not given, the last part of --checkpoint."""
     host: str = "127.0.0.1"
-    """Address to listen on; any other than this machine's own needs GPT25_SERVE_TOKEN."""
+    """Address to listen on; anything but a loopback address needs GPT25_SERVE_TOKEN."""
     port: int = 8000
+    """TCP port to listen on; 0 takes a free one."""
     num_replicas: int = 1
-    """Copies of the model, each with its own worker."""
+    """Number of copies of the model, each with its own worker."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to compute on; auto takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bf16"] = "auto"
-    """Of matrix products; auto is bf16 on a GPU, float32 on the CPU."""
+    """Number format of the matrix products; auto is bf16 on a GPU and float32 on the CPU."""
     max_batch_size: int = 16
-    """Texts that grow at a time in a replica."""
+    """Number of sequences that one replica decodes at a time."""
     max_waiting: int = 256
-    """Requests that a replica keeps, those that run included; beyond that it answers 429."""
+    """Number of requests that one replica holds, running ones included; further ones are answered with 429."""
     max_prompt_tokens: int | None = None
-    """Of one prompt. Not given: the model's context length."""
+    """Largest number of tokens in one prompt. If not given, the context length of the model."""
     max_tokens: int = 1024
-    """Highest max_tokens that a request may ask for."""
+    """Largest max_tokens that a request may ask for."""
     max_texts: int = 16
-    """Prompts times n of one request."""
+    """Largest number of texts per request, which is its prompts times its n."""
     max_body_bytes: int = 1_000_000
-    """Of one request."""
+    """Largest accepted request body, in bytes."""
     request_seconds: float = 120.0
-    """From arrival to the last token; a body has to arrive within a tenth of it."""
+    """Seconds from the arrival of a request to its last token; its body must arrive within a tenth of that."""
     dry_run: bool = False
     """Print the resolved settings, then stop."""
 
