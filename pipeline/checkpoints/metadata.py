@@ -17,7 +17,7 @@ import torch
 
 from model.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.tracking import hardware
+from pipeline.versions import commit
 
 FORMAT_VERSION = 2
 DESCRIPTION_FILE = "checkpoint.json"
@@ -75,7 +75,7 @@ class Description:
     info: CheckpointInfo
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
-    """Of what wrote it: python, torch, and the commit of this project where it is known."""
+    """Versions of python and torch that wrote it, and the commit of this project where it is known."""
     content: bytes
     """The file itself."""
 
@@ -83,8 +83,8 @@ class Description:
 def to_bytes(info: CheckpointInfo, files: Sequence[FileEntry]) -> bytes:
     """The content of checkpoint.json."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if (commit := hardware.commit()) != "unknown":
-        versions["commit"] = commit
+    if (known := commit()) != "unknown":
+        versions["commit"] = known
     entries = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
     values = {"format_version": FORMAT_VERSION, **asdict(info), "versions": versions, "files": entries}
     return (json.dumps({**values, "sha256": _checksum(values)}, indent=2) + "\n").encode()
