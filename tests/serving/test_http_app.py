@@ -1,4 +1,4 @@
-"""The server's answers: right ones, and a sentence with a 4xx for everything else. (Ray Serve: test_serving.py.)"""
+"""The server's answers: right ones, and a sentence with a 4xx for everything else. (Ray Serve: test_serve_job.py.)"""
 
 from __future__ import annotations
 
