@@ -1,4 +1,4 @@
-"""A process of tests/checkpoints/test_bucket.py that saves to a bucket and is killed: ``uploading_process.py URL WHEN``.
+"""A process of checkpoints/test_bucket.py that saves to a bucket and is killed: ``uploading_process.py URL WHEN``.
 
 It saves step 1 whole. In the save of step 2, WHEN "in a part" kills it while its tensors are on their way, and WHEN
 "before the description" after all of them are there.
