@@ -73,7 +73,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What issue 3 asks of a figure."""
+    """A figure and the limit it is held to."""
 
     name: str
     found: float

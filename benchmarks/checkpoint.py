@@ -41,7 +41,7 @@ from pipeline.distributed.fsdp import Workers
 
 RECIPE = ModelConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048)
 LIMIT = 0.05
-"""Of one step, what a checkpoint may keep training waiting (issue 6)."""
+"""Largest share of one step's time that a checkpoint may keep training waiting."""
 
 
 class Seconds(NamedTuple):

@@ -18,7 +18,7 @@ from benchmarks.data_material import Material, make_job, run_job, running_ray
 from pipeline.preprocessing import ray_dataflow, stages
 from pipeline.preprocessing.rows import ItemRow
 
-SHARE_OF_ONE_TASK = 0.8  # the issue keeps what is within 20 %
+SHARE_OF_ONE_TASK = 0.8  # the least share of one task's speed that the graph has to keep
 
 HUB_SOURCE = "hf://datasets/someone/texts"
 HUB_CODE = """
