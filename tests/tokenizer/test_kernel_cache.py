@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import pickle
 import shutil
@@ -116,6 +118,40 @@ def test_the_stamp_knows_the_machine() -> None:
     assert kernel_cache.stamp("one") != kernel_cache.stamp("other") and kernel_cache.stamp("one") == kernel_cache.stamp(
         "one"
     )
+
+
+def imports_numba(path: Path) -> bool:
+    """Whether a file imports numba, or the decorators that make kernels of functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return kernel_cache.__name__ in names or any(name.split(".")[0] == "numba" for name in names)
+
+
+def stamp_of(checkout: Path) -> str:
+    """The stamp that the sources in another folder give."""
+    path = checkout / Path(kernel_cache.__file__).relative_to(ROOT)
+    spec = importlib.util.spec_from_file_location("another_kernel_cache", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.stamp("a machine"))
+
+
+def test_the_stamp_covers_every_source_of_kernels(tmp_path: Path) -> None:
+    sources = {path.relative_to(ROOT) for path in kernel_cache.kernel_sources()}
+    found = {path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py") if imports_numba(path)}
+    assert len(found) >= 10 and found <= sources
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    stamps = {stamp_of(tmp_path)}
+    for number, source in enumerate(sorted(sources), 2):
+        with (tmp_path / source).open("a", encoding="utf-8") as file:
+            file.write("# changed\n")
+        stamps.add(stamp_of(tmp_path))
+        assert len(stamps) == number, source
 
 
 def test_a_kernel_has_one_signature_and_warming_up_compiles_it() -> None:

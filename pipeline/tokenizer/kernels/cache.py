@@ -31,9 +31,16 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, _Cache, _C
 
 logger = logging.getLogger(__name__)
 
-_KERNEL_FILES = tuple(sorted(Path(__file__).parent.glob("*.py")))
+
+def kernel_sources() -> list[Path]:
+    """The files that compiled kernels are made from, this one among them: what the stamp covers."""
+    return sorted(Path(__file__).parent.glob("*.py"))
+
+
 # Read at import: the files may change between then and the first call, and the code that runs is the earlier one.
-_SOURCES = hashlib.sha256(b"\0".join(path.name.encode() + b"\0" + path.read_bytes() for path in _KERNEL_FILES)).digest()
+_SOURCES = hashlib.sha256(
+    b"\0".join(path.name.encode() + b"\0" + path.read_bytes() for path in kernel_sources())
+).digest()
 
 
 def cache_root() -> Path:
