@@ -17,6 +17,7 @@ from benchmarks.bpe_report import ROOT, Row, Section, Spread, Target, quotients
 from benchmarks.data_material import Material, make_job, run_job, running_ray
 from pipeline.preprocessing import ray_dataflow, stages
 from pipeline.preprocessing.rows import ItemRow
+from pipeline.tokenizer.bpe import Tokenizer
 
 SHARE_OF_ONE_TASK = 0.8  # the least share of one task's speed that the graph has to keep
 
@@ -85,7 +86,8 @@ def _one_task(material: Material, source: Path) -> float:
 
     with material.output() as output:
         items, job = make_job(material.config(source, output))
-        job = dataclasses.replace(job, tokenizer=ray.put(job.tokenizer))
+        assert isinstance(job.tokenizer, Tokenizer)
+        job = dataclasses.replace(job, tokenizer=ray_dataflow.share(job.tokenizer))
         task = ray.remote(num_cpus=1)(work)
         start = time.perf_counter()
         num_bytes = sum(ray.get([task.remote(item.to_json(), job) for item in items]))

@@ -26,6 +26,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 PORT = 5000
 GCS_PORT = 6379
@@ -210,7 +211,7 @@ def copy() -> None:
     snapshot.replace(last)
 
 
-def options() -> dict[str, object]:
+def options() -> dict[str, Any]:
     """http:// is allowed where the environment names a store of that kind."""
     plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     return {"client_options": {"allow_http": plain}}

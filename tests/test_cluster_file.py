@@ -86,7 +86,7 @@ def test_training_gets_the_node_with_four_gpus(cloud: dict[str, Any]) -> None:
     from ray.train import ScalingConfig
 
     recipe = resolve(PretrainConfig, "pretrain", ["--config", str(ROOT / "configs/gpt2.5.yaml")], program="pretrain")
-    assert recipe.device == "cuda"
+    assert recipe.device == "cuda" and isinstance(recipe.num_workers, int)
     asked = ScalingConfig(num_workers=recipe.num_workers, use_gpu=True)._resources_per_worker_not_none
     assert asked["GPU"] == 1
     assert nodes_for(cloud, [asked] * recipe.num_workers) == {"train": 1}
@@ -141,7 +141,8 @@ def fits(value: Any, schema: dict[str, Any], schemas: dict[str, Any], place: str
         for item in value:
             fits(item, schema["items"], schemas, f"{place}[]")
     else:
-        wanted = {"string": (str, int), "boolean": bool, "integer": int, "object": dict, "number": (int, float)}[kind]
+        types: dict[str, tuple[type, ...]] = {"string": (str, int), "boolean": (bool,), "integer": (int,)}
+        wanted = (types | {"object": (dict,), "number": (int, float)})[kind]
         assert isinstance(value, wanted), place
         assert value in schema.get("enum", [value]), f"{place}: {value}"
 

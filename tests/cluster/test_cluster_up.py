@@ -5,6 +5,7 @@ The tests share one cluster and run in the order in which they stand here. Figur
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -235,6 +236,10 @@ def test_no_secret_is_written_anywhere(cluster: Rented) -> None:
     assert not leaks
 
 
+def is_idle(host: Host) -> bool:
+    return not host.processes()
+
+
 def test_ray_down_leaves_nothing(cluster: Rented) -> None:
     cluster.close_tunnel()
     log = cluster.command("ray", "down", "-y", str(cluster.file))
@@ -242,6 +247,6 @@ def test_ray_down_leaves_nothing(cluster: Rented) -> None:
     hosts = {name: host for name, host in cluster.hosts.hosts.items() if name in (HEAD, *WORKERS) and host.is_on}
     assert len(hosts) == 2  # one died in training
     for name, host in hosts.items():
-        seconds = wait_until(lambda h=host: not h.processes(), 240, f"{name}: {host.processes()}")
+        seconds = wait_until(functools.partial(is_idle, host), 240, f"{name}: {host.processes()}")
         report(f"{name}: nothing runs {seconds:.0f} s after ray down")
         assert not host.listening()

@@ -16,16 +16,14 @@ import tokenizers
 import torch
 import yaml
 
-from pipeline.config.training import PretrainConfig
 from pipeline.dataset.shards import open_split
 from pipeline.distributed.fsdp import Workers
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.factories import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("[a-z]*.py"))
-
-TINY = {"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 64, "context_length": 32, "tokens_per_step": 256}
 
 
 def job(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -48,7 +46,7 @@ def error_of(name: str, *flags: str, cwd: Path) -> str:
 def run_folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps, on one rank and without Ray."""
     folder = tmp_path_factory.mktemp("run")
-    config = PretrainConfig(**TINY, batch_size=8, train_steps=3, val_tokens=100, sample_tokens=4, num_workers=1)
+    config = tiny_config(tokens_per_step=256, batch_size=8, train_steps=3, val_tokens=100, sample_tokens=4)
     workers = Workers(rank=0, world_size=1, device=torch.device("cpu"))
     Trainer(config, data=tiny_data, output=folder, workers=workers, tracker=MemoryTracker()).run()
     return folder

@@ -102,7 +102,7 @@ def fewest_parts(sizes: list[int], limit: int) -> tuple[int, int]:
             total = sum(sizes[begin:end])
             if total <= limit or end - begin == 1:
                 ways += [(parts + 1, max(largest, total if total <= limit else 0)) for parts, largest in best[begin]]
-        fewest = {}
+        fewest: dict[int, int] = {}
         for parts, largest in ways:
             fewest[parts] = min(largest, fewest.get(parts, largest))
         best[end] = list(fewest.items())
@@ -129,9 +129,10 @@ def test_parts_of_a_file_of_equal_row_groups() -> None:
 
 
 def test_a_source_without_text() -> None:
-    for files in ([[]], [[(0, 0)], [(0, 3)]]):
+    sources: list[Sizes] = [[[]], [[(0, 0)], [(0, 3)]]]
+    for files in sources:
         with pytest.raises(UserError, match="the source holds no text"):
-            plan_of(files, 10)  # type: ignore[arg-type]
+            plan_of(files, 10)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def test_giant_lines_read_as_json_reads_them(
 
     values = {f"k{texts[-1]}": texts[0], "list": [texts, {"": texts[-1]}, None, 1.5], key: texts[0], "z": texts[-1]}
     line = json.dumps(values, ensure_ascii=ensure_ascii).encode("utf-8", "surrogatepass")
-    outcomes = []
+    outcomes: list[bytes | str] = []
     for giant_bytes in (10**9, 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_GIANT_BYTES", giant_bytes)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeline.config.training import PretrainConfig
 from pipeline.distributed.fsdp import Workers
 from pipeline.storage.folders import open_folder
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.factories import tiny_config
 
 # One thread: what torch's threads wait for each other takes longer than a model of this size.
 os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count() or 1))
@@ -20,10 +21,7 @@ ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
 
 def train(data: Path, output: Path, **changes: object) -> Path:
     """A run of some steps on one rank and without Ray; returns its newest checkpoint."""
-    settings: dict[str, object] = {
-        "num_layers": 2,
-        "num_heads": 2,
-        "d_model": 32,
+    settings: dict[str, Any] = {
         "d_ff": 96,
         "context_length": 128,
         "tokens_per_step": 1024,
@@ -34,9 +32,7 @@ def train(data: Path, output: Path, **changes: object) -> Path:
         "val_every": 20,
         "val_tokens": 500,
         "sample_tokens": 4,
-        "num_workers": 1,
-        "device": "cpu",
     }
-    config = PretrainConfig(**(settings | changes))  # type: ignore[arg-type]
+    config = tiny_config(**(settings | changes))
     Trainer(config, data=open_folder(data), output=output, workers=ALONE, tracker=MemoryTracker()).run()
     return output / "checkpoints" / f"step-{config.train_steps:06d}"

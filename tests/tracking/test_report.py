@@ -69,7 +69,13 @@ class Page(HTMLParser):
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "my run"
     folder.mkdir()
-    summary = {"steps": 100, "tokens_seen": 52_428_800, "parameters": 123_551_232, "first_loss": 10.8, "last_loss": 3.1}
+    summary: dict[str, Any] = {
+        "steps": 100,
+        "tokens_seen": 52_428_800,
+        "parameters": 123_551_232,
+        "first_loss": 10.8,
+        "last_loss": 3.1,
+    }
     summary |= {"val_loss": 3.12, "val_tokens": 10_485_760, "checkpoint": "/runs/x/checkpoints/step-000100"}
     (folder / "summary.json").write_text(json.dumps(summary | {"peak_memory_gib": 20.0}))
     scores = {"val_loss": 3.11, "val_tokens": 50_000_000, "hellaswag_acc_norm": 0.36, "hellaswag_acc": 0.31}

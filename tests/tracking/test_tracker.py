@@ -77,7 +77,7 @@ def history(run: MLflowRun, name: str) -> list[tuple[int, float]]:
 def tell_everything(tracker: MLflowTracker, checkpoint: Path, steps: range = range(1, 4)) -> None:
     tracker.log_params({"lr": 0.1, "checkpoint": None})
     tracker.log_tags({"commit": "c0ffee"})
-    docs = {"source": "data/docs", "fingerprint": "a" * 64}
+    docs: dict[str, Any] = {"source": "data/docs", "fingerprint": "a" * 64}
     tracker.log_inputs([RunInput(name=f"docs-{c}", context=c, **docs) for c in ("training", "validation")])
     for step in steps:
         tracker.log_metrics({"train/loss": 10.0 / step, "train/lr": 0.1}, step)
@@ -94,6 +94,7 @@ def check_everything(run: MLflowRun, checkpoint: Path, steps: range = range(1, 4
     assert found.info.status == "FINISHED"
     assert found.data.params == {"lr": "0.1", "checkpoint": "None"}
     assert history(run, "train/loss") == [(step, 10.0 / step) for step in steps]
+    assert found.inputs is not None and found.outputs is not None
     inputs = sorted((i.dataset.name, i.dataset.digest) for i in found.inputs.dataset_inputs)
     assert inputs == [("docs-training", "a" * 36), ("docs-validation", "a" * 36)]
     assert found.data.tags["training_fingerprint"] == "a" * 64 and found.data.tags["commit"] == "c0ffee"
@@ -103,7 +104,7 @@ def check_everything(run: MLflowRun, checkpoint: Path, steps: range = range(1, 4
     assert table == {"columns": ["step", "prompt", "text"], "data": [[last, "Once", "Once upon"]]}
     (model,) = client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'")
     assert (model.tags["checkpoint"], model.status.value) == (str(checkpoint), "READY")
-    assert {(m.key, m.step, m.value) for m in model.metrics} == {
+    assert {(m.key, m.step, m.value) for m in model.metrics or []} == {
         ("checkpoint/train_loss", last, 3.3),
         ("checkpoint/val_loss", last, 3.5),
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.training import PretrainConfig
+from tests.support.factories import tiny_config
 from tests.support.training_job import NODE, TrainingJob, running_cluster
 
 STEPS = 120
@@ -17,27 +18,18 @@ STEPS = 120
 @pytest.fixture
 def config(tiny_data: Path, tmp_path: Path) -> PretrainConfig:
     """Steps of about half a second, so that nodes come and go between them."""
-    return PretrainConfig(
+    return tiny_config(
         data=str(tiny_data),
         output="fixed",
-        num_layers=2,
-        num_heads=2,
-        d_model=32,
-        d_ff=64,
-        context_length=32,
         tokens_per_step=32 * 1024,
         batch_size=8,
         train_steps=STEPS,
         lr=1e-3,
-        log_every=1,
         val_every=60,
-        val_tokens=200,
         sample_every=60,
-        sample_tokens=8,
         checkpoint_every=5,
         keep_checkpoints=100,
         num_workers=2,
-        device="cpu",
         resize_seconds=5,
         tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
     )

@@ -28,6 +28,7 @@ from pipeline.storage.folders import open_folder
 from pipeline.tracking.mlflow_run import MLflowRun
 from pipeline.training import launch
 from pipeline.training.run_folder import RunSummary
+from tests.support.factories import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -49,26 +50,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def config(tiny_data: Path) -> PretrainConfig:
-    return PretrainConfig(
+    return tiny_config(
         data=str(tiny_data),
         output="clean",
-        num_layers=2,
-        num_heads=2,
-        d_model=32,
-        d_ff=64,
-        context_length=32,
-        tokens_per_step=32 * 16,
-        batch_size=2,
         train_steps=STEPS,
         lr=5e-3,
-        log_every=1,
         val_every=30,
-        val_tokens=200,
         sample_every=30,
-        sample_tokens=8,
         checkpoint_every=5,
         num_workers=4,
-        device="cpu",
     )
 
 
@@ -111,6 +101,7 @@ def test_four_workers_train_and_everything_is_in_mlflow(clean: tuple[RunSummary,
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
     found = MlflowClient(run.tracking_uri).get_run(run.run_id)
     assert found.info.status == "FINISHED"
+    assert found.inputs is not None
     assert {tag.value for i in found.inputs.dataset_inputs for tag in i.tags} == {"training", "validation", "tokenizer"}
     assert run.tracking_uri == f"sqlite:///{folder / 'mlflow.db'}"
     client = MlflowClient(run.tracking_uri)

@@ -10,10 +10,10 @@ import pytest
 from pipeline.checkpoints import directory as checkpoint_directory
 from pipeline.cluster import ray_cluster
 from pipeline.config.inference import ExportConfig
-from pipeline.config.training import PretrainConfig
 from pipeline.pretrained import export_job
 from pipeline.storage.folders import open_folder
 from pipeline.training import launch
+from tests.support.factories import tiny_config
 from tests.support.s3_server import S3
 
 
@@ -23,27 +23,18 @@ def test_the_run_folder_may_be_in_a_bucket(
 ) -> None:
     for name, value in {"GPT25_HOME": tmp_path, "GPT25_CACHE": tmp_path / "cache", "RAY_AUTH_MODE": "disabled"}.items():
         monkeypatch.setenv(name, str(value))
-    config = PretrainConfig(
+    config = tiny_config(
         data=str(tiny_data),
         output=f"{s3.url}/run",
         num_layers=1,
-        num_heads=2,
-        d_model=32,
-        d_ff=64,
-        context_length=32,
         tokens_per_step=32 * 8,
-        batch_size=2,
         train_steps=4,
-        log_every=1,
         val_every=4,
-        val_tokens=200,
         sample_every=4,
-        sample_tokens=8,
         checkpoint_every=2,
         keep_checkpoints=1,
         keep_every=4,
         num_workers=2,
-        device="cpu",
     )
     ray_cluster.connect(num_cpus=2)
     try:

@@ -25,29 +25,20 @@ from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import periodic_evaluation
 from pipeline.training.run_folder import RunSummary, read_best
 from pipeline.training.trainer import Trainer
+from tests.support.factories import tiny_config
 from tests.support.hellaswag_questions import make_questions, write_questions
 from tests.support.models import ALONE
 from tests.support.s3_server import S3
 
-CONFIG = PretrainConfig(
-    num_layers=2,
-    num_heads=2,
-    d_model=32,
+CONFIG = tiny_config(
     d_ff=96,
-    context_length=32,
     tokens_per_step=32 * 12,
     batch_size=4,
-    train_steps=12,
     lr=1e-2,
-    log_every=1,
     val_every=2,
-    val_tokens=200,
     sample_every=6,
-    sample_tokens=8,
     hellaswag_every=5,
     checkpoint_every=3,
-    num_workers=1,
-    device="cpu",
 )
 NUM_QUESTIONS = 40
 

@@ -27,27 +27,18 @@ from pipeline.errors import UserError
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.run_folder import RunSummary, finished_summary
 from pipeline.training.trainer import Trainer
+from tests.support.factories import tiny_config
 from tests.support.llama_twin import llama_twin
 
 STEPS = 12
-CONFIG = PretrainConfig(
-    num_layers=2,
-    num_heads=2,
-    d_model=32,
+CONFIG = tiny_config(
     d_ff=96,
-    context_length=32,
     tokens_per_step=32 * 12,
-    batch_size=2,
     train_steps=STEPS,
     lr=1e-2,
-    log_every=1,
     val_every=6,
-    val_tokens=200,
     sample_every=6,
-    sample_tokens=8,
     checkpoint_every=5,
-    num_workers=1,
-    device="cpu",
 )
 ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.training import PretrainConfig
 from tests.support import mlflow_server
+from tests.support.factories import tiny_config
 from tests.support.training_job import NODE, TrainingJob, running_cluster
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "33"))
@@ -70,27 +71,18 @@ class Event:
 
 @pytest.fixture(scope="module")
 def config(tiny_data: Path) -> PretrainConfig:
-    return PretrainConfig(
+    return tiny_config(
         data=str(tiny_data),
         output="clean",
-        num_layers=2,
-        num_heads=2,
-        d_model=32,
-        d_ff=64,
-        context_length=32,
         tokens_per_step=32 * 64,
         batch_size=4,
         train_steps=STEPS,
         lr=5e-3,
-        log_every=1,
         val_every=STEPS // 6,
-        val_tokens=200,
         sample_every=STEPS // 2,
-        sample_tokens=8,
         checkpoint_every=10,
         num_workers=4,
         max_failures=-1,
-        device="cpu",
         collective_timeout=HANG_SECONDS,
     )
 
