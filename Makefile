@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow chaos check format bench bench-data ui cluster-files clean
+.PHONY: setup demo test test-slow coverage chaos check format bench bench-data ui cluster-files clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,14 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# the normal suite with lines counted, in the processes that it starts too
+coverage: setup
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[coverage]'
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -m "not slow"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 # make chaos CHAOS_KILLS=33 CHAOS_SEED=2026: kills over training on four workers, some 20 minutes; docs/reliability.md
 chaos: setup
