@@ -27,7 +27,7 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# the normal suite with lines counted, in the processes that it starts too
+# the normal suite with lines counted, in jobs and ranks that it starts too (CONTRIBUTING.md says what is missed)
 coverage: setup
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[coverage]'
 	$(BIN)/python -m coverage erase
