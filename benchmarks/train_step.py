@@ -62,7 +62,7 @@ def main() -> None:
     if not on_gpu:
         torch._inductor.config.cpp.enable_kernel_profile = True  # names in the profile
     dtype = compute_dtype(arguments.precision or ("bf16" if on_gpu else "fp32"), workers.device)
-    peak = peak_flops(workers, dtype) if on_gpu else best_matrix_rate(dtype)
+    peak = peak_flops(workers, dtype) or best_matrix_rate(dtype, workers.device)
     report: dict[str, Any] = {"machine": machine(workers.device), "peak_flops": peak, "dtype": str(dtype), "runs": []}
     print(json.dumps(report["machine"]), f"peak {peak / 1e12:.2f} TFLOP/s in {dtype}", flush=True)
     for micro_batch in arguments.micro_batch or ([16, 32, 64] if on_gpu else [2]):
@@ -95,13 +95,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def best_matrix_rate(dtype: torch.dtype) -> float:
+def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the fastest of 30 products of the recipe's own shape: a mean would measure the neighbours too."""
-    rows, left, right = 2048, torch.randn(2048, 768, dtype=dtype), torch.randn(768, 2304, dtype=dtype)
+    rows = 2048 if device.type == "cpu" else 32768
+    left, right = torch.randn(rows, 768, dtype=dtype, device=device), torch.randn(768, 2304, dtype=dtype, device=device)
     seconds = []
     for _ in range(30):
         start = time.perf_counter()
-        left @ right
+        (left @ right)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return 2 * rows * 768 * 2304 / min(seconds)
 

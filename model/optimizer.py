@@ -133,7 +133,8 @@ class AdamW(torch.optim.Optimizer):
             allowed = torch.ones((), dtype=torch.bool, device=whole[0][0].device)
         numbers = [allowed, *step_numbers(group)]
         for tensors in zip(*whole, strict=True):
-            self.kernel(*(tensor.view(-1) for tensor in tensors), *numbers)
+            # .data: the compiler would also look at the tensor behind a view, and compile for 1 and 2 dimensions.
+            self.kernel(*(tensor.view(-1).data for tensor in tensors), *numbers)
 
 
 def adam_step(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.transformer import Transformer
@@ -25,8 +26,21 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from model.generation import KVCache
 
-# Dense bf16 matrix products per second of one device, from the vendors' data sheets (without sparsity).
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
+# FLOP/s of dense bf16 matrix products that are added up in float32, of one device, by the name torch gives it. From
+# NVIDIA's data sheets "H100", "H200", "A100", "L40S", "L4" and "HGX B200", most of which print the doubled rate "with
+# sparsity", and for the RTX 4090 from the whitepaper "Ada GPU architecture", appendix A.
+_PEAK_FLOPS = {
+    r"B200": 2250e12,
+    r"H200": 989.5e12,
+    r"H200 NVL": 835.5e12,
+    r"H100 \d+GB HBM3": 989.5e12,  # SXM
+    r"H100 NVL": 835.5e12,
+    r"H100 PCIe": 756.5e12,
+    r"A100([- ](SXM4|PCIE|PCIe))?([- ]\d+GB)?( PCIe)?": 312e12,
+    r"L40S": 362.05e12,
+    r"L4": 121e12,
+    r"GeForce RTX 4090": 165.2e12,
+}
 
 _TEXT_BYTES = 2048
 _WHOLE_UNIT_PARAMETERS = 10**9
@@ -130,7 +144,7 @@ def parallelize(model: Transformer, workers: Workers, *, dtype: torch.dtype, com
             block.compile(dynamic=False)
         model.loss.compile(dynamic=False)
     if dist.is_initialized():
-        _shard(model, dtype, whole=whole)
+        _shard(model, workers, dtype, whole=whole)
     elif dtype != torch.float32:
         model.compute_dtype = dtype  # weights are cast where they are used
     return model
@@ -146,17 +160,18 @@ def _compile_whole(model: Transformer) -> None:
     model.mean_loss = mean_loss  # type: ignore[method-assign]
 
 
-def _shard(model: Transformer, dtype: torch.dtype, *, whole: bool) -> None:
+def _shard(model: Transformer, workers: Workers, dtype: torch.dtype, *, whole: bool) -> None:
     """A small model is one FSDP unit, gathered once per step; of a large one each block is a unit of its own.
 
     One unit costs the overlap of communication and computing: for the recipe on four H100s 0.25 GB gathered and 0.5 GB
     reduced once per step, some 2 ms of 220. It saves two gatherings per micro-batch and compiles in one piece.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(workers.device.type, (workers.world_size,))  # else a machine's GPUs, with --device cpu too
     if not whole:
         for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=not whole)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=not whole)
     if whole:
         model.register_forward_hook(_reshard_after_inference)
 
@@ -199,19 +214,17 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, dist.tensor.DTensor) else tensor
 
 
-def peak_flops(workers: Workers, dtype: torch.dtype) -> float:
-    """FLOP/s that all workers together can reach: the data sheet's for known GPUs, else measured.
+def peak_flops(workers: Workers, dtype: torch.dtype) -> float | None:
+    """FLOP/s that all workers together can reach by the data sheet of their GPU, the denominator of MFU.
 
-    The measurement is a matrix product of 512 x 512 on all ranks at once for half a second, so that workers which
-    share cores share the peak too.
+    None where it is not known: on another GPU or a part of one, for products in float32, and on a CPU, whose rate
+    depends on clocks, on the size of the products and on who else uses its cores.
     """
-    if workers.device.type == "cuda":
-        name = torch.cuda.get_device_name(workers.device)
-        for key, flops in sorted(_PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
-            if key in name:
-                return flops * workers.world_size
-    rate = torch.tensor([_measured_flops(workers, dtype)], dtype=torch.float64)
-    return float(workers.sum(rate.to(workers.device)).item())
+    if workers.device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(workers.device).removeprefix("NVIDIA ")
+    flops = next((flops for pattern, flops in _PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
+    return None if flops is None else flops * workers.world_size
 
 
 def peak_memory_gib(workers: Workers) -> float:
@@ -219,14 +232,3 @@ def peak_memory_gib(workers: Workers) -> float:
     if workers.device.type == "cuda":
         return torch.cuda.max_memory_allocated(workers.device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts KiB
-
-
-def _measured_flops(workers: Workers, dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> float:
-    matrix = torch.randn(size, size, dtype=dtype, device=workers.device)
-    (matrix @ matrix)[0, 0].item()  # starts the threads, or the kernel's library
-    workers.agree(0)  # begin together
-    start, products = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        (matrix @ matrix)[0, 0].item()  # waits for the device
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - start)

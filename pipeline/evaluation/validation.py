@@ -6,6 +6,7 @@ window is as long as what is left. Perplexity is exp(loss) over the same tokens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -46,7 +47,9 @@ def validation_loss(
 ) -> ValidationResult:
     """Mean loss over the first ``max_tokens`` targets of ``stream`` (all of them by default), shared by the ranks.
 
-    Every rank runs the same number of forward passes, which are collective operations under FSDP.
+    Every rank runs the same number of forward passes, which are collective operations under FSDP. Losses are added up
+    on the device, in float64, and the process waits for it once, at the end. Of a compiled model only batches of
+    ``batch_size`` windows run compiled: each other size would be compiled for itself.
 
     Raises:
         UserError: the stream holds fewer than two tokens.
@@ -57,18 +60,22 @@ def validation_loss(
     full_windows, rest = divmod(targets, context_length)
     training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, counted targets
-    one = torch.ones((), dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=workers.device)  # summed loss, counted targets
+    one = torch.ones((), dtype=torch.float64, device=workers.device)
     for windows in _rank_batches(full_windows, batch_size, workers):
         chosen = windows if len(windows) else np.zeros(1, dtype=np.int64)
-        tokens = read_windows(stream, chosen, length=context_length + 1, stride=context_length, device=workers.device)
-        total += len(windows) * context_length * torch.stack([_mean_loss(model, tokens) * one, one])
+        tokens = _read(stream, chosen, length=context_length + 1, stride=context_length, device=workers.device)
+        with _as_compiled(len(chosen) == batch_size):
+            loss = _mean_loss(model, tokens)
+        total += len(windows) * context_length * torch.stack([loss, one])
     if rest:  # every rank computes it, the first counts it
         last = np.array([full_windows])
-        tokens = read_windows(stream, last, length=rest + 1, stride=context_length, device=workers.device)
-        total += workers.is_first * rest * torch.stack([_mean_loss(model, tokens) * one, one])
+        tokens = _read(stream, last, length=rest + 1, stride=context_length, device=workers.device)
+        with _as_compiled(False):
+            loss = _mean_loss(model, tokens)
+        total += workers.is_first * rest * torch.stack([loss, one])
     model.train(training)
-    summed, counted = workers.sum(total.to(workers.device)).tolist()
+    summed, counted = workers.sum(total).tolist()
     return ValidationResult(loss=summed / counted, tokens=int(counted))
 
 
@@ -79,8 +86,20 @@ def _rank_batches(num_windows: int, batch_size: int, workers: Workers) -> list[n
     return [mine[start : start + batch_size] for start in range(0, most, batch_size)]
 
 
-def _mean_loss(model: Transformer, tokens: torch.Tensor) -> float:
-    return float(model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item())
+def _read(stream: TokenStream, windows: np.ndarray, *, length: int, stride: int, device: torch.device) -> torch.Tensor:
+    """read_windows; a GPU copies them from page-locked memory, and nothing waits for it."""
+    tokens = read_windows(stream, windows, length=length, stride=stride, device=torch.device("cpu"))
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+
+def _as_compiled(allowed: bool) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if allowed else torch.compiler.set_stance("force_eager")
+
+
+def _mean_loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """() float64, on the device."""
+    loss: torch.Tensor = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    return loss.double()
 
 
 def count_tokens(stream: TokenStream) -> npt.NDArray[np.int64]:

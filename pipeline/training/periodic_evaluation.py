@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from model.transformer import Transformer
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.shards import TokenStream
@@ -19,6 +21,7 @@ from pipeline.generation.sampling import continue_text
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.optimizer import compiles
 from pipeline.training.run_folder import Best, read_best, write_best
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,15 @@ class RunEvaluation:
         self.best = read_best(self.output)
         self._questions = encode_all(read_questions(config.hellaswag), tokenizer) if config.hellaswag else None
 
+    def compile(self) -> None:
+        """Compile what validation runs, so that no step waits for it later; nothing where steps are not compiled.
+
+        One batch a rank goes the way of every validation, with the shapes of the first. Collective.
+        """
+        if compiles(self.config, self.workers):
+            config = self.config
+            self._validation_loss(self.workers.world_size * config.batch_size * config.context_length)
+
     def run(self, done: int, checkpoint: Folder | None) -> None:
         """Measure what is due after ``done`` steps. Collective.
 
@@ -65,10 +77,11 @@ class RunEvaluation:
         last = done == config.train_steps
         if done % config.val_every == 0 or last:
             self._validate(done, checkpoint)
-        if self._questions is not None and (done % config.hellaswag_every == 0 or last):
-            self._score_hellaswag(done)
-        if done % config.sample_every == 0 or last:
-            self._sample(done)
+        with torch.compiler.set_stance("force_eager"):  # each length would be compiled for itself
+            if self._questions is not None and (done % config.hellaswag_every == 0 or last):
+                self._score_hellaswag(done)
+            if done % config.sample_every == 0 or last:
+                self._sample(done)
 
     def summary(self) -> dict[str, Any]:
         """RunSummary's fields about the best checkpoint and HellaSwag."""
@@ -82,14 +95,7 @@ class RunEvaluation:
         }
 
     def _validate(self, done: int, checkpoint: Folder | None) -> None:
-        self.validation = result = validation_loss(
-            self.model,
-            self.val_stream,
-            self.workers,
-            context_length=self.config.context_length,
-            batch_size=self.config.batch_size,
-            max_tokens=self.config.val_tokens,
-        )
+        self.validation = result = self._validation_loss(self.config.val_tokens)
         is_best = self.best is None or result.loss < self.best.val_loss or done == self.best.step
         if checkpoint is not None and is_best:
             self.best = Best(step=done, val_loss=result.loss)
@@ -101,6 +107,16 @@ class RunEvaluation:
             if self.best is not None and is_best:
                 write_best(self.output, self.best)
             self.tracker.log_checkpoint(done, checkpoint, {"val_loss": result.loss}, best=is_best)
+
+    def _validation_loss(self, max_tokens: int) -> ValidationResult:
+        return validation_loss(
+            self.model,
+            self.val_stream,
+            self.workers,
+            context_length=self.config.context_length,
+            batch_size=self.config.batch_size,
+            max_tokens=min(max_tokens, self.config.val_tokens),
+        )
 
     def _score_hellaswag(self, done: int) -> None:
         assert self._questions is not None

@@ -17,15 +17,22 @@ if TYPE_CHECKING:
 class Clock:
     """Counts steps and the seconds they took, without the pauses for checkpoints and evaluation.
 
-    Model FLOPs utilisation is (FLOPs of the tokens trained) / (seconds x peak FLOP/s of all workers), as in PaLM,
-    appendix B.
+    The first step of a process compiles and warms up, so it says nothing about the others: it is timed for itself, and
+    speed and time left count from the second on.
+
+    Model FLOPs utilisation (MFU) is (FLOPs of the tokens trained) / (seconds x peak FLOP/s of all workers), as in PaLM,
+    appendix B. It is left out where the peak is None, that is, not known.
     """
 
-    def __init__(self, start_step: int, config: PretrainConfig, flops_per_token: float, peak_flops: float) -> None:
+    def __init__(
+        self, start_step: int, config: PretrainConfig, flops_per_token: float, peak_flops: float | None
+    ) -> None:
         self.config = config
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.start_step = start_step
+        self.first_step_seconds: float | None = None
+        """None until it is done."""
         self.total_steps = self._steps = 0
         self.total_seconds = self._seconds = self._data_wait_seconds = 0.0
         self._since = time.perf_counter()
@@ -33,9 +40,12 @@ class Clock:
     def add(self, data_wait_seconds: float) -> None:
         """One more step is done."""
         now = time.perf_counter()
-        self._steps += 1
-        self._seconds += now - self._since
-        self._data_wait_seconds += data_wait_seconds
+        if self.first_step_seconds is None:
+            self.first_step_seconds = now - self._since
+        else:
+            self._steps += 1
+            self._seconds += now - self._since
+            self._data_wait_seconds += data_wait_seconds
         self._since = now
 
     @contextlib.contextmanager
@@ -45,30 +55,41 @@ class Clock:
         self._since = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Speed since the last reading, as metrics."""
+        """Speed since the last reading, as metrics; empty where no step but the first was done."""
+        if not self._steps:
+            return {}
         now = time.perf_counter()  # the reading follows a wait for the device, which belongs to the steps
         seconds, steps = self._seconds + now - self._since, self._steps
         tokens_per_second = steps * self.config.tokens_per_step / seconds
         figures = {
             "perf/tokens_per_second": tokens_per_second,
-            "perf/mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
             "perf/step_seconds": seconds / steps,
             "perf/data_wait_seconds": self._data_wait_seconds / steps,
         }
+        if self.peak_flops is not None:
+            figures["perf/mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
         self.total_steps += steps
         self.total_seconds += seconds
         self._steps, self._seconds, self._data_wait_seconds, self._since = 0, 0.0, 0.0, now
         return figures
 
     def overall(self) -> float:
-        """Tokens per second since the start."""
-        return self.total_steps * self.config.tokens_per_step / self.total_seconds if self.total_seconds else 0.0
+        """Tokens per second since the start; of the first step where there was no other, 0 where there was none."""
+        steps, seconds = self.total_steps, self.total_seconds
+        if not steps and self.first_step_seconds:
+            steps, seconds = 1, self.first_step_seconds
+        return steps * self.config.tokens_per_step / seconds if seconds else 0.0
 
     def line(self, done: int, loss: float, result: StepResult, speed: dict[str, float]) -> str:
-        """The progress line."""
-        left = (self.config.train_steps - done) * (self.total_seconds / max(1, self.total_steps))
+        """The progress line; ``speed`` is what read() gave."""
         return (
             f"step {done:>{len(str(self.config.train_steps))}}/{self.config.train_steps}  loss {loss:.4f}  "
-            f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  "
-            f"{speed['perf/tokens_per_second']:,.0f} tokens/s  mfu {speed['perf/mfu']:.1%}  eta {format_seconds(left)}"
+            f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  {self._pace(done, speed)}"
         )
+
+    def _pace(self, done: int, speed: dict[str, float]) -> str:
+        if not speed:
+            return f"first step {self.first_step_seconds or 0.0:.1f} s"
+        left = (self.config.train_steps - done) * self.total_seconds / self.total_steps
+        mfu = f"  mfu {speed['perf/mfu']:.1%}" if "perf/mfu" in speed else ""
+        return f"{speed['perf/tokens_per_second']:,.0f} tokens/s{mfu}  eta {format_seconds(left)}"

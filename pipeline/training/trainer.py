@@ -45,6 +45,7 @@ from pipeline.pretrained import huggingface
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.garbage import GarbageCollection
 from pipeline.training.nonfinite import Search
 from pipeline.training.optimizer import build_optimizer, compiles
 from pipeline.training.outcomes import Outcome
@@ -153,13 +154,18 @@ class Trainer:
             UserError: on every rank, where any of them cannot go on.
         """
         self._announce()
-        with self.guard:
+        with self.guard, GarbageCollection() as garbage:
+            with self.clock.paused(), self.guard.watchdog.phase("compiling the evaluation"):
+                self.evaluation.compile()
             if self.start_step:  # who saved this step may have died before it was measured
-                with self.guard.watchdog.phase("in the evaluation of the step resumed from"):
+                with self.clock.paused(), self.guard.watchdog.phase("in the evaluation of the step resumed from"):
                     self.evaluation.run(self.start_step, self.writer.place(self.start_step))
             step = self.start_step
             while step < self.config.train_steps:
                 step = self.advance(step)
+                if self._is_due(step):
+                    with self.clock.paused():
+                        garbage.collect()
             with self.guard.watchdog.phase("at the last checkpoint"):
                 self.writer.wait()
         summary = self._summarize()
