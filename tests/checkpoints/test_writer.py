@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import subprocess
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -155,6 +158,56 @@ def test_a_large_part_is_divided_among_files(tmp_path: Path, monkeypatch: pytest
     target = {name: torch.zeros_like(value) for name, value in state.items()}
     checkpoint_reader.load_training_state(tmp_path / "step-000001", target)
     assert all(torch.equal(target[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4, 64])
+def test_pinned_memory_holds_the_recipe_with_little_left_over(world_size: int) -> None:
+    config = ModelConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048)
+    with torch.device("meta"):
+        model = Transformer(config)
+    rows = [(-(-p.shape[0] // world_size), p[0].numel()) for p in model.parameters() for _ in range(3)]
+    sizes = [4 * count * width for count, width in rows]
+    places, block_bytes = checkpoint_staging.pack(sizes)
+    assert all(count.bit_count() == 1 for count in block_bytes), "torch rounds nothing up"
+    assert sum(block_bytes) < 1.01 * sum(sizes)
+    for block, count in enumerate(block_bytes):
+        taken = sorted((start, start + sizes[i]) for i, (b, start) in enumerate(places) if b == block)
+        assert taken[-1][1] <= count
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
+
+
+@given(st.lists(st.integers(0, 5000), max_size=40))
+def test_any_parts_have_places_of_their_own(sizes: list[int]) -> None:
+    allocated: list[int] = []
+
+    def allocate(count: int) -> torch.Tensor:
+        allocated.append(count)
+        return torch.empty(count, dtype=torch.uint8)
+
+    originals = [torch.full((size,), number, dtype=torch.bfloat16) for number, size in enumerate(sizes)]
+    found = checkpoint_staging.pinned_like(originals, allocate)
+    for part, original in zip(found, originals, strict=True):
+        part.copy_(original)
+    for part, original in zip(found, originals, strict=True):
+        assert torch.equal(part, original) and part.dtype == torch.bfloat16
+        assert part.untyped_storage().nbytes() == original.nbytes, "or it is copied before it is written"
+        assert part.data_ptr() % 64 == 0 or not part.numel()
+    assert sum(allocated) <= 2 * sum(-(-2 * size // 64) * 64 for size in sizes)
+
+
+def test_files_written_from_pinned_memory_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = checkpoint_writer.training_state(*trained())
+    save(tmp_path / "plain", state, 1)
+
+    def packed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return checkpoint_staging.pinned_like(tensors, lambda count: torch.empty(count, dtype=torch.uint8))
+
+    monkeypatch.setattr(checkpoint_staging, "empty_like", packed)
+    save(tmp_path / "packed", state, 1)
+    plain, found = (
+        {p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.safetensors")} for n in ("plain", "packed")
+    )
+    assert plain == found and plain
 
 
 def test_a_checkpoint_of_version_1_is_read(tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.transformer import Transformer, init_weights
 from pipeline.dataset.shards import TokenStream
 from pipeline.distributed.fsdp import Workers
 from pipeline.errors import UserError
+from pipeline.evaluation import validation
 from pipeline.evaluation.validation import unigram_entropy, validation_loss
 
 LENGTH = 16
@@ -74,6 +77,65 @@ def test_the_mode_of_the_model_is_kept(model: Transformer) -> None:
     model.train()
     validation_loss(model, stream_of(40), workers(), context_length=LENGTH, batch_size=4)
     assert model.training
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_bits_are_those_of_batch_means_added_up_as_python_floats(
+    model: Transformer, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workers, "sum", lambda self, values: values)  # of two ranks, this one alone
+    stream, found = stream_of(9 * LENGTH + 6), workers(rank, 2)
+    result = validation_loss(model, stream, found, context_length=LENGTH, batch_size=2)
+    tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
+    batches = {0: [[0, 2], [4, 6], [8]], 1: [[1, 3], [5, 7]]}[rank]
+    total = 0.0
+    with torch.no_grad():
+        for windows in batches:
+            chosen = torch.stack([tokens[w * LENGTH : (w + 1) * LENGTH + 1] for w in windows])
+            total += model(chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous()).item() * (len(windows) * LENGTH)
+        rest = tokens[None, 9 * LENGTH :]
+        total += model(rest[:, :-1].contiguous(), rest[:, 1:].contiguous()).item() * (5 if rank == 0 else 0)
+    assert result.tokens == {0: 5 * LENGTH + 5, 1: 4 * LENGTH}[rank]
+    assert result.loss == total / result.tokens
+
+
+class Waits(TorchDispatchMode):
+    """Counts what has to wait for a device: numbers taken out of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_local_scalar_dense" in str(func):
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_until_the_sum(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, before_sum = Waits(), []
+    sum_over_ranks = Workers.sum
+
+    def summed(self: Workers, values: torch.Tensor) -> torch.Tensor:
+        before_sum.append(len(waits.calls))
+        return sum_over_ranks(self, values)
+
+    monkeypatch.setattr(Workers, "sum", summed)
+    with waits:
+        torch.ones(()).item()
+        assert len(waits.calls) == 1, "it is seen"
+        validation_loss(model, stream_of(100), workers(), context_length=LENGTH, batch_size=2)
+    assert before_sum == [1]
+
+
+def test_a_gpu_copies_from_pinned_memory_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: done.append((device, options)) or self)
+    windows, gpu = np.array([1, 2]), torch.device("cuda", 0)
+    tokens = validation._read(stream_of(100), windows, length=LENGTH + 1, stride=LENGTH, device=gpu)
+    assert done[-2:] == ["pinned", (gpu, {"non_blocking": True})]
+    assert tokens.tolist() == [stream_of(100).read(w * LENGTH, LENGTH + 1).tolist() for w in windows]
 
 
 def test_unigram_entropy_of_known_distributions() -> None:

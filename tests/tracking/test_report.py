@@ -117,6 +117,16 @@ def test_text_is_text_and_nothing_is_fetched(run: Path) -> None:
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_a_known_peak_the_page_has_speed_and_no_mfu(run: Path) -> None:
+    entries = make_entries()
+    for entry in entries:
+        if entry["kind"] == "metrics":
+            entry["values"].pop("perf/mfu", None)
+    report.write_pages(open_folder(run), entries)
+    text = " | ".join(Page((run / "report.html").read_text(encoding="utf-8")).texts)
+    assert "MFU" not in text and "5.0% of a step" in text
+
+
 def test_a_run_that_has_told_little_has_a_page_too(tmp_path: Path) -> None:
     assert report.write_pages(open_folder(tmp_path), []) == ["report.html"]
     assert report.write_pages(open_folder(tmp_path), make_entries()[:3]) == ["report.html"]
