@@ -62,7 +62,7 @@ class RunEvaluation:
     def compile(self) -> None:
         """Compile what validation runs, so that no step waits for it later; nothing where steps are not compiled.
 
-        One batch a rank goes the way of every validation, with the shapes of the first. Collective.
+        One batch a rank goes the way of every validation. Collective.
         """
         if compiles(self.config, self.workers):
             config = self.config
