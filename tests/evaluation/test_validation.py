@@ -130,8 +130,17 @@ def test_nothing_waits_for_the_device_until_the_sum(model: Transformer, monkeypa
 
 def test_a_gpu_copies_from_pinned_memory_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pinned") or self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: done.append((device, options)) or self)
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        done.append("pinned")
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
+        done.append((device, options))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
     windows, gpu = np.array([1, 2]), torch.device("cuda", 0)
     tokens = validation._read(stream_of(100), windows, length=LENGTH + 1, stride=LENGTH, device=gpu)
     assert done[-2:] == ["pinned", (gpu, {"non_blocking": True})]
