@@ -23,7 +23,8 @@ from pipeline.tracking import report
 from pipeline.preprocessing import tokenization
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.checkpoints.writer import training_state
-from pipeline.config.training import PretrainConfig, TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.training import PretrainConfig
+from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import ExportConfig
 from pipeline.pretrained.export_job import export
 from pipeline.tracking.journal import Journal
