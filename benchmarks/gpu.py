@@ -1,106 +1,88 @@
-"""All that is to be known of a GPU machine, by one command.
+"""What is to be known of a GPU machine, by two commands, the second for the training of real text.
 
-    python benchmarks/gpu.py --output FOLDER [--data SHARDS] [--minutes 10] [--parts correctness steps ...]
+    python benchmarks/gpu.py --output FOLDER
+    python benchmarks/gpu.py --output FOLDER --part training --data SHARDS
+    python benchmarks/gpu.py --output FOLDER --rehearse     both of them tiny, on a CPU: a check that they work
 
-Parts, each a process of its own, its output in FOLDER/NAME.txt and its figures in FOLDER/NAME.json:
+FOLDER then holds gpu.log, everything that was printed, and gpu.jsonl, every result as one JSON line; both are written
+while the parts run. Each part is a process of its own with a time limit of its own: one that fails or hangs costs
+itself alone, and is stopped. Needs torch, numpy, transformers, numba, pyarrow, safetensors and xxhash, neither Ray nor
+MLflow. Ends with 1 if a part failed. Parts, and the seconds they are estimated to take on an H100:
 
-    correctness  every kernel path against float32; nothing waits for the device; repeated steps have the same bits
-    steps        benchmarks/train_step.py with micro-batches of 16, 32 and 64 windows, all peers beside it
-    free         the same for 32 windows where our steps need not repeat their bits: what that promise costs
-    fsdp         ours with FSDP2 over one rank
-    overhead     benchmarks/overhead.py
-    training     the recipe on SHARDS for some minutes, by the Trainer (left out without --data)
-    generation   benchmarks/generation.py
-
-On a CPU the same parts run with a tiny network: a check that the command works. Ends with 1 if a part failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import datetime
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 sys.path[0] = str(ROOT)
 
-import torch
-
-Commands = dict[str, list[str]]
+from benchmarks.gpu_parts import FIRST_CALL, PARTS, Part, commands
+from benchmarks.gpu_run import Log, run_part
+from benchmarks.gpu_summary import summarize
+from benchmarks.results import Results, read_results
 
 
 def main() -> None:
     arguments = parse()
-    on_gpu = torch.cuda.is_available()
-    commands = gpu_commands(arguments) if on_gpu else tiny_commands(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in commands if name in (arguments.parts or commands)]
-    failed = [name for name in chosen if not run(name, commands[name], arguments.output)]
-    if failed:
-        raise SystemExit(f"error: failed: {', '.join(failed)}; see {arguments.output}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is stopped with this process
+    names = arguments.part or (list(PARTS) if arguments.rehearse else list(FIRST_CALL))
+    with Log(arguments.output / "gpu.log") as log:
+        log.write(f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')}: {' '.join(sys.argv)}")
+        num_earlier = len(read_results(arguments.output / "gpu.jsonl"))
+        failed = run_parts([PARTS[name] for name in names], arguments, log)
+        for line in summarize(read_results(arguments.output / "gpu.jsonl")[num_earlier:]):
+            log.write(line)
+        if failed:
+            log.write(f"error: failed: {', '.join(failed)}; see {arguments.output / 'gpu.log'}")
+    raise SystemExit(1 if failed else 0)
+
+
+def run_parts(parts: list[Part], arguments: argparse.Namespace, log: Log) -> list[str]:
+    """Runs them in order, as long as time is left; returns the names of those that did not go well."""
+    end = time.monotonic() + arguments.limit
+    failed = []
+    jsonl = arguments.output.resolve() / "gpu.jsonl"
+    for part in parts:
+        for label, command in commands(part, arguments, jsonl):
+            left = end - time.monotonic()
+            limit = left if arguments.rehearse else min(left, part.limit_seconds(arguments.seconds))
+            full = [sys.executable, *command, "--jsonl", str(jsonl), "--label", label]
+            if not run_part(label, full, limit, Results(jsonl, label), log):
+                failed.append(label)
+    return failed
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for what the parts print and measure")
-    parser.add_argument("--data", type=Path, help="folder of shards for the training part")
-    parser.add_argument("--minutes", type=float, default=10, help="of the training part")
-    parser.add_argument("--parts", nargs="+", help="these alone")
-    return parser.parse_args()
-
-
-def gpu_commands(arguments: argparse.Namespace) -> Commands:
-    step = [str(BENCHMARKS / "train_step.py"), "--repeats", "5", "--steps", "10"]
-    commands = {
-        "correctness": [str(BENCHMARKS / "gpu_correctness.py")],
-        "steps": [*step, "--micro_batch", "16", "32", "64"],
-        "free": [*step, "--micro_batch", "32", "--contestants", "ours", "ours compiled", "--repeatable", "off"],
-        "fsdp": [*step, "--micro_batch", "32", "--contestants", "ours", "ours compiled", "--fsdp"],
-        "overhead": [str(BENCHMARKS / "overhead.py"), "--repeats", "5", "--steps", "20"],
-    }
-    return commands | further_commands(arguments, tiny=False)
-
-
-def tiny_commands(arguments: argparse.Namespace) -> Commands:
-    step = [str(BENCHMARKS / "train_step.py"), "--preset", "tiny", "--repeats", "1"]
-    ours = ["--contestants", "ours"]
-    commands = {
-        "correctness": [str(BENCHMARKS / "gpu_correctness.py"), "--preset", "tiny"],
-        "steps": [*step, "--micro_batch", "1", "2", "--contestants", "ours", "llama", "gpt2"],
-        "free": [*step, *ours, "--repeatable", "off"],
-        "fsdp": [*step, *ours, "--fsdp"],
-        "overhead": [str(BENCHMARKS / "overhead.py"), "--size", "tiny", "--repeats", "1", "--steps", "2"],
-    }
-    return commands | further_commands(arguments, tiny=True)
-
-
-def further_commands(arguments: argparse.Namespace, *, tiny: bool) -> Commands:
-    commands: Commands = {}
-    if arguments.data:
-        size = "tiny" if tiny else "124M"
-        training = [str(BENCHMARKS / "training.py"), "--data", str(arguments.data), "--size", size]
-        commands["training"] = [*training, "--minutes", str(arguments.minutes)]
-    generation = BENCHMARKS / "generation.py"
-    if generation.is_file() and not tiny:
-        commands["generation"] = [str(generation)]
-    return commands
-
-
-def run(name: str, command: list[str], output: Path) -> bool:
-    """Runs one part to its end; True if it went well."""
-    figures = [] if name in ("correctness", "generation") else ["--json", str(output / f"{name}.json")]
-    print(f"{name}: {' '.join(command)}", flush=True)
-    start = time.perf_counter()
-    with (output / f"{name}.txt").open("w") as file:
-        result = subprocess.run(
-            [sys.executable, *command, *figures], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False
-        )
-    seconds = time.perf_counter() - start
-    print(f"{name}: {'done' if result.returncode == 0 else 'FAILED'} after {seconds:.0f} s", flush=True)
-    return result.returncode == 0
+    rows = [f"    {part.name:18}{part.estimate:>9}  {part.answers}" for part in PARTS.values()]
+    total = sum(PARTS[name].estimated_seconds for name in FIRST_CALL)
+    text = "\n".join([*rows, f"\nThe first call is estimated at {total} seconds; its limit is 480."])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "") + text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for gpu.log and gpu.jsonl, which grow")
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), help="these alone; without it, the first call's")
+    parser.add_argument("--data", type=Path, help="folder of shards for the part training")
+    parser.add_argument("--seconds", type=float, default=90, help="of training steps, for each optimizer")
+    parser.add_argument("--train_steps", type=int, help="training steps, instead of as many as fit into the seconds")
+    parser.add_argument("--limit", type=float, help="seconds for everything; 480, or 3600 for a rehearsal")
+    parser.add_argument("--rehearse", action="store_true", help="everything tiny on a CPU, both calls")
+    arguments = parser.parse_args()
+    arguments.limit = arguments.limit or (3600 if arguments.rehearse else 480)
+    if arguments.part and "training" in arguments.part and not arguments.data and not arguments.rehearse:
+        parser.error("the part training needs --data, a folder of shards as jobs/tokenize.py writes it")
+    if arguments.data and not (arguments.data / "manifest.json").is_file():
+        parser.error(f"--data {arguments.data} holds no manifest.json; make it with jobs/tokenize.py")
+    os.environ["PYTHONUNBUFFERED"] = "1"  # what a part prints is seen at once
+    return arguments
 
 
 if __name__ == "__main__":

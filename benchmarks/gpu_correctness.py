@@ -1,15 +1,20 @@
 """Every path of the training step on this device against float32 without kernels of anybody: part of benchmarks/gpu.py.
 
-    python benchmarks/gpu_correctness.py [--preset tiny]
+    python benchmarks/gpu_correctness.py [--preset tiny] [--compiled_layers 2] [--jsonl FILE]
 
-Prints one line a check, and ends with 1 if one fails. On a CPU the same checks run, save those of CUDA's own.
+One line a check, as soon as it is known, the cheap ones first: what needs no compiler, then what is compiled, with few
+layers, since a layer's code is the same in each and compiling takes its time by the layer. A check that raises fails,
+and the others go on. Ends with 1 if one fails. On a CPU the same checks run, save those of CUDA's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.results import Results, add_result_arguments
 from benchmarks.train_step_models import PRESETS
 from model import loss
 from model.config import ModelConfig
@@ -33,49 +39,65 @@ FLOAT32_ERROR, BFLOAT16_ERROR = 1e-4, 1e-1
 terms in another order; of bfloat16's 8 bits (0.4 %) in each of some hundred operations one after another. A wrong
 formula is off by about 1."""
 
-Check = tuple[str, float, float]
-"""Name, measured, allowed."""
+Check = tuple[str, Callable[[], float], float]
+"""Name, what measures it, and the most that is allowed."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="124M")
+    parser.add_argument("--compiled_layers", type=int, default=2, help="layers of the networks that are compiled")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_result_arguments(parser)
     arguments = parser.parse_args()
     workers = join_workers(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = False
+    config = PRESETS[arguments.preset]
+    results = Results(arguments.jsonl, arguments.label)
     failed = 0
-    for name, measured, allowed in checks(PRESETS[arguments.preset], workers):
+    for name, measure, allowed in checks(config, arguments.compiled_layers, workers):
+        measured = float("nan")
+        with results.attempt(name):
+            measured = measure()
         good = measured <= allowed
         failed += not good
         print(f"{'ok  ' if good else 'FAIL'}  {name}: {measured:.2e}, allowed {allowed:.0e}", flush=True)
+        results.add("check", name=name, good=good, measured=measured, allowed=allowed)
     raise SystemExit(1 if failed else 0)
 
 
-def checks(config: ModelConfig, workers: Workers) -> Iterator[Check]:
-    yield from network_checks(config, workers)
+def checks(config: ModelConfig, compiled_layers: int, workers: Workers) -> Iterator[Check]:
+    """What takes least time first."""
+    few = dataclasses.replace(config, num_layers=compiled_layers)
     yield from part_checks(config, workers)
+    yield from network_checks(config, workers, compiled=False)
+    yield ("bfloat16 plain step repeated, other bits", partial(repeats_differ, config, workers, False), 0)
+    yield ("AdamW, compiled, ten steps against torch's", partial(adamw_distance, workers, True), 1e-5)
+    yield ("bfloat16 compiled step repeated, other bits", partial(repeats_differ, few, workers, True), 0)
     if workers.device.type == "cuda":
-        yield ("compiled steps that wait for the device", float(waits(config, workers)), 0)
-    for compiled in (False, True):
-        what = "compiled" if compiled else "plain"
-        yield (f"bfloat16 {what} step repeated, other bits", float(repeats_differ(config, workers, compiled)), 0)
+        for name in ("adamw", "muon"):
+            yield (f"compiled steps, {name}, that wait for the device", partial(waits, few, workers, name), 0)
+    yield from network_checks(few, workers, compiled=True)
 
 
-def network_checks(config: ModelConfig, workers: Workers) -> Iterator[Check]:
-    """Loss and gradients of the whole network for every type, attention kernel, with and without a compiler."""
-    with sdpa_kernel(SDPBackend.MATH):
-        reference = gradients(make_model(config, workers, torch.float32, compiled=False), workers)
+def network_checks(config: ModelConfig, workers: Workers, *, compiled: bool) -> Iterator[Check]:
+    """Loss and gradients of the whole network for every type; uncompiled, for every attention kernel too."""
+    reference: list[Tensor] = []
+
+    def error(dtype: torch.dtype, kernel: SDPBackend | None = None) -> float:
+        if not reference:
+            with sdpa_kernel(SDPBackend.MATH):
+                reference.extend(gradients(make_model(config, workers, torch.float32, compiled=False), workers))
+        model = make_model(config, workers, dtype, compiled)
+        with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+            return distance(gradients(model, workers), reference)
+
     for dtype, allowed in ((torch.float32, FLOAT32_ERROR), (torch.bfloat16, BFLOAT16_ERROR)):
-        for compiled in (False, True):
-            model = make_model(config, workers, dtype, compiled)
-            name = f"{str(dtype).removeprefix('torch.')} {'compiled' if compiled else 'plain'}"
-            yield (f"network, {name}", distance(gradients(model, workers), reference), allowed)
-        for backend in attention_kernels(workers, dtype):
-            model = make_model(config, workers, dtype, compiled=False)
-            with sdpa_kernel(backend):
-                error = distance(gradients(model, workers), reference)
-            yield (f"network, {name.split(maxsplit=1)[0]}, {backend.name}", error, allowed)
+        name = f"network, {str(dtype).removeprefix('torch.')}"
+        what = "compiled" if compiled else "plain"
+        yield (f"{name} {what}", partial(error, dtype), allowed)
+        for kernel in [] if compiled else attention_kernels(workers, dtype):
+            yield (f"{name}, {kernel.name}", partial(error, dtype, kernel), allowed)
 
 
 def attention_kernels(workers: Workers, dtype: torch.dtype) -> list[SDPBackend]:
@@ -88,19 +110,24 @@ def attention_kernels(workers: Workers, dtype: torch.dtype) -> list[SDPBackend]:
 
 def part_checks(config: ModelConfig, workers: Workers) -> Iterator[Check]:
     """The parts with a form of their own on this device."""
+    yield ("sum of embedding gradients", partial(sums_differ, config, workers), 1e-6)
+    yield ("Muon's polynomial in bfloat16", partial(polynomial_differs, config, workers), 0.1)
+    yield ("AdamW, plain, ten steps against torch's", partial(adamw_distance, workers, False), 1e-5)
+    yield ("chunked loss", partial(chunks_differ, config, workers), FLOAT32_ERROR)
+
+
+def sums_differ(config: ModelConfig, workers: Workers) -> float:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2048, config.d_model, generator=generator)
     ids = torch.randint(0, 50, (2048,), generator=generator)
     exact = torch.zeros(config.vocab_size, config.d_model, dtype=torch.float64).index_add_(0, ids, rows.double())
-    found = sum_rows(rows.to(workers.device), ids.to(workers.device), config.vocab_size)
-    yield ("sum of embedding gradients", relative(found, exact), 1e-6)
-    yield ("chunked loss", chunks_differ(config, workers), FLOAT32_ERROR)
+    return relative(sum_rows(rows.to(workers.device), ids.to(workers.device), config.vocab_size), exact)
+
+
+def polynomial_differs(config: ModelConfig, workers: Workers) -> float:
+    generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(3, config.d_model, config.d_ff, generator=generator)
-    reference = orthogonalize(matrix.double(), torch.float64)
-    yield ("Muon's polynomial in bfloat16", relative(orthogonalize(matrix.to(workers.device)), reference), 0.1)
-    for compiled in (False, True):
-        what = "compiled" if compiled else "plain"
-        yield (f"AdamW, {what}, ten steps against torch's", adamw_distance(workers, compiled), 1e-5)
+    return relative(orthogonalize(matrix.to(workers.device)), orthogonalize(matrix.double(), torch.float64))
 
 
 def make_model(config: ModelConfig, workers: Workers, dtype: torch.dtype, compiled: bool) -> Transformer:
@@ -182,19 +209,18 @@ def steps_of(config: ModelConfig, workers: Workers, compiled: bool, name: str = 
     return step
 
 
-def waits(config: ModelConfig, workers: Workers) -> int:
-    """1 if a compiled step of either optimizer makes Python wait for the GPU."""
-    for name in ("adamw", "muon"):
-        step = steps_of(config, workers, compiled=True, name=name)
+def waits(config: ModelConfig, workers: Workers, name: str) -> int:
+    """1 if a compiled step with this optimizer makes Python wait for the GPU."""
+    step = steps_of(config, workers, compiled=True, name=name)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        except RuntimeError as error:
-            print(f"      {name}: {error}")
-            return 1
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    except RuntimeError as error:
+        print(f"      {name}: {error}")
+        return 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     return 0
 
 

@@ -1,17 +1,17 @@
 """What everything around the step costs: the Trainer beside a bare loop over the same steps, taking turns.
 
-    python benchmarks/overhead.py [--data FOLDER] [--repeats 5] [--steps 10] [--json FILE]
+    python benchmarks/overhead.py [--data FOLDER] [--repeats 5] [--steps 10] [--jsonl FILE]
 
-The bare loop is forward, backward, clipping and update on one batch that is there already. The Trainer reads its
-batches from shards, counts, logs every 10 steps to a tracker in memory and writes checkpoints in the background. The
-figure is the median over the repeats of (Trainer's seconds) / (bare seconds of the same repeat) - 1. Without --data
-random tokens are written as shards. Ray Train and MLflow: docs/performance.md says how they are measured.
+The bare loop is forward, backward, clipping and update on one batch that is there already, the same program as the
+Trainer's: deterministic, compiled, gradients reduced once. The Trainer reads its batches from shards, counts, logs
+every 10 steps to a tracker in memory and writes checkpoints in the background. The figure is the median over the
+repeats of (Trainer's seconds) / (bare seconds of the same repeat) - 1. Without --data random tokens are written as
+shards. Ray Train and MLflow: docs/performance.md says how they are measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -26,11 +26,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import wait
+from benchmarks.results import Results, add_result_arguments
 from model.optimizer import clip_grad_norm
 from model.transformer import Transformer, init_weights
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.shards import Manifest, ShardEntry, write_shard
-from pipeline.distributed.fsdp import Workers, compute_dtype, join_workers, local_part, parallelize
+from pipeline.distributed.fsdp import (
+    Workers,
+    compute_dtype,
+    join_workers,
+    local_part,
+    parallelize,
+    repeatable,
+    set_gradient_sync,
+)
 from pipeline.tokenizer.training import train_bpe
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.optimizer import build_optimizer, compiles
@@ -47,6 +57,7 @@ MICRO_BATCHES = 2
 def main() -> None:
     arguments = parse()
     workers = join_workers(arguments.device)
+    results = Results(arguments.jsonl, arguments.label)
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or write_random_shards(Path(scratch) / "data", num_tokens=500_000)
         config = run_config(arguments, workers, Path(scratch))
@@ -55,10 +66,10 @@ def main() -> None:
         trained = trainer_step(trainer)
         trained()
         bare()
-        pairs = [
-            (seconds_of(bare, arguments.steps, workers), seconds_of(trained, arguments.steps, workers))
-            for _ in range(arguments.repeats)
-        ]
+        pairs = []
+        for _ in range(arguments.repeats):
+            pairs.append([seconds_of(step, arguments.steps, workers) for step in (bare, trained)])
+            results.add("turn", steps=arguments.steps, bare_seconds=pairs[-1][0], trainer_seconds=pairs[-1][1])
         trainer.writer.wait()
     overheads = sorted(around / alone - 1 for alone, around in pairs)
     step_seconds = statistics.median(alone for alone, _ in pairs) / arguments.steps
@@ -66,8 +77,7 @@ def main() -> None:
         f"bare step {step_seconds * 1000:.1f} ms; Trainer around it {statistics.median(overheads):+.2%} "
         f"({overheads[0]:+.2%}..{overheads[-1]:+.2%}), {arguments.repeats} repeats of {arguments.steps} steps"
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"step_seconds": step_seconds, "overheads": overheads}))
+    results.add("overhead", step_seconds=step_seconds, overheads=overheads)
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint_every", type=int, default=1000, help="steps; a checkpoint within a repeat counts")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--json", type=Path)
+    add_result_arguments(parser)
     return parser.parse_args()
 
 
@@ -111,57 +121,58 @@ def trainer_step(trainer: Trainer) -> Callable[[], None]:
 
 
 def bare_step(config: PretrainConfig, trainer: Trainer, workers: Workers) -> Callable[[], None]:
-    """The same network, optimizer and micro-batches, and nothing else."""
+    """The Trainer's step without the Trainer: the same network, optimizer, micro-batches and modes."""
     model = Transformer(trainer.model_config)
     init_weights(model, config.seed)
     dtype = compute_dtype(config.precision, workers.device)
     parallelize(model, workers, dtype=dtype, compile_blocks=compiles(config, workers))
     optimizer = build_optimizer(model, config, workers)
     batches = list(trainer.loader.step(0))
+    allowed = torch.ones((), dtype=torch.bool, device=workers.device)
 
     def step() -> None:
-        for batch in batches:
-            (model(batch.inputs, batch.targets) * batch.weight).backward()
-        grads: list[Tensor] = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-        clip_grad_norm(grads, config.grad_clip, all_reduce=workers.sum)
-        optimizer.step()
+        with repeatable(workers.device):
+            loss = torch.zeros((), device=workers.device)
+            for index, batch in enumerate(batches):
+                set_gradient_sync(model, enabled=index == len(batches) - 1)
+                micro_loss = model(batch.inputs, batch.targets) * batch.weight
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            grads: list[Tensor] = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+            clip_grad_norm(grads, config.grad_clip, all_reduce=workers.sum)
+            optimizer.step(allowed=allowed)
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
 def seconds_of(step: Callable[[], None], num_steps: int, workers: Workers) -> float:
-    _wait(workers)
+    wait(workers.device)
     start = time.perf_counter()
     for _ in range(num_steps):
         step()
-    _wait(workers)
+    wait(workers.device)
     return time.perf_counter() - start
 
 
-def _wait(workers: Workers) -> None:
-    if workers.device.type == "cuda":
-        torch.cuda.synchronize(workers.device)
-
-
-def write_random_shards(folder: Path, num_tokens: int) -> Path:
-    """A folder of shards as jobs/tokenize.py leaves it, of random ids below GPT-2's 50,257; they train nothing."""
+def write_random_shards(folder: Path, num_tokens: int, vocab_size: int = 50_257) -> Path:
+    """A folder of shards as jobs/tokenize.py leaves it, of random ids, as many as GPT-2 has; they train nothing."""
     folder.mkdir(parents=True)
     tokenizer = train_bpe(["a"], 257)
     tokenizer.save(folder / "tokenizer.json")
     generator = np.random.default_rng(0)
     shards = []
     for split, count in (("train", num_tokens), ("val", 5000)):
-        tokens = generator.integers(0, 50_257, count).astype(np.uint16)
+        tokens = generator.integers(0, vocab_size, count).astype(np.uint16)
         name = f"{split}_000000.bin"
-        digest = write_shard(folder / name, tokens, vocab_size=50_257)
+        digest = write_shard(folder / name, tokens, vocab_size=vocab_size)
         entry = ShardEntry(
             name=name, split=split, tokens=count, documents=1, text_bytes=count, sha256=digest, source="random"
         )
         shards.append(entry)
     manifest = Manifest(
         tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=50_257,
+        vocab_size=vocab_size,
         eot_id=tokenizer.eot_id,
         settings={},
         inputs=(),

@@ -2,7 +2,7 @@
 
 Peers are transformers' LlamaForCausalLM, the same architecture and shapes as ours, and GPT2LMHeadModel, which has the
 same matrix products per token: a d_ff of 2,048 in three matrices against 3,072 in two. Both take SDPA attention and
-torch.optim.AdamW with its defaults; compiled ones take fused=True besides.
+torch.optim.AdamW with its defaults; compiled ones take fused=True besides, and are compiled for the one shape they see.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Setting:
     dtype: torch.dtype
     """Of the matrix products; weights and optimizer are float32."""
     workers: Workers
-    repeatable: bool = True
+    deterministic: bool = True
     """Our steps in a form that gives the same bits every time, as the Trainer's are; the peers' are not."""
+    fsdp: bool = False
+    """Ours is sharded by FSDP2, over the process group that there is."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -70,7 +72,7 @@ def our_step(setting: Setting, *, compiled: bool) -> Callable[[], Tensor]:
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> Tensor:
-        with repeatable(setting.workers.device) if setting.repeatable else contextlib.nullcontext():
+        with repeatable(setting.workers.device) if setting.deterministic else contextlib.nullcontext():
             loss = model(inputs, targets)
             loss.backward()
             clip_grad_norm([local_part(p.grad) for p in model.parameters() if p.grad is not None], CLIP)
@@ -88,7 +90,7 @@ def peer_step(model: Any, setting: Setting, *, compiled: bool) -> Callable[[], T
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True if compiled else None)
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model, dynamic=False) if compiled else model
     inputs = setting.tokens()[:, :-1].contiguous()
     precision: Any = contextlib.nullcontext()
     if setting.dtype != torch.float32:

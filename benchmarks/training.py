@@ -1,86 +1,155 @@
-"""The recipe on a folder of shards for some minutes, by the Trainer: speed, loss, what a step waits for.
+"""The recipe on a folder of shards for some seconds, by the Trainer: speed, loss, val loss, what a step waits for.
 
-    python benchmarks/training.py --data SHARDS [--minutes 10] [--json FILE]
+    python benchmarks/training.py --data SHARDS [--optimizer muon] [--seconds 90] [--jsonl FILE]
 
-Part of benchmarks/gpu.py. A schedule of as many steps as fit is chosen after the first ten, so that warm-up and decay
-are run through; needs neither Ray nor MLflow.
+Part of benchmarks/gpu.py. As many steps as fit into the seconds are found out by ten steps first, so that warm-up and
+decay are run through; compilation, evaluation and the checkpoint come on top. Every figure is written as soon as the
+Trainer tells it: a run that breaks off, or a sample that cannot be drawn, loses nothing else. Needs neither Ray nor
+MLflow. On one GPU a step is what one of the recipe's four does in a step, 131,072 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
+import math
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.measuring import forget_compiled
+from benchmarks.overhead import write_random_shards
+from benchmarks.results import Results, add_result_arguments
 from pipeline.config.training import PretrainConfig
-from pipeline.distributed.fsdp import join_workers
+from pipeline.distributed.fsdp import join_workers, peak_memory_gib
+from pipeline.errors import UserError
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 96, "context_length": 32, "tokens_per_step": 256,
-             "batch_size": 4, "lr": 4e-3},
+             "batch_size": 4, "lr": 4e-3, "sample_tokens": 4},
     "124M": {"num_layers": 12, "num_heads": 12, "d_model": 768, "d_ff": 2048, "context_length": 1024,
-             "tokens_per_step": 524_288, "batch_size": 32, "lr": 18e-4},
+             "tokens_per_step": 131_072, "batch_size": 32, "lr": 18e-4, "sample_tokens": 32},
 }  # fmt: skip
 TRIAL_STEPS = 10
 
 
+class WritingTracker(MemoryTracker):
+    """Writes every figure of a run down when it is told."""
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self.results = results
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        super().log_metrics(metrics, step)
+        self.results.add("metrics", step=step, **metrics)
+
+    def log_sample(self, step: int, prompt: str, text: str) -> None:
+        super().log_sample(step, prompt, text)
+        self.results.add("sample", step=step, prompt=prompt, text=text)
+
+
 def main() -> None:
+    arguments = parse()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    results = Results(arguments.jsonl, arguments.label)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = arguments.data or write_random_shards(Path(scratch) / "data", num_tokens=20_000, vocab_size=257)
+        config = run_config(arguments)
+        try:
+            steps = arguments.train_steps or fitting_steps(config, data, Path(scratch) / "trial", arguments.seconds)
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from error
+        results.add("schedule", train_steps=steps, tokens_per_step=config.tokens_per_step)
+        print(f"{arguments.optimizer}: {steps} steps of {config.tokens_per_step:,} tokens", flush=True)
+        config = dataclasses.replace(config, train_steps=steps, val_every=max(1, steps // 3))
+        train(config, data, Path(scratch) / "run", results)
+    raise SystemExit(1 if results.failures else 0)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--data", type=Path, help="a folder of shards; without it random ones, which teach nothing")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--seconds", type=float, default=90, help="of training steps")
+    parser.add_argument("--train_steps", type=int, help="so many steps instead, without the ten that find it out")
     parser.add_argument("--size", choices=sorted(SIZES), default="124M")
     parser.add_argument("--batch_size", type=int, help="windows of a micro-batch")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    size = SIZES[arguments.size] | ({"batch_size": arguments.batch_size} if arguments.batch_size else {})
-    config = PretrainConfig(**size, num_workers=1, log_every=10, train_steps=TRIAL_STEPS, val_tokens=2**20)
-    step_seconds = trial(config, arguments.data)
-    steps = max(TRIAL_STEPS, int(arguments.minutes * 60 / step_seconds))
-    report = train(dataclasses.replace(config, train_steps=steps, val_every=max(1, steps // 4)), arguments.data)
-    print(json.dumps(report, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1))
+    parser.add_argument("--tokens_per_step", type=int)
+    parser.add_argument("--lr", type=float, help="of either optimizer: Muon's steps have the size of AdamW's")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_result_arguments(parser)
+    return parser.parse_args()
 
 
-def trial(config: PretrainConfig, data: Path) -> float:
-    """Seconds of a step, compilation left out."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(config, data, Path(folder), MemoryTracker())
-        trainer.train_step(0).loss.item()
-        start = time.perf_counter()
-        for step in range(1, TRIAL_STEPS):
-            result = trainer.train_step(step)
-        result.loss.item()
-        return (time.perf_counter() - start) / (TRIAL_STEPS - 1)
+def run_config(arguments: argparse.Namespace) -> PretrainConfig:
+    given = {name: getattr(arguments, name) for name in ("batch_size", "tokens_per_step", "lr")}
+    settings = SIZES[arguments.size] | {name: value for name, value in given.items() if value is not None}
+    return PretrainConfig(
+        **settings,
+        optimizer=arguments.optimizer,
+        device=arguments.device,
+        num_workers=1,
+        log_every=10,
+        train_steps=TRIAL_STEPS,
+        val_tokens=2**20,
+    )
 
 
-def train(config: PretrainConfig, data: Path) -> dict[str, Any]:
-    """The run's summary, the curve, and seconds over all, evaluation and checkpoints included."""
-    tracker = MemoryTracker()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(config, data, Path(folder), tracker)
-        start = time.perf_counter()
-        summary = trainer.run()
-        seconds = time.perf_counter() - start
-    waits = [value for _, value in tracker.metrics["perf/data_wait_seconds"]]
+def fitting_steps(config: PretrainConfig, data: Path, folder: Path, seconds: float) -> int:
+    """How many steps take so long, the one that compiles left out; ten at least."""
+    trainer = _trainer(config, data, folder, MemoryTracker())
+    trainer.train_step(0).loss.item()
+    start = time.perf_counter()
+    for step in range(1, TRIAL_STEPS):
+        result = trainer.train_step(step)
+    result.loss.item()
+    step_seconds = (time.perf_counter() - start) / (TRIAL_STEPS - 1)
+    return max(TRIAL_STEPS, int(seconds / step_seconds))
+
+
+def train(config: PretrainConfig, data: Path, folder: Path, results: Results) -> None:
+    """Runs to the end, or as far as it goes, and prints and writes what is known then."""
+    tracker = WritingTracker(results)
+    start = time.perf_counter()
+    forget_compiled()
+    with results.attempt(f"training with {config.optimizer}"):
+        trainer = _trainer(config, data, folder, tracker)
+        results.add("data", train_tokens=len(trainer.train_stream), val_tokens=len(trainer.val_stream))
+        trainer.run()
+    report = {"optimizer": config.optimizer, "lr": config.lr, **known(tracker), "seconds": time.perf_counter() - start}
+    print(", ".join(f"{name} {value}" for name, value in report.items()), flush=True)
+    results.add("training", **report, peak_memory_gib=peak_memory_gib(join_workers(config.device)))
+
+
+def known(tracker: MemoryTracker) -> dict[str, float | int]:
+    """What the run has told so far; the first reading of speed and waiting is left out, since it has compiled."""
+
+    def last(name: str) -> float:
+        return tracker.metrics[name][-1][1] if tracker.metrics[name] else math.nan
+
+    def median(name: str) -> float:
+        values = [value for _, value in tracker.metrics[name][1:]]
+        return statistics.median(values) if values else math.nan
+
+    steps = tracker.metrics["train/loss"][-1][0] if tracker.metrics["train/loss"] else 0
     return {
-        **dataclasses.asdict(summary),
-        "seconds": seconds,
-        "tokens_per_second_over_all": summary.tokens_seen / seconds,
-        "data_wait_seconds_per_step": sum(waits) / len(waits),
-        "train_loss": tracker.metrics["train/loss"],
-        "val_loss_curve": tracker.metrics["val/loss"],
+        "steps": steps,
+        "tokens_seen": int(last("tokens_seen")) if steps else 0,
+        "train_loss": last("train/loss"),
+        "val_loss": last("val/loss"),
+        "tokens_per_second": median("perf/tokens_per_second"),
+        "mfu": median("perf/mfu"),
+        "data_wait_seconds_per_step": median("perf/data_wait_seconds"),
     }
 
 

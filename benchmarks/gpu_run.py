@@ -1,0 +1,96 @@
+"""One process of benchmarks/gpu.py: stopped at its time limit, what it prints shown and written at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.results import Results
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Log:
+    """Everything said goes to standard output and to a file, which grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, line: str) -> None:
+        """One line, without its end."""
+        for file in (None, self._file):
+            print(line, file=file, flush=True)
+
+
+def run_part(label: str, command: list[str], limit_seconds: float, results: Results, log: Log) -> bool:
+    """Runs the command for so long at most; what came of it is said and written. True if it ended with 0."""
+    if limit_seconds <= 0:
+        log.write(f"== {label}: left out, no time is left")
+        results.add("end", status="left out", seconds=0)
+        return False
+    log.write(f"== {label}, {limit_seconds:.0f} s at most: {' '.join(command)}")
+    results.add("start", command=command, limit_seconds=limit_seconds)
+    start = time.perf_counter()
+    status = _run(command, limit_seconds, log)
+    seconds = time.perf_counter() - start
+    log.write(f"== {label}: {status} after {seconds:.0f} s")
+    results.add("end", status=status, seconds=seconds)
+    return status == "done"
+
+
+def _run(command: list[str], limit_seconds: float, log: Log) -> str:
+    with _process(command) as process:
+        printing = threading.Thread(target=_copy, args=(process.stdout, log))
+        printing.start()
+        try:
+            code = process.wait(limit_seconds)
+            status = "done" if code == 0 else f"failed with {code}"
+        except subprocess.TimeoutExpired:
+            status = "stopped at its time limit"
+        finally:
+            _stop(process)
+            printing.join()
+    return status
+
+
+@contextlib.contextmanager
+def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    # A group of its own, so that its compilers end with it; not a session, which would outlive this one.
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        process_group=0,
+    )
+    try:
+        yield process
+    finally:
+        _stop(process)
+        process.wait()
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    """Ends whatever of the group still runs, so that the next part has the device for itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _copy(lines: IO[str] | None, log: Log) -> None:
+    for line in lines or ():
+        log.write(line.rstrip("\n"))
