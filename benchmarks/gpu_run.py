@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,54 +35,50 @@ class Log:
             print(line, file=file, flush=True)
 
 
-def run_part(label: str, command: list[str], limit_seconds: float, results: Results, log: Log) -> bool:
-    """Runs the command for so long at most; what came of it is said and written. True if it ended with 0."""
-    if limit_seconds <= 0:
+@dataclass(frozen=True)
+class Process:
+    """What is to run, and for how long at most."""
+
+    command: list[str]
+    limit_seconds: float
+    environment: dict[str, str]
+
+
+def run_part(part: Process, results: Results, log: Log) -> bool:
+    """Runs it to its end or its limit; what came of it is said and written. True if it ended with 0.
+
+    Args:
+        results: labelled with the part's name.
+    """
+    label = results.label
+    if part.limit_seconds <= 0:
         log.write(f"== {label}: left out, no time is left")
         results.add("end", status="left out", seconds=0)
         return False
-    log.write(f"== {label}, {limit_seconds:.0f} s at most: {' '.join(command)}")
-    results.add("start", command=command, limit_seconds=limit_seconds)
+    log.write(f"== {label}, {part.limit_seconds:.0f} s at most: {' '.join(part.command)}")
+    results.add("start", command=part.command, limit_seconds=part.limit_seconds)
     start = time.perf_counter()
-    status = _run(command, limit_seconds, log)
+    status = _run(part, log)
     seconds = time.perf_counter() - start
     log.write(f"== {label}: {status} after {seconds:.0f} s")
     results.add("end", status=status, seconds=seconds)
     return status == "done"
 
 
-def _run(command: list[str], limit_seconds: float, log: Log) -> str:
-    with _process(command) as process:
+def _run(part: Process, log: Log) -> str:
+    # A group of its own, so that its compilers end with it; not a session, which would outlive this one.
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(part.command, cwd=ROOT, env=part.environment, process_group=0, **pipes) as process:
         printing = threading.Thread(target=_copy, args=(process.stdout, log))
         printing.start()
         try:
-            code = process.wait(limit_seconds)
-            status = "done" if code == 0 else f"failed with {code}"
+            code = process.wait(part.limit_seconds)
+            return "done" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
-            status = "stopped at its time limit"
+            return "stopped at its time limit"
         finally:
             _stop(process)
             printing.join()
-    return status
-
-
-@contextlib.contextmanager
-def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    # A group of its own, so that its compilers end with it; not a session, which would outlive this one.
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        process_group=0,
-    )
-    try:
-        yield process
-    finally:
-        _stop(process)
-        process.wait()
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

@@ -24,7 +24,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.measuring import wait
 from benchmarks.results import Results, add_result_arguments
@@ -62,7 +61,7 @@ def main() -> None:
         data = arguments.data or write_random_shards(Path(scratch) / "data", num_tokens=500_000)
         config = run_config(arguments, workers, Path(scratch))
         trainer = Trainer(config, data=data, output=Path(scratch) / "run", workers=workers, tracker=MemoryTracker())
-        bare = bare_step(config, trainer, workers)
+        bare = BareStep(config, trainer, workers)
         trained = trainer_step(trainer)
         trained()
         bare()
@@ -120,30 +119,31 @@ def trainer_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def bare_step(config: PretrainConfig, trainer: Trainer, workers: Workers) -> Callable[[], None]:
-    """The Trainer's step without the Trainer: the same network, optimizer, micro-batches and modes."""
-    model = Transformer(trainer.model_config)
-    init_weights(model, config.seed)
-    dtype = compute_dtype(config.precision, workers.device)
-    parallelize(model, workers, dtype=dtype, compile_blocks=compiles(config, workers))
-    optimizer = build_optimizer(model, config, workers)
-    batches = list(trainer.loader.step(0))
-    allowed = torch.ones((), dtype=torch.bool, device=workers.device)
+class BareStep:
+    """The Trainer's step without the Trainer: the same network, optimizer, micro-batches (of step 0) and modes."""
 
-    def step() -> None:
-        with repeatable(workers.device):
-            loss = torch.zeros((), device=workers.device)
-            for index, batch in enumerate(batches):
-                set_gradient_sync(model, enabled=index == len(batches) - 1)
-                micro_loss = model(batch.inputs, batch.targets) * batch.weight
+    def __init__(self, config: PretrainConfig, trainer: Trainer, workers: Workers) -> None:
+        self.config, self.workers = config, workers
+        self.model = Transformer(trainer.model_config)
+        init_weights(self.model, config.seed)
+        dtype = compute_dtype(config.precision, workers.device)
+        parallelize(self.model, workers, dtype=dtype, compile_blocks=compiles(config, workers))
+        self.optimizer = build_optimizer(self.model, config, workers)
+        self.batches = list(trainer.loader.step(0))
+        self.allowed = torch.ones((), dtype=torch.bool, device=workers.device)
+
+    def __call__(self) -> None:
+        with repeatable(self.workers.device):
+            loss = torch.zeros((), device=self.workers.device)
+            for index, batch in enumerate(self.batches):
+                set_gradient_sync(self.model, enabled=index == len(self.batches) - 1)
+                micro_loss = self.model(batch.inputs, batch.targets) * batch.weight
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            grads: list[Tensor] = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-            clip_grad_norm(grads, config.grad_clip, all_reduce=workers.sum)
-            optimizer.step(allowed=allowed)
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+            gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+            clip_grad_norm(gradients, self.config.grad_clip, all_reduce=self.workers.sum)
+            self.optimizer.step(allowed=self.allowed)
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def seconds_of(step: Callable[[], None], num_steps: int, workers: Workers) -> float:

@@ -92,7 +92,7 @@ class Report:
 
     def head(self) -> None:
         """Of the table whose lines ``turn`` prints."""
-        print(f"{'':16}{'tokens/s':>10}{'ms a step':>24}{'CPU s':>8}{'MFU':>7}{'GiB':>7}{'first s':>9}", flush=True)
+        print(f"{'':16}{'tokens/s':>10}{'ms a step':>30}{'CPU s':>8}{'MFU':>7}{'GiB':>7}{'first s':>9}", flush=True)
 
     def turn(self, result: Result, *, is_last: bool) -> None:
         """One more turn; the line of the table and the medians with the last one."""
@@ -105,7 +105,7 @@ class Report:
         cpu_seconds = statistics.median(result.cpu_seconds)
         mfu = self.flops / result.median / self.peak
         print(
-            f"{result.name:16}{speed:>10,.0f}{span:>24}{cpu_seconds:>8.2f}"
+            f"{result.name:16}{speed:>10,.0f}{span:>30}{cpu_seconds:>8.2f}"
             f"{mfu:>7.1%}{result.step_memory_gib:>7.2f}{result.first_step_seconds:>9.1f}",
             flush=True,
         )
