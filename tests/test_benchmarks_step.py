@@ -33,6 +33,12 @@ PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in {blocke
 """
 
 
+@pytest.fixture(autouse=True)
+def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many workers as cores: join_workers gives each one thread, as the tests' other networks have."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
+
+
 def environment_without(folder: Path, *blocked: str) -> dict[str, str]:
     """Of a process that, with all its children, does not find these packages."""
     folder.mkdir()
