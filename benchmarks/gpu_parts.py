@@ -77,7 +77,7 @@ _ALL = (
         estimated_seconds=65,
         slack_seconds=40,
         command=(*STEP, *OURS, "--micro_batch", "64"),
-        tiny=(*TINY_STEP, *OURS, "--micro_batch", "1", "4"),
+        tiny=(*TINY_STEP, *OURS, "--micro_batch", "4"),
     ),
     Part(
         name="fsdp2",

@@ -17,6 +17,11 @@ from benchmarks.results import Results
 ROOT = Path(__file__).resolve().parents[1]
 
 
+_OUTPUT_SECONDS = 20
+"""For the last lines, after the end. torch's compile workers are a session of their own, may hold the pipe open, and
+end when they see that their parent has gone."""
+
+
 class Log:
     """Everything said goes to standard output and to a file, which grows."""
 
@@ -32,7 +37,8 @@ class Log:
     def write(self, line: str) -> None:
         """One line, without its end."""
         for file in (None, self._file):
-            print(line, file=file, flush=True)
+            with contextlib.suppress(ValueError):  # closed: a line that came later than anybody waited for
+                print(line, file=file, flush=True)
 
 
 @dataclass(frozen=True)
@@ -66,19 +72,20 @@ def run_part(part: Process, results: Results, log: Log) -> bool:
 
 
 def _run(part: Process, log: Log) -> str:
-    # A group of its own, so that its compilers end with it; not a session, which would outlive this one.
+    # A group of its own, so that what it starts ends with it; not a session, which would outlive this one.
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(part.command, cwd=ROOT, env=part.environment, process_group=0, **pipes) as process:
-        printing = threading.Thread(target=_copy, args=(process.stdout, log))
-        printing.start()
-        try:
-            code = process.wait(part.limit_seconds)
-            return "done" if code == 0 else f"failed with {code}"
-        except subprocess.TimeoutExpired:
-            return "stopped at its time limit"
-        finally:
-            _stop(process)
-            printing.join()
+    process = subprocess.Popen(part.command, cwd=ROOT, env=part.environment, process_group=0, **pipes)
+    printing = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+    printing.start()
+    try:
+        code = process.wait(part.limit_seconds)
+        return "done" if code == 0 else f"failed with {code}"
+    except subprocess.TimeoutExpired:
+        return "stopped at its time limit"
+    finally:
+        _stop(process)
+        process.wait()
+        printing.join(_OUTPUT_SECONDS)
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -63,7 +64,7 @@ def check_rehearsal(rows: list[dict[str, Any]]) -> None:
     assert ends == [(part, "done") for part in (*FIRST_CALL, "training adamw", "training muon")]
     assert [row["name"] for row in of("speed", "headline")] == ["ours compiled", "llama compiled"]
     assert [row["deterministic"] for row in of("speed", "nondeterministic")] == [False]
-    assert [row["micro_batch"] for row in of("speed", "batch64")] == [1, 4]
+    assert [row["micro_batch"] for row in of("speed", "batch64")] == [4]
     assert [row["fsdp"] for row in of("speed", "fsdp2")] == [True]
     assert all(row["tokens_per_second"] > 0 and row["mfu"] > 0 for row in rows if row["result"] == "speed")
     assert of("ratio", "headline")[0]["times_as_fast"] > 0
@@ -127,6 +128,20 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path: Path) -
             break
     state = Path(f"/proc/{started[-1]}/stat")
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_the_command_when_ended_ends_its_part_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "benchmarks/gpu.py", "--output", str(tmp_path), "--rehearse", "quick"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "python" in line and line.startswith("{"):  # the part headline has begun to measure
+                break
+        parts = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 143
+    assert parts and not psutil.wait_procs(parts, timeout=60)[1]
 
 
 def tiny_setting(micro_batch: int = 1) -> train_step_models.Setting:
