@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
-from pipeline.distributed import startup_timer
+from pipeline.distributed import determinism, startup_timer
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class WorkerGroupConfig(TorchConfig):
 
     began: float = 0.0
     """time.time() when the job began."""
+    deterministic: bool = False
+    """Sums over workers are to give the same bits at every start (distributed/determinism.py)."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -53,6 +55,8 @@ class _WorkerGroupBackend(_TorchBackend):
         stamps = [*(self._stamps or [("", backend_config.began)]), ("processes", time.time())]
         with _cleared_away(worker_group):
             worker_group.execute(load_libraries)
+            if backend_config.deterministic:
+                worker_group.execute(determinism.prepare)
             stamps.append(("imports", time.time()))
             self._join(worker_group, backend_config)
             stamps.append(("process group", time.time()))

@@ -15,7 +15,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
+_WHOLE = (int, int | None, int | Literal["auto"])
 _SCIENTIFIC = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
 SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate", "export", "serve")
@@ -130,7 +131,7 @@ def _parse_flags(config_class: type[ConfigT], flags: list[str], program: str) ->
 def _with_plain_numbers(config_class: type[Any], flags: list[str]) -> list[str]:
     """The same flags, with 2e9 written out where a whole number is expected."""
     hints = get_type_hints(config_class)
-    whole = {field.name for field in dataclasses.fields(config_class) if hints[field.name] in (int, int | None)}
+    whole = {field.name for field in dataclasses.fields(config_class) if hints[field.name] in _WHOLE}
     plain, name = [], ""
     for flag in flags:
         before, _, after = flag.rpartition("=")

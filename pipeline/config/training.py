@@ -63,8 +63,8 @@ class PretrainConfig:
     """Optimizer steps."""
     tokens_per_step: int = 524_288
     """Tokens of one optimizer step over all workers; gradient accumulation follows from it."""
-    batch_size: int = 32
-    """Windows of one micro-batch on one worker."""
+    batch_size: int | Literal["auto"] = 32
+    """Windows of one micro-batch on one worker; auto finds the largest number that fits into the GPU's memory."""
     grad_accum_steps: int | None = None
     """Micro-batches per step and worker. Not given: as many as tokens_per_step takes."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -94,7 +94,16 @@ class PretrainConfig:
     """Of matrix products; auto is bf16 on a GPU that has it, else fp32. Weights and reductions are fp32 always."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the blocks; auto compiles on a GPU."""
+    deterministic: Literal["on", "off"] = "on"
+    """With on, a resumed run repeats the bits of an uninterrupted one on a GPU too. With off, faster kernels whose last
+    bits differ from run to run are allowed there."""
+    recompute: Literal["none", "blocks"] = "none"
+    """With blocks, what the blocks compute is computed a second time instead of kept: the same losses with far less
+    memory, and steps that take about a quarter longer."""
 
+    profile_steps: str | None = None
+    """Steps to look at with torch's profiler, the first and the last, for instance 20:25; they are slower than others.
+    The folder profile of the run, and MLflow, get a trace and a table of what took the time. Not given: none."""
     log_every: int = 10
     """Steps between two progress lines and metric points."""
     val_every: int = 250
@@ -144,7 +153,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
-            require(value > 0, f"{name} is {value}; it must be positive")
+            require(value == "auto" or value > 0, f"{name} is {value}; it must be positive")
         for name in ("min_lr_fraction", "warmup_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
@@ -159,6 +168,7 @@ class PretrainConfig:
         require(self.skip_nonfinite >= 0, f"skip_nonfinite is {self.skip_nonfinite}; it must not be negative")
         self.model_config(vocab_size=257)  # the shape is checked before any data is opened
         self._check_batch()
+        self._check_profile()
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The network's own config; raises UserError for shapes that do not fit together."""
@@ -188,6 +198,12 @@ class PretrainConfig:
         """Windows of one optimizer step over all workers (the global batch)."""
         return self.tokens_per_step // self.context_length
 
+    @property
+    def micro_batch(self) -> int:
+        """batch_size as a number, which a run has from its start on (training/largest_batch.py)."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
     def _check_batch(self) -> None:
         tokens, length = self.tokens_per_step, self.context_length
         fewest, most = worker_range(self.num_workers)
@@ -208,13 +224,35 @@ class PretrainConfig:
             f"grad_accum_steps {self.grad_accum_steps} cannot hold on {fewest} to {most} workers alike; "
             "leave it out: it follows from tokens_per_step",
         )
-        product = self.batch_size * self.grad_accum_steps * length * most
+        require(
+            self.batch_size != "auto",
+            f"grad_accum_steps {self.grad_accum_steps} says what batch_size auto is to find out; give one of them",
+        )
+        product = self.micro_batch * self.grad_accum_steps * length * most
         require(
             product == tokens,
             f"batch_size {self.batch_size} x grad_accum_steps {self.grad_accum_steps} x context_length {length} x "
             f"num_workers {most} is {product:,} tokens, but tokens_per_step is {tokens:,}; "
             "leave grad_accum_steps out, or change tokens_per_step",
         )
+
+    def _check_profile(self) -> None:
+        if self.profile_steps is None:
+            return
+        first, last = step_range(self.profile_steps)
+        require(
+            1 <= first <= last <= self.train_steps,
+            f"profile_steps is {self.profile_steps}; the first step must not come after the last, and both must lie "
+            f"between 1 and train_steps {self.train_steps}",
+        )
+
+
+def step_range(profile_steps: str) -> tuple[int, int]:
+    """The first and the last step that ``20:25`` names, counted from 1."""
+    match = re.fullmatch(r"(\d+):(\d+)", profile_steps)
+    if match is None:
+        raise UserError(f"profile_steps is {profile_steps}; give the first and the last step, for instance 20:25")
+    return int(match[1]), int(match[2])
 
 
 def worker_range(num_workers: int | str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.transformer import Transformer
+from pipeline.distributed import determinism
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,6 +83,13 @@ class Workers:
         rows = self.sum(table.to(self.device)).cpu().numpy()
         return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
+    def smallest(self, number: int) -> int:
+        """The smallest of all ranks' numbers, on every rank."""
+        box = torch.tensor([number], dtype=torch.int64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return int(box.item())
+
     def agree(self, number: int) -> int:
         """Rank 0's number, on every rank."""
         box = torch.tensor([number], dtype=torch.int64, device=self.device)
@@ -90,8 +98,11 @@ class Workers:
         return int(box.item())
 
 
-def join_workers(device: Literal["auto", "cpu", "cuda"]) -> Workers:
+def join_workers(device: Literal["auto", "cpu", "cuda"], *, deterministic: bool = False) -> Workers:
     """Find this process's place, starting the process group under torchrun.
+
+    Args:
+        deterministic: sums over ranks are to give the same bits at every start, on GPUs too.
 
     Raises:
         UserError: a GPU was asked for and there is none.
@@ -99,6 +110,8 @@ def join_workers(device: Literal["auto", "cpu", "cuda"]) -> Workers:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU on this machine; use --device cpu or auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
+    if deterministic:
+        determinism.prepare()
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend_name(use_cuda))
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -191,13 +204,16 @@ def set_gradient_sync(model: Transformer, enabled: bool) -> None:
 
 
 @contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
+def repeatable(device: torch.device, *, enabled: bool = True) -> Iterator[None]:
     """Inside, the same numbers give the same bits on a GPU too, which an exact resume needs.
 
-    Flash attention's backward otherwise adds atomically, in any order. Not for the whole program: drawing samples uses
-    operations that have no such form.
+    Flash attention's backward otherwise adds atomically, in any order, and cuDNN's attention has no other way. Not for
+    the whole program: drawing samples uses operations that have no such form.
+
+    Args:
+        enabled: False changes nothing: whatever kernels torch prefers are used (--deterministic off).
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not enabled:
         yield
         return
     # Not for every new tensor a pass that only finds mistakes.

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_SECONDS = 0.5
+_NOTE_SECONDS = 5.0  # every worker looks, into a bucket too
+_GRACE_SECONDS = 10.0
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h, as of the watchdog
 
 Result = TypeVar("Result")
 
@@ -121,3 +124,45 @@ class NoteWatcher:
         while not self._found and not self._over.wait(_LOOK_SECONDS):
             with contextlib.suppress(UserError, OSError):
                 self._found = self._exists()
+
+
+class OthersError:
+    """Ends this process when another worker of its group has left with an error and this one waits for it for ever.
+
+    Over gloo a collective fails as soon as a process leaves; over NCCL it may wait on. A context: inside, a thread
+    looks for the other worker's note, and allows some seconds for a good end.
+
+    Args:
+        exists: whether the note is there.
+        tell: called before the end.
+        end: called instead of ending the process (for tests).
+    """
+
+    def __init__(
+        self,
+        exists: Callable[[], bool],
+        tell: Callable[[], object],
+        end: Callable[[], None] = lambda: os._exit(EXIT_CODE),
+    ) -> None:
+        self._exists, self._tell, self._end = exists, tell, end
+        self._over = threading.Event()
+
+    def __enter__(self) -> OthersError:
+        threading.Thread(target=self._watch, name="others-error", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_NOTE_SECONDS):
+            try:
+                is_there = self._exists()
+            except (UserError, OSError):  # a storage that does not answer now is asked again
+                continue
+            if is_there:
+                if not self._over.wait(_GRACE_SECONDS):
+                    logger.error("another worker has left with an error, and this one waits for it: it ends too")
+                    self._tell()
+                    self._end()
+                return

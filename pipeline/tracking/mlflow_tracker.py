@@ -94,6 +94,9 @@ class MLflowTracker:
         if self.folder is None:  # the file may be a temporary one
             self.sender.drain()
 
+    def log_page(self, name: str) -> None:
+        self.journal.append("page", name=name)
+
     def flush(self) -> None:
         """Everything is on disk; without a folder, sent as far as the store takes it."""
         self.journal.sync()
@@ -131,7 +134,7 @@ class MLflowTracker:
             logger.warning("there is no report: %s", error)
             return
         for name in names:
-            self.journal.append("page", name=name)
+            self.log_page(name)
 
 
 def send_waiting(run: MLflowRun, folder: Folder, registered_model: str | None = None) -> None:

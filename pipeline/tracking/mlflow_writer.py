@@ -229,9 +229,10 @@ class Sending:
     def _send_page(self, entry: Entry) -> None:
         assert self.folder is not None
         with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary) / entry["name"]
+            folder, _, name = entry["name"].rpartition("/")
+            path = Path(temporary) / name
             path.write_bytes(self.folder.read(entry["name"]))
-            self.client.log_artifact(self.run.run_id, str(path))
+            self.client.log_artifact(self.run.run_id, str(path), folder or None)
 
     def _send_status(self, entry: Entry) -> None:
         self.client.set_terminated(self.run.run_id, entry["status"], end_time=entry["time"])

@@ -54,6 +54,9 @@ class Tracker(Protocol):
     def log_file(self, path: Path) -> None:
         """A file of the run's folder, which stays there."""
 
+    def log_page(self, name: str) -> None:
+        """A file of the run's folder, by its name there, on a disk or in a bucket; it stays there."""
+
     def flush(self) -> None:
         """What was told outlasts the end of this process."""
 
@@ -87,6 +90,9 @@ class SilentTracker:
     def log_file(self, path: Path) -> None:
         pass
 
+    def log_page(self, name: str) -> None:
+        pass
+
     def flush(self) -> None:
         pass
 
@@ -108,6 +114,7 @@ class MemoryTracker(SilentTracker):
         self.best: int | None = None
         """Step of the best checkpoint."""
         self.files: list[Path] = []
+        self.pages: list[str] = []
         self.status: str | None = None
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -137,6 +144,9 @@ class MemoryTracker(SilentTracker):
 
     def log_file(self, path: Path) -> None:
         self.files.append(path)
+
+    def log_page(self, name: str) -> None:
+        self.pages.append(name)
 
     def finish(self, status: Status) -> None:
         self.status = status
@@ -177,6 +187,10 @@ class Trackers:
     def log_file(self, path: Path) -> None:
         for tracker in self._trackers:
             tracker.log_file(path)
+
+    def log_page(self, name: str) -> None:
+        for tracker in self._trackers:
+            tracker.log_page(name)
 
     def flush(self) -> None:
         for tracker in self._trackers:

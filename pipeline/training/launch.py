@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from pipeline.checkpoints.reader import find_checkpoint
 from pipeline.cluster import ray_cluster
 from pipeline.config.training import PretrainConfig, worker_range
 from pipeline.distributed.fsdp import backend_name
-from pipeline.distributed.signals import Interruptions, NoteWatcher, call_in_thread, stop_on_signals
+from pipeline.distributed.signals import Interruptions, NoteWatcher, OthersError, call_in_thread, stop_on_signals
 from pipeline.distributed.startup_timer import from_stamps
 from pipeline.errors import RunStopped, UserError
 from pipeline.paths import resolve_output, working_folder
@@ -130,6 +131,8 @@ def run_workers(
                 try:
                     return _unwrap(_fit(trainer, notes, settings.get("stop_note")))
                 except TrainingFailedError as error:
+                    if sentence := _noted(notes, note):
+                        raise UserError(sentence) from error
                     lost += 1
                     if not was_lost_while_starting(error) or 0 <= max_failures < lost:
                         raise
@@ -181,6 +184,7 @@ def _ray_trainer(
             backend=backend_name(use_gpu),
             timeout_s=int(collective_seconds) + 60,  # the trainer's watchdog comes first, and says where
             began=psutil.Process().create_time(),
+            deterministic=getattr(config, "deterministic", "off") == "on",
         ),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray Train v2
             num_workers=(fewest, most) if fewest < most else most,  # type: ignore[arg-type]  # Ray Train v2
@@ -227,7 +231,7 @@ def _pretrain(settings: Settings) -> Settings:
     from pipeline.distributed.fsdp import join_workers
 
     config = PretrainConfig(**settings["config"])
-    workers = join_workers(config.device)
+    workers = join_workers(config.device, deterministic=config.deterministic == "on")
     show_progress(workers.is_first)
     data, output = open_folder(settings["data"]), open_folder(settings["output"])
     tracker = _tracker(config, settings, output) if workers.is_first else SilentTracker()
@@ -235,7 +239,8 @@ def _pretrain(settings: Settings) -> Settings:
     note_found = NoteWatcher(lambda: workers.is_first and notes.size(stop_note) is not None)
     is_told = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
     interruptions = Interruptions(stop_asked=note_found, nodes_leaving=_nodes_leaving if is_told else None)
-    with contextlib.closing(note_found), _failure_told(tracker):
+    told = _failure_told(tracker, lambda: notes.size(settings["error_note"]) is not None)
+    with contextlib.closing(note_found), told:
         trainer = Trainer(
             config,
             data=data,
@@ -263,12 +268,17 @@ def _tracker(config: PretrainConfig, settings: Settings, output: Folder) -> Trac
 
 
 @contextlib.contextmanager
-def _failure_told(tracker: Tracker) -> Iterator[None]:
-    """A run that ends with a mistake is marked so; the next start marks it as running again."""
+def _failure_told(tracker: Tracker, other_failed: Callable[[], bool]) -> Iterator[None]:
+    """A run that ends with a mistake, of this worker or another, is marked so; the next start marks it as running."""
     try:
-        yield
+        with OthersError(other_failed, lambda: tracker.finish("FAILED")):
+            yield
     except UserError:
         tracker.finish("FAILED")
+        raise
+    except RuntimeError:  # of a collective, where another worker left it
+        if other_failed():
+            tracker.finish("FAILED")
         raise
 
 
@@ -276,25 +286,43 @@ def returning_errors(action: Callable[[Settings], Settings], settings: Settings)
     """A UserError becomes the result of every worker: Ray Train would restart them, which mends nothing.
 
     The worker that has it notes it and leaves the process group; the others' collectives then fail, and they find the
-    note. Without a note a failed collective means a lost worker, which a restart does mend.
+    note. Without a note a failed collective means a lost worker, which a restart does mend. Where collectives do not
+    fail but wait, the others end (OthersError), and the group that Ray Train starts again finds the note at once.
     """
-    import torch.distributed as dist
-
     notes, note = open_folder(settings["notes"]), settings["error_note"]
+    if sentence := _noted(notes, note):
+        return {"error": sentence}
     try:
         return {"result": action(settings)}
     except RunStopped as stopped:
         return {"stopped": str(stopped)}
     except UserError as error:
+        sentence = str(error)
         with contextlib.suppress(UserError):  # no space for a note either
-            notes.write(note, [str(error).encode()])
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return {"error": str(error)}
+            notes.write(note, [sentence.encode()])
     except RuntimeError:
-        if notes.size(note) is not None:
-            return {"error": notes.read(note).decode()}
+        if sentence := _noted(notes, note):
+            return {"error": sentence}
         raise
+    _leave_process_group()
+    return {"error": sentence}
+
+
+def _leave_process_group() -> None:
+    """Connections are closed with the last that holds the group: the network, in the frames of an error now gone."""
+    import torch.distributed as dist
+
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _noted(notes: Folder, note: str) -> str:
+    """What a worker has noted of its mistake; empty where none has."""
+    try:
+        return notes.read(note).decode()
+    except FileNotFoundError:
+        return ""
 
 
 def _unwrap(outcome: Settings) -> Settings:

@@ -42,13 +42,21 @@ class Search:
     Args:
         stream, order: where the windows come from.
         context_length: T.
+        deterministic: whether the run's steps repeat their bits on a GPU; the search computes as they do.
     """
 
     def __init__(
-        self, model: Transformer, workers: Workers, stream: TokenStream, order: BatchOrder, *, context_length: int
+        self,
+        model: Transformer,
+        workers: Workers,
+        stream: TokenStream,
+        order: BatchOrder,
+        *,
+        context_length: int,
+        deterministic: bool = True,
     ) -> None:
         self.model, self.workers, self.stream, self.order = model, workers, stream, order
-        self.context_length = context_length
+        self.context_length, self.deterministic = context_length, deterministic
 
     def causes(self, step: int) -> list[Cause]:
         """The same on every rank; empty where every loss and gradient is finite this time. Collective."""
@@ -94,7 +102,7 @@ class Search:
     def _probe(self, inputs: torch.Tensor, targets: torch.Tensor, weight: float) -> tuple[list[bool], bool]:
         """Forward and backward: whose loss is not finite, by rank, and whether the gradient of all is. Collective."""
         set_gradient_sync(self.model, enabled=True)
-        with repeatable(self.workers.device):
+        with repeatable(self.workers.device, enabled=self.deterministic):
             loss = self.model(inputs, targets) * weight
             loss.backward()
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]

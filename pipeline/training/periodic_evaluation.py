@@ -114,13 +114,13 @@ class RunEvaluation:
             self.val_stream,
             self.workers,
             context_length=self.config.context_length,
-            batch_size=self.config.batch_size,
+            batch_size=self.config.micro_batch,
             max_tokens=min(max_tokens, self.config.val_tokens),
         )
 
     def _score_hellaswag(self, done: int) -> None:
         assert self._questions is not None
-        tokens = min(_HELLASWAG_TOKENS, self.config.batch_size * self.config.context_length)
+        tokens = min(_HELLASWAG_TOKENS, self.config.micro_batch * self.config.context_length)
         self.hellaswag = found = score_encoded(self.model, self._questions, self.workers, tokens_per_batch=tokens)
         if self.workers.is_first:
             self.tracker.log_metrics({"eval/hellaswag_acc_norm": found.acc_norm, "eval/hellaswag_acc": found.acc}, done)

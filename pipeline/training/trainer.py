@@ -28,6 +28,7 @@ from pipeline.dataset.batches import BatchLoader, BatchOrder, MicroBatch
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import as_folder
 from pipeline.dataset.shards import open_split
+from pipeline.distributed import determinism
 from pipeline.distributed.fsdp import (
     Workers,
     compute_dtype,
@@ -38,6 +39,7 @@ from pipeline.distributed.fsdp import (
     repeatable,
     set_gradient_sync,
 )
+from pipeline.distributed.recomputation import recompute_blocks
 from pipeline.distributed.signals import Interruptions
 from pipeline.distributed.startup_timer import StartUp
 from pipeline.errors import RunStopped, UserError
@@ -46,10 +48,13 @@ from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.garbage import GarbageCollection
+from pipeline.training.batch_size import out_of_memory_told
+from pipeline.training.largest_batch import with_batch_size
 from pipeline.training.nonfinite import Search
 from pipeline.training.optimizer import build_optimizer, compiles
 from pipeline.training.outcomes import Outcome
 from pipeline.training.periodic_evaluation import RunEvaluation
+from pipeline.training.profiling import StepProfiler
 from pipeline.training.run_folder import RunSummary, check_resumable, open_data, run_inputs, write_summary
 from pipeline.training.step_guard import Guard
 from pipeline.training.throughput import Clock
@@ -101,20 +106,23 @@ class Trainer:
     ) -> None:
         self.startup = startup or StartUp()
         self.config, self.workers, self.tracker = config, workers, tracker
+        self.is_deterministic = config.deterministic == "on"
         self.data, self.output = data, output = as_folder(data), as_folder(output)
         self.tokenizer, self.manifest = open_data(data)
         self.train_stream, self.val_stream = open_split(data, "train"), open_split(data, "val")
-        self.order = BatchOrder(
-            num_windows=len(self.train_stream) // (config.context_length + 1),
-            windows_per_step=config.windows_per_step,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
         self.startup.mark("data")
         self.model_config = config.model_config(self.manifest.vocab_size)
         self.dtype = compute_dtype(config.precision, workers.device)
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config, self.workers)
+        self.optimizer.init_state()
+        self.config = config = with_batch_size(config, self.model, output=output, workers=workers)
+        self.order = BatchOrder(
+            num_windows=len(self.train_stream) // (config.context_length + 1),
+            windows_per_step=config.windows_per_step,
+            batch_size=config.micro_batch,
+            seed=config.seed,
+        )
         self.startup.mark("model")
         self.loader = BatchLoader(
             self.train_stream,
@@ -126,6 +134,7 @@ class Trainer:
         )
         streams = (self.train_stream, self.val_stream)
         self.guard = Guard(config, workers, streams, interruptions or Interruptions())
+        self.profiler = StepProfiler(config, output=output, workers=workers, tracker=tracker)
         self.first_loss = self.last_loss = math.nan
         self.skipped_steps = 0
         self.evaluation = RunEvaluation(
@@ -154,7 +163,12 @@ class Trainer:
             UserError: on every rank, where any of them cannot go on.
         """
         self._announce()
-        with self.guard, GarbageCollection() as garbage:
+        with (
+            self.guard,
+            self.profiler,
+            out_of_memory_told(self.config, self.workers.world_size),
+            GarbageCollection() as garbage,
+        ):
             with self.clock.paused(), self.guard.watchdog.phase("compiling the evaluation"):
                 self.evaluation.compile()
             if self.start_step:  # who saved this step may have died before it was measured
@@ -181,7 +195,7 @@ class Trainer:
         has changed (outcomes.py).
         """
         is_first = step == self.start_step  # compiles
-        with self.guard.watchdog.step(step + 1, is_long=is_first):
+        with self.profiler.step(step + 1), self.guard.watchdog.step(step + 1, is_long=is_first):
             result = self.train_step(step)
             outcomes = self.guard.read(everything=is_first or self._is_due(step + 1))
         if is_first:
@@ -201,7 +215,7 @@ class Trainer:
         Nothing is updated where loss or gradient is not finite on any rank, or where a rank cannot go on.
         """
         lr = self._learning_rate(step)
-        with repeatable(self.workers.device):
+        with repeatable(self.workers.device, enabled=self.is_deterministic):
             share, data_wait_seconds = self._gradients(step)
             flags = self.guard.flags(self.writer.error())
             sums: list[Tensor] = []
@@ -245,7 +259,7 @@ class Trainer:
                 return next(batches)
             except UserError as error:
                 self.guard.trouble = error
-        shape = (min(self.config.batch_size, self.config.windows_per_step), self.config.context_length)
+        shape = (min(self.config.micro_batch, self.config.windows_per_step), self.config.context_length)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.workers.device)
         return MicroBatch(inputs=zeros, targets=zeros, weight=0.0)
 
@@ -256,7 +270,14 @@ class Trainer:
             UserError: there were more such steps than --skip_nonfinite allows.
         """
         length, allowed = self.config.context_length, self.config.skip_nonfinite
-        search = Search(self.model, self.workers, self.train_stream, self.order, context_length=length)
+        search = Search(
+            self.model,
+            self.workers,
+            self.train_stream,
+            self.order,
+            context_length=length,
+            deterministic=self.is_deterministic,
+        )
         with self.guard.watchdog.phase(f"looking for what is not finite in step {outcome.step + 1}"):
             sentence = search.explain(outcome, self.tokenizer)
         self.skipped_steps += 1
@@ -295,12 +316,13 @@ class Trainer:
     def _build_model(self) -> Transformer:
         model = Transformer(self.model_config)
         init_weights(model, self.config.seed)
+        if self.config.recompute == "blocks":
+            recompute_blocks(model)
         compile_blocks = compiles(self.config, self.workers)
         return parallelize(model, self.workers, dtype=self.dtype, compile_blocks=compile_blocks)
 
     def _resume(self) -> int:
         """Load the newest checkpoint of this run, or the weights of --checkpoint; returns the first step to do."""
-        self.optimizer.init_state()
         with open_newest(self.writer.folder, self.workers) as found:
             if found is not None:
                 check_resumable(found.name, found.info, self.config, self.manifest)
@@ -320,6 +342,9 @@ class Trainer:
     def _announce(self) -> None:
         if not self.workers.is_first:
             return
+        if self.is_deterministic and self.workers.device.type == "cuda":
+            for sentence in determinism.broken_promises():
+                logger.warning(sentence)
         self.tracker.log_params({**to_dict(self.config), "parameters": self.model_config.num_parameters})
         self.tracker.log_tags(hardware.describe(self.workers))
         self.tracker.log_inputs(run_inputs(self.data, self.manifest))

@@ -6,6 +6,7 @@ Settings: {"config": PretrainConfig's fields, "data": folder, "result": file, "f
               its loss, or the gradient alone, is not a number; once: the first time only
     "signal"  {"rank": rank, "step": step, "number": signal}: sent by that rank to itself before the step, from 0
     "shard"   {"rank": rank, "step": step, "file": path}: deleted
+    "memory"  {"windows": number, "ranks": [rank, ...]}: these ranks have too little for a larger micro-batch
     "disk"    {"rank": rank, "step": step, "bytes": number}: from then on no file of that rank may become larger
 
 RESULT.RANK holds how the rank ended, the losses by step as exact numbers, and every metric of its tracker.
@@ -32,6 +33,7 @@ from pipeline.distributed.signals import Interruptions, stop_on_signals
 from pipeline.errors import RunStopped, UserError
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.out_of_memory_workers import small_memory
 
 
 def poison(trainer: Trainer, *, window: int, where: str, once: bool) -> None:
@@ -92,6 +94,9 @@ def train(settings: dict[str, Any]) -> tuple[str, MemoryTracker, int]:
         if "poison" in faults:
             fault = faults.pop("poison")
             poison(trainer, window=fault["window"], where=fault["in"], once=fault["once"])
+        if "memory" in faults:
+            fault = faults.pop("memory")
+            small_memory(fault["windows"], ranks=fault["ranks"])
         before_step(trainer, faults)
         try:
             trainer.run()
