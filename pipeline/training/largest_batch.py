@@ -183,4 +183,5 @@ def _noted(output: Folder, key: Mapping[str, Any]) -> int:
 
 def _note(output: Folder, key: Mapping[str, Any], batch_size: int) -> None:
     notes = [*_notes(output), {"batch_size": batch_size, "found_for": dict(key)}]
+    output.make()
     output.write(NOTE_FILE, [json.dumps(notes, indent=2).encode()])

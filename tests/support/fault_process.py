@@ -7,6 +7,7 @@ Settings: {"config": PretrainConfig's fields, "data": folder, "result": file, "f
     "signal"  {"rank": rank, "step": step, "number": signal}: sent by that rank to itself before the step, from 0
     "shard"   {"rank": rank, "step": step, "file": path}: deleted
     "memory"  {"windows": number, "ranks": [rank, ...]}: these ranks have too little for a larger micro-batch
+    "device"  {"bytes": [number of each rank]}: the memory of this rank's device, for --batch_size auto
     "disk"    {"rank": rank, "step": step, "bytes": number}: from then on no file of that rank may become larger
 
 RESULT.RANK holds how the rank ended, the losses by step as exact numbers, and every metric of its tracker.
@@ -33,7 +34,7 @@ from pipeline.distributed.signals import Interruptions, stop_on_signals
 from pipeline.errors import RunStopped, UserError
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
-from tests.support.out_of_memory_workers import small_memory
+from tests.support.out_of_memory_workers import small_device, small_memory
 
 
 def poison(trainer: Trainer, *, window: int, where: str, once: bool) -> None:
@@ -82,6 +83,9 @@ def train(settings: dict[str, Any]) -> tuple[str, MemoryTracker, int]:
     config = PretrainConfig(**settings["config"])
     workers, tracker = join_workers("cpu"), MemoryTracker()
     with stop_on_signals() as request:
+        faults = dict(settings["faults"])
+        if "device" in faults:
+            small_device(faults.pop("device")["bytes"][workers.rank])
         trainer = Trainer(
             config,
             data=Path(settings["data"]),
@@ -90,7 +94,6 @@ def train(settings: dict[str, Any]) -> tuple[str, MemoryTracker, int]:
             tracker=tracker,
             interruptions=Interruptions(stop_asked=request),
         )
-        faults = dict(settings["faults"])
         if "poison" in faults:
             fault = faults.pop("poison")
             poison(trainer, window=fault["window"], where=fault["in"], once=fault["once"])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.transformer import Transformer
 from pipeline.distributed import signals
-from pipeline.training import launch
+from pipeline.training import largest_batch, launch
 
 LARGEST = 2
 """Windows that fit."""
@@ -33,6 +33,33 @@ def small_memory(largest: int, *, ranks: Collection[int]) -> None:
         return forward(self, tokens, *args)
 
     Transformer.forward = starved  # type: ignore[method-assign]
+
+
+class StandIn:
+    """A memory that takes what autograd keeps for backward, and gives nothing back before the peak is forgotten."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._peak = limit, 0
+
+    def limit(self) -> int:
+        return self._limit
+
+    def forget_peak(self) -> None:
+        self._peak = 0
+
+    def peak(self) -> int:
+        return self._peak
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        self._peak += tensor.nbytes
+        return tensor
+
+
+def small_device(limit: int) -> None:
+    """From now on this process has a device with a memory of so many bytes."""
+    device = StandIn(limit)
+    largest_batch.device_memory = lambda _: device  # type: ignore[assignment]
+    torch.autograd.graph.saved_tensors_hooks(device.keep, lambda tensor: tensor).__enter__()
 
 
 def count_start(settings: dict[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""--batch_size auto: the largest size that fits, the same on all ranks and after a resume, and nothing else is changed."""
+"""--batch_size auto: the largest size that fits, the same on all ranks and after a resume; nothing else changes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +29,7 @@ from pipeline.training import largest_batch
 from pipeline.training.batch_size import possible_sizes
 from pipeline.training.largest_batch import NOTE_FILE, Probe, largest_that_fits
 from pipeline.training.trainer import Trainer
+from tests.support.out_of_memory_workers import StandIn
 from tests.training.test_trainer import ALONE, CONFIG, checkpoint_tensors, train_here
 
 AUTO = dataclasses.replace(CONFIG, batch_size="auto")
@@ -88,26 +92,6 @@ def test_ranks_measure_the_same_sizes_and_agree_on_what_fits_on_all() -> None:
     assert results[0][0] == 64
 
 
-class StandIn:
-    """A memory that takes what autograd keeps for backward, and gives nothing back before the peak is forgotten."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._peak = limit, 0
-
-    def limit(self) -> int:
-        return self._limit
-
-    def forget_peak(self) -> None:
-        self._peak = 0
-
-    def peak(self) -> int:
-        return self._peak
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        self._peak += tensor.nbytes
-        return tensor
-
-
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], StandIn]]:
     """Gives this process a device with a memory of so many bytes."""
@@ -118,13 +102,15 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], StandIn]
         devices.append(StandIn(limit))
         return devices[-1]
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: devices[-1].keep(tensor), lambda tensor: tensor):
+    def keep(tensor: Tensor) -> Tensor:
+        return devices[-1].keep(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield make
 
 
-def needed(size: int, data: Path, output: Path, memory: Callable[[int], StandIn]) -> int:
+def needed(size: int, made: Trainer, memory: Callable[[int], StandIn]) -> int:
     """Bytes that two micro-batches of ``size`` windows take."""
-    made = trainer(CONFIG, data, output)
     return Probe(made.config, made.model, ALONE, memory(0)).measure(size)
 
 
@@ -135,7 +121,7 @@ def trainer(config: PretrainConfig, data: Path, output: Path) -> Trainer:
 def test_a_run_is_that_with_the_number_bit_for_bit(
     tiny_data: Path, tmp_path: Path, memory: Callable[[int], StandIn]
 ) -> None:
-    memory(needed(5, tiny_data, tmp_path / "sized", memory))
+    memory(needed(5, trainer(CONFIG, tiny_data, tmp_path / "sized"), memory))
     _, tracker = train_here(AUTO, tiny_data, tmp_path / "auto")
     found = tracker.params["batch_size"]
     assert found == 4
@@ -184,8 +170,9 @@ def test_other_settings_that_memory_depends_on_are_measured_anew_and_both_are_ke
     memory(10**9)
     trainer(AUTO, tiny_data, tmp_path)
     again = dataclasses.replace(AUTO, recompute="blocks")
-    memory(needed(2, tiny_data, tmp_path / "sized", memory))
-    assert trainer(again, tiny_data, tmp_path).config.batch_size == 6
+    sized = trainer(dataclasses.replace(again, batch_size=1), tiny_data, tmp_path / "sized")
+    memory(needed(5, sized, memory))
+    assert trainer(again, tiny_data, tmp_path).config.batch_size == 4
     assert trainer(AUTO, tiny_data, tmp_path).config.batch_size == 12
 
 
@@ -204,6 +191,37 @@ def test_on_a_cpu_it_is_the_recipes_size_or_what_a_step_has(
     made = trainer(dataclasses.replace(AUTO, tokens_per_step=32 * windows), tiny_data, tmp_path)
     assert made.config.batch_size == expected
     assert not (tmp_path / NOTE_FILE).exists()
+
+
+def torchrun(config: PretrainConfig, data: Path, folder: Path, *limits: int) -> list[dict[str, Any]]:
+    """What fault_process.py writes, by rank; the ranks' devices have memories of ``limits`` bytes."""
+    settings = {"config": dataclasses.asdict(config), "data": str(data), "result": str(folder / "result")}
+    file = folder / "settings.json"
+    file.write_text(json.dumps({**settings, "faults": {"device": {"bytes": limits}} if limits else {}}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(Path(__file__).parents[1] / "support" / "fault_process.py")
+    done = subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_take_what_fits_on_both_and_go_on_with_it(
+    tiny_data: Path, tmp_path: Path, memory: Callable[[int], StandIn]
+) -> None:
+    """Six windows a step and rank; the second rank has room for two of them, which the first then takes too."""
+    sized = trainer(CONFIG, tiny_data, tmp_path / "sized")
+    limits = (needed(6, sized, memory), needed(2, sized, memory))
+    plain = torchrun(dataclasses.replace(CONFIG, output=str(tmp_path / "plain")), tiny_data, tmp_path)
+    auto = dataclasses.replace(AUTO, output=str(tmp_path / "auto"))
+    found = torchrun(auto, tiny_data, tmp_path, *limits)
+    assert [result["end"] for result in found] == ["done", "done"]
+    assert found[0]["losses"] == plain[0]["losses"], "CONFIG has two windows a micro-batch"
+    expected = checkpoint_tensors(tmp_path / "auto")
+    shutil.rmtree(tmp_path / "auto" / "checkpoints" / "step-000012")
+    resumed = torchrun(auto, tiny_data, tmp_path, *limits)
+    assert resumed[0]["losses"] == {step: found[0]["losses"][step] for step in ("11", "12")}
+    again = checkpoint_tensors(tmp_path / "auto")
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
 def test_auto_and_a_number_of_micro_batches_contradict_each_other() -> None:

@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
@@ -188,6 +190,21 @@ def test_more_workers_than_the_cluster_has_cpus_is_said_at_once(config: Pretrain
 def test_gpus_that_the_cluster_does_not_have_are_said_at_once(config: PretrainConfig, folder: Path) -> None:
     with pytest.raises(UserError, match="--device cuda was asked for, but the cluster has no GPU"):
         launch.pretrain(dataclasses.replace(config, output="gpu", device="cuda"))
+
+
+def environment_of_sums(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a worker's process group was made with."""
+    assert torch.distributed.is_initialized()
+    return {"result": {name: os.environ.get(name) for name in ("NCCL_ALGO", "NCCL_NVLS_ENABLE")}}
+
+
+@pytest.mark.parametrize(("deterministic", "expected"), [("on", ("Ring", "0")), ("off", (None, None))])
+def test_sums_over_workers_are_made_repeatable_before_the_group_is_made(
+    deterministic: Literal["on", "off"], expected: tuple[str, str], config: PretrainConfig, folder: Path
+) -> None:
+    config = dataclasses.replace(config, num_workers=1, deterministic=deterministic)
+    found = launch.run_workers(environment_of_sums, {}, config, notes=open_folder(str(folder)), max_failures=0)
+    assert tuple(found.values()) == expected
 
 
 class Starts:
