@@ -15,7 +15,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -86,7 +86,13 @@ def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, 
     for name in values:
         if name not in names:
             raise UserError(f"preset {path}, section {section}: unknown key {name!r}{_nearest(str(name), names)}")
-    return values
+    hints = get_type_hints(config_class)
+    return {name: _on_or_off(value, hints[name]) for name, value in values.items()}
+
+
+def _on_or_off(value: Any, hint: Any) -> Any:
+    """YAML 1.1 takes on and off for true and false; a setting that has these words gets them back."""
+    return ("on" if value else "off") if isinstance(value, bool) and "on" in get_args(hint) else value
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

@@ -91,6 +91,13 @@ def test_flags_override_the_preset_and_hyphens_are_underscores(tmp_path: Path) -
         (["--num_workers", "1:600"], "gives 512 windows of 1,024 tokens, fewer than the 600 workers"),
         (["--num_workers", "2:8", "--grad_accum_steps", "4"], "grad_accum_steps 4 cannot hold on 2 to 8 workers alike"),
         (["--resize_seconds", "0"], "resize_seconds is 0; it must be positive"),
+        (["--batch_size", "0"], "batch_size is 0; it must be positive"),
+        (["--batch_size", "most"], "most"),
+        (["--batch_size", "auto", "--grad_accum_steps", "4"], "grad_accum_steps 4 says what batch_size auto is to"),
+        (["--profile_steps", "20"], "profile_steps is 20; give the first and the last step, for instance 20:25"),
+        (["--profile_steps", "25:20"], "profile_steps is 25:20; the first step must not come after the last"),
+        (["--recompute", "all"], "invalid choice 'all'"),
+        (["--deterministic", "yes"], "invalid choice 'yes'"),
     ],
 )
 def test_mistakes_are_one_sentence(flags: list[str], sentence: str) -> None:
@@ -136,6 +143,14 @@ def test_an_elastic_number_of_workers_is_a_range_in_flags_and_presets(tmp_path: 
 
 def train_tokenizer(*flags: str) -> TrainTokenizerConfig:
     return resolve(TrainTokenizerConfig, "train_tokenizer", flags, program="jobs/train_tokenizer.py")
+
+
+def test_words_and_ranges_are_the_same_in_flags_and_presets(tmp_path: Path) -> None:
+    path = preset(tmp_path, "pretrain: {deterministic: off, compile: on, profile_steps: 20:25, batch_size: auto}")
+    flags = ["--deterministic", "off", "--compile", "on", "--profile_steps", "20:25", "--batch_size", "auto"]
+    assert pretrain("--config", path) == pretrain(*flags)
+    assert pretrain(*flags).batch_size == "auto"
+    assert pretrain("--batch_size", "2e1").batch_size == 20
 
 
 def test_special_tokens_are_a_list_in_flags_and_presets(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from pipeline.distributed.signals import Interruptions, stop_on_signals
 from pipeline.errors import RunStopped, UserError
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
-from tests.support.out_of_memory_workers import small_device, small_memory
+from tests.support.small_memory import small_device, small_memory
 
 
 def poison(trainer: Trainer, *, window: int, where: str, once: bool) -> None:

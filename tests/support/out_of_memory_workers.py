@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +16,11 @@ from torch import Tensor
 
 from model.transformer import Transformer
 from pipeline.distributed import signals
-from pipeline.training import largest_batch, launch
+from pipeline.training import launch
+from tests.support.small_memory import small_memory
 
 LARGEST = 2
 """Windows that fit."""
-
-
-def small_memory(largest: int, *, ranks: Collection[int]) -> None:
-    """In this process a micro-batch of more than ``largest`` windows raises what a GPU's allocator raises."""
-    forward = Transformer.forward
-
-    def starved(self: Transformer, tokens: Tensor, *args: Any) -> Tensor:
-        if torch.is_grad_enabled() and len(tokens) > largest and int(os.environ.get("RANK", "0")) in ranks:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.")
-        return forward(self, tokens, *args)
-
-    Transformer.forward = starved  # type: ignore[method-assign]
-
-
-class StandIn:
-    """A memory that takes what autograd keeps for backward, and gives nothing back before the peak is forgotten."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._peak = limit, 0
-
-    def limit(self) -> int:
-        return self._limit
-
-    def forget_peak(self) -> None:
-        self._peak = 0
-
-    def peak(self) -> int:
-        return self._peak
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        self._peak += tensor.nbytes
-        return tensor
-
-
-def small_device(limit: int) -> None:
-    """From now on this process has a device with a memory of so many bytes."""
-    device = StandIn(limit)
-    largest_batch.device_memory = lambda _: device  # type: ignore[assignment]
-    torch.autograd.graph.saved_tensors_hooks(device.keep, lambda tensor: tensor).__enter__()
 
 
 def count_start(settings: dict[str, Any]) -> None:

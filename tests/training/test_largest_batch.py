@@ -29,7 +29,7 @@ from pipeline.training import largest_batch
 from pipeline.training.batch_size import possible_sizes
 from pipeline.training.largest_batch import NOTE_FILE, Probe, largest_that_fits
 from pipeline.training.trainer import Trainer
-from tests.support.out_of_memory_workers import StandIn
+from tests.support.small_memory import StandIn
 from tests.training.test_trainer import ALONE, CONFIG, checkpoint_tensors, train_here
 
 AUTO = dataclasses.replace(CONFIG, batch_size="auto")

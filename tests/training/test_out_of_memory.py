@@ -22,6 +22,7 @@ from pipeline.training import launch
 from pipeline.training.batch_size import next_smaller, out_of_memory_told, possible_sizes
 from pipeline.training.trainer import Trainer
 from tests.support import out_of_memory_workers as workers
+from tests.support.small_memory import small_memory
 from tests.training.test_trainer import ALONE, CONFIG
 
 SENTENCE = (
@@ -71,7 +72,7 @@ def test_a_step_that_does_not_fit_is_one_sentence(
     monkeypatch.setattr(Transformer, "forward", Transformer.forward)
     config = dataclasses.replace(CONFIG, **changes)
     trainer = Trainer(config, data=tiny_data, output=tmp_path, workers=ALONE, tracker=MemoryTracker())
-    workers.small_memory(config.micro_batch - 1, ranks=(0,))
+    small_memory(config.micro_batch - 1, ranks=(0,))
     with pytest.raises(UserError, match=sentence):
         trainer.run()
 
