@@ -9,7 +9,6 @@ tokens, 50,304 rows of 768, gradients in bfloat16; and ids that are all equally 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +82,7 @@ def exact_sums(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
 def measure(way: Way, rows: Tensor, ids: Tensor, exact: Tensor, *, what: dict[str, str], results: Results) -> None:
     """Prints and writes one line of the table, ``what`` in front."""
     num_rows, device = exact.shape[0], rows.device
-    with repeatable(device) if what["deterministic"] == "on" else contextlib.nullcontext():
+    with repeatable(device, enabled=what["deterministic"] == "on"):
         runs = [way(rows, ids, num_rows) for _ in range(RUNS)]
         milliseconds = 1000 * median_seconds(lambda: way(rows, ids, num_rows), device)
     error = ((runs[0].double().cpu() - exact).norm() / exact.norm()).item()

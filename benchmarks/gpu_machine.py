@@ -100,7 +100,7 @@ def attention_priority(device: torch.device) -> dict[str, Any]:
     queries, keys, values = attention_inputs(device)
     chosen = {}
     for mode in ("on", "off"):
-        with repeatable(device) if mode == "on" else contextlib.nullcontext():
+        with repeatable(device, enabled=mode == "on"):
             number = torch._fused_sdp_choice(queries, keys, values, is_causal=True)
         chosen[f"chosen, deterministic {mode}"] = SDPBackend(number).name
     return {"order": order, **chosen}
@@ -115,7 +115,7 @@ def attention_times(device: torch.device) -> dict[str, Any]:
     for kernel in kernels:
         for mode in ("on", "off"):
             name = f"{kernel.name}, deterministic {mode}, ms"
-            with repeatable(device) if mode == "on" else contextlib.nullcontext(), sdpa_kernel(kernel):
+            with repeatable(device, enabled=mode == "on"), sdpa_kernel(kernel):
                 try:
                     found[name] = round(1000 * median_seconds(attention_step(device), device), 3)
                 except RuntimeError as error:  # torch refuses a kernel that has no deterministic form
@@ -135,7 +135,8 @@ def attention_step(device: torch.device) -> Callable[[], None]:
     grad = torch.ones_like(inputs[0])
 
     def step() -> None:
-        mixed = F.scaled_dot_product_attention(*inputs, is_causal=True)
+        queries, keys, values = inputs
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         torch.autograd.grad(mixed, inputs, grad)
 
     return step

@@ -72,7 +72,7 @@ def our_step(setting: Setting, *, compiled: bool) -> Callable[[], Tensor]:
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> Tensor:
-        with repeatable(setting.workers.device) if setting.deterministic else contextlib.nullcontext():
+        with repeatable(setting.workers.device, enabled=setting.deterministic):
             loss = model(inputs, targets)
             loss.backward()
             clip_grad_norm([local_part(p.grad) for p in model.parameters() if p.grad is not None], CLIP)

@@ -210,7 +210,7 @@ def test_the_bare_step_is_the_trainers_step(tiny_data: Path, tmp_path: Path, mon
     inside: list[str] = []
 
     @contextmanager
-    def repeatable(_: torch.device) -> Iterator[None]:
+    def repeatable(_: torch.device, *, enabled: bool = True) -> Iterator[None]:
         inside.append("entered")
         yield
         inside.append("left")
@@ -222,8 +222,8 @@ def test_the_bare_step_is_the_trainers_step(tiny_data: Path, tmp_path: Path, mon
     trainer = Trainer(config, data=tiny_data, output=tmp_path / "run", workers=workers, tracker=MemoryTracker())
     bare = overhead.BareStep(config, trainer, workers)
     trainer.train_step(0)
-    for group, theirs in zip(bare.optimizer.param_groups, trainer.optimizer.param_groups, strict=True):
-        group["lr"] = theirs["lr"]
+    for group, like in zip(bare.optimizer.param_groups, trainer.optimizer.param_groups, strict=True):
+        group["lr"] = like["lr"]
     bare()
     assert inside == ["entered", "left"]
     for ours, theirs in zip(bare.model.parameters(), trainer.model.parameters(), strict=True):

@@ -66,7 +66,7 @@ class RunEvaluation:
         """
         if compiles(self.config, self.workers):
             config = self.config
-            self._validation_loss(self.workers.world_size * config.batch_size * config.context_length)
+            self._validation_loss(self.workers.world_size * config.micro_batch * config.context_length)
 
     def run(self, done: int, checkpoint: Folder | None) -> None:
         """Measure what is due after ``done`` steps. Collective.

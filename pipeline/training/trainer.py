@@ -47,8 +47,8 @@ from pipeline.pretrained import huggingface
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.garbage import GarbageCollection
 from pipeline.training.batch_size import out_of_memory_told
+from pipeline.training.garbage import GarbageCollection
 from pipeline.training.largest_batch import with_batch_size
 from pipeline.training.nonfinite import Search
 from pipeline.training.optimizer import build_optimizer, compiles

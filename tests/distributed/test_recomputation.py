@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 from pipeline.distributed import fsdp
 from pipeline.distributed.fsdp import Workers, parallelize
 from pipeline.distributed.recomputation import recompute_blocks
@@ -76,6 +76,7 @@ def test_every_block_is_computed_twice_a_step_and_once_in_an_evaluation(monkeypa
     model = make(recompute=False, compile_blocks=False)
     calls = []
     for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         block.attention.register_forward_hook(lambda module, args, output, number=number: calls.append(number))
     recompute_blocks(model)
     tokens = random_tokens(model.config, batch=2, length=49)

@@ -54,5 +54,5 @@ def first_never_answers(settings: dict[str, Any]) -> dict[str, Any]:
             time.sleep(600)
         return starved(self, tokens, *args)
 
-    Transformer.forward = waiting  # type: ignore[method-assign]
+    Transformer.forward = waiting  # type: ignore[method-assign, assignment]
     return launch.pretrain_worker(settings)

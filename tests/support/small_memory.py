@@ -22,7 +22,7 @@ def small_memory(largest: int, *, ranks: Collection[int]) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.")
         return forward(self, tokens, *args)
 
-    Transformer.forward = starved  # type: ignore[method-assign]
+    Transformer.forward = starved  # type: ignore[method-assign, assignment]
 
 
 class StandIn:
