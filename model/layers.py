@@ -10,7 +10,8 @@ P padded vocab, N = B T.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,6 +79,28 @@ class _Lookup(torch.autograd.Function):
         return None, sum_rows(grad.flatten(0, -2), ids.flatten(), ctx.num_rows)
 
 
+def sum_rows_by_index_put(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """See sum_rows. CUDA sorts the ids; several threads of a CPU add in any order, and bits differ between runs."""
+    result = torch.zeros(num_rows, rows.shape[1], dtype=torch.float32, device=rows.device)
+    return result.index_put_((ids,), rows.float(), accumulate=True).to(rows.dtype)
+
+
+def sum_rows_by_embedding_backward(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """See sum_rows. CUDA sorts the ids and adds many rows of one id in parts; a CPU adds in the rows' order."""
+    wide = rows if rows.device.type == "cuda" else rows.float()  # torch adds in float32 by itself on CUDA alone
+    return torch.ops.aten.embedding_dense_backward(wide, ids, num_rows, -1, False).to(rows.dtype)
+
+
+SUM_ROWS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "index_put": sum_rows_by_index_put,
+    "embedding_dense_backward": sum_rows_by_embedding_backward,
+}
+"""Ways to add up the embedding's gradient, for measuring."""
+
+SUM_ROWS_METHOD = {"cpu": "embedding_dense_backward", "cuda": "index_put"}
+"""The way that sum_rows takes per device type: repeatable bit for bit, and the same in every run."""
+
+
 @torch.library.custom_op("gpt25::sum_rows", mutates_args=())
 def sum_rows(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     """(num_rows, D) whose row i is the sum of the rows (N, D) with id i, added in float32, in the rows' type.
@@ -85,8 +108,7 @@ def sum_rows(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     A compiler must not look inside: it would add atomically on CUDA, in any order, and a resumed run would not repeat
     its bits. In bfloat16 the thousandth occurrence of a word would no longer change a sum.
     """
-    result = torch.zeros(num_rows, rows.shape[1], dtype=torch.float32, device=rows.device)
-    return result.index_put_((ids,), rows.float(), accumulate=True).to(rows.dtype)
+    return SUM_ROWS[SUM_ROWS_METHOD.get(rows.device.type, "index_put")](rows, ids, num_rows)
 
 
 @sum_rows.register_fake
@@ -108,14 +130,41 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight.float()).to(x.dtype)
 
 
-Rotation = tuple[Tensor, Tensor]
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Cosines and sines of positions, (T, K/2) float32 each.
+
+    A class of its own: tensors in tuples, lists and dicts would be cast to bfloat16 on their way into a sharded block.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+@torch.library.custom_op("gpt25::rotary_angles", mutates_args=())
+def rotary_angles(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of t theta^(-2i/K), (T, K/2) float32 each, t from start to start + length - 1.
+
+    A compiler must not look inside: on CUDA it would compute power, cosine and sine anew wherever they are used, for
+    every element of every layer, forward and backward: ten times the instructions of reading them.
+    """
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angles = positions[:, None] * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+@rotary_angles.register_fake
+def _(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    shape = (length, (head_dim + 1) // 2)
+    return torch.empty(shape, device=device), torch.empty(shape, device=device)
 
 
 class RotaryEmbedding(nn.Module):
     """Turns pair (i, i + K/2) of the vector at position t by t theta^(-2i/K) (RoPE, arXiv 2104.09864, Llama's halves).
 
-    Angles are float32 whatever x is: in bfloat16 neighbouring positions beyond 256 coincide. They are computed at each
-    call: a table would be cast by model.bfloat16(), lost by to_empty, or rounded on its way into a sharded block.
+    Angles are float32 whatever x is: in bfloat16 neighbouring positions beyond 256 coincide. They are computed once a
+    forward pass and kept nowhere: a buffer would be cast by model.bfloat16() and lost by to_empty.
     """
 
     def __init__(self, head_dim: int, theta: float) -> None:
@@ -124,11 +173,8 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
 
     def angles(self, start: int, length: int, device: torch.device) -> Rotation:
-        """Cosines and sines of the positions start .. start + length - 1, (T, K/2) float32 each."""
-        positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-        exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-        angles = positions[:, None] * (1.0 / self.theta**exponents)
-        return angles.cos(), angles.sin()
+        """Cosines and sines of the positions start .. start + length - 1."""
+        return Rotation(*rotary_angles(start, length, self.head_dim, self.theta, device))
 
     def forward(self, x: Tensor, start: int = 0, rotation: Rotation | None = None) -> Tensor:
         """x (B, H, T, K) at positions start .. start + T - 1 -> the same shape and dtype.
@@ -136,9 +182,15 @@ class RotaryEmbedding(nn.Module):
         Args:
             rotation: self.angles of these positions; not given, they are computed.
         """
-        cos, sin = self.angles(start, x.shape[-2], x.device) if rotation is None else rotation
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        rotation = self.angles(start, x.shape[-2], x.device) if rotation is None else rotation
+        return rotate(x.transpose(-3, -2), rotation).transpose(-3, -2)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x (B, T, H, K) turned by a rotation of T positions, in float32 -> the same shape and dtype."""
+    cos, sin = rotation.cos[:, None], rotation.sin[:, None]  # (T, 1, K/2)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -202,8 +254,11 @@ class CausalSelfAttention(nn.Module):
         """
         start = 0 if cache is None else cache.length
         rotation = self.rotary.angles(start, x.shape[1], x.device) if rotation is None else rotation
-        queries, keys, values = map(self._split_heads, project(x, self.q_proj, self.k_proj, self.v_proj))
-        queries, keys = self.rotary(queries, start, rotation), self.rotary(keys, start, rotation)
+        heads = (part.unflatten(-1, (self.num_heads, -1)) for part in project(x, self.q_proj, self.k_proj, self.v_proj))
+        queries, keys, values = heads  # (B, T, H, K) each
+        # Turned as they lie: attention then gives its output, and takes its gradient, in this order without a copy.
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # (B, H, T, K)
         if cache is not None:
             keys, values = cache.append(keys, values)
         # is_causal puts the diagonal at the top left, which is right for as many keys as queries only.
@@ -211,9 +266,6 @@ class CausalSelfAttention(nn.Module):
         mask = None if is_causal or x.shape[1] == 1 else causal_mask(x.shape[1], start, x.device)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, K)
 
 
 def causal_mask(num_queries: int, start: int, device: torch.device) -> Tensor:

@@ -4,11 +4,15 @@ For 32 windows of 1,024 tokens over 50,304 columns they would take 6.6 GB in flo
 of rows is projected, turned into losses and into its share of both gradients, and forgotten; backward multiplies what
 is ready by the incoming gradient. The matrix products are the same three as without chunks.
 
+On CUDA a kernel of ours (loss_kernel.py) makes the losses of a chunk and writes the gradient over its logits, in one
+launch; where triton is not installed, and on a CPU, plain operations do, equal up to rounding.
+
 Shapes: N = B T rows, C rows of a chunk, D model, V vocab, P padded vocab.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +27,9 @@ CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**25}
 Every chunk reads and writes the weight's gradient once more (155 MB of float32 for the recipe). On a GPU 1 GiB, about
 10,000 rows of bfloat16, keeps that to a few per cent of the chunk's products; a CPU's chunk should stay in its cache.
 """
+
+KERNEL_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()
+"""Types of devices where the kernel is used."""
 
 _ROW_MULTIPLE = 128  # rows of a tensor-core tile
 
@@ -88,7 +95,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, vocab_size: int, num_rows: int, with_gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk and G (C, P) in the logits' type; uncompiled, G takes the place of the logits."""
+    """Summed loss of a chunk and G (C, P) in the logits' type, which may take the place of the logits."""
+    if logits.device.type in KERNEL_DEVICES:
+        losses = write_gradient_(logits, targets, vocab_size, num_rows, with_gradients)
+        return losses.sum(), logits if with_gradients else None
     if torch.compiler.is_compiling():
         return _fused_loss_and_gradient(logits, targets, vocab_size, num_rows, with_gradients)
     real = logits[:, :vocab_size]
@@ -108,21 +118,47 @@ def _loss_and_gradient(
     return loss, logits
 
 
+@torch.library.custom_op("gpt25::write_gradient_", mutates_args=("logits",))
+def write_gradient_(logits: Tensor, targets: Tensor, vocab_size: int, num_rows: int, with_gradients: bool) -> Tensor:
+    """Losses (C,) float32 of a chunk; with_gradients puts G in the place of the logits (C, P), else they stay.
+
+    Triton is imported here and not before: it is there on machines with a GPU only. A loss is NaN where the target is
+    outside [0, vocab_size).
+    """
+    from model import loss_kernel
+
+    return loss_kernel.write_gradient(logits, targets, vocab_size, num_rows, with_gradients)
+
+
+@write_gradient_.register_fake
+def _(logits: Tensor, targets: Tensor, vocab_size: int, num_rows: int, with_gradients: bool) -> Tensor:
+    return logits.new_empty(targets.shape, dtype=torch.float32)
+
+
 def _fused_loss_and_gradient(
     logits: Tensor, targets: Tensor, vocab_size: int, num_rows: int, with_gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The same without writing into anything: a compiler makes one reduction and one element-wise pass of it."""
+    """The same without writing into anything: a compiler makes one reduction and one element-wise pass of it.
+
+    The logits of the targets are a sum over all columns, because a gather would be put off to the end of all chunks,
+    whose logits would then be kept. A target outside [0, vocab_size) makes the loss NaN.
+    """
     columns = torch.arange(logits.shape[1], device=logits.device)
     is_target = columns == targets[:, None]  # (C, P)
     wide = logits.float().masked_fill(columns >= vocab_size, -math.inf)
     largest = wide.amax(dim=1, keepdim=True)
     weights = (wide - largest).exp()
     sums = weights.sum(dim=1, keepdim=True)
-    target_logits = logits.gather(1, targets[:, None]).float()
+    target_logits = torch.where(is_target, logits, 0).sum(dim=1, keepdim=True, dtype=torch.float32)
+    target_logits = torch.where(_exist(targets, vocab_size)[:, None], target_logits, math.nan)
     loss = (sums.log() + largest - target_logits).sum()
     if not with_gradients:
         return loss, None
-    return loss, (weights / (sums * num_rows) - is_target.float() * (1 / num_rows)).to(logits.dtype)
+    return loss, (weights * (1 / (sums * num_rows)) - is_target.float() * (1 / num_rows)).to(logits.dtype)
+
+
+def _exist(targets: Tensor, vocab_size: int) -> Tensor:
+    return (targets >= 0) & (targets < vocab_size)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
