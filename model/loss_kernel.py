@@ -10,8 +10,6 @@ Shapes: C rows, V vocab, P columns, of which those from V on are padding.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,11 +25,11 @@ NUM_WARPS = 16
 
 
 @triton.jit
-def _write_gradient(  # noqa: PLR0917  # the kernel's own list
-    logits: Any, targets: Any, losses: Any, row_stride: Any, scale: Any,
+def _write_gradient(  # type: ignore[no-untyped-def]  # noqa: PLR0917  # triton reads annotations its own way
+    logits, targets, losses, row_stride, scale,
     VOCAB_SIZE: tl.constexpr, NUM_COLUMNS: tl.constexpr, WITH_GRADIENTS: tl.constexpr,  # noqa: N803
     LANES: tl.constexpr, WIDTH: tl.constexpr,  # noqa: N803  # constants of a compiled kernel, as triton's own are
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One row: its loss, and scale (softmax - one_hot(target)) over its logits, 0 over the padding."""
     BLOCK: tl.constexpr = LANES * WIDTH  # noqa: N806
     FULL: tl.constexpr = VOCAB_SIZE // BLOCK * BLOCK  # noqa: N806  # columns in blocks that need no mask
@@ -75,7 +73,7 @@ def _write_gradient(  # noqa: PLR0917  # the kernel's own list
 
 
 @triton.jit
-def _add_exponentials(largest: Any, total: Any, values: Any) -> Any:
+def _add_exponentials(largest, total, values):  # type: ignore[no-untyped-def]
     """Lane by lane (L,), the largest number and the sum of exp(number - largest), with values (L, WIDTH) added."""
     larger = tl.maximum(largest, tl.max(values, axis=1))
     shift = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that has seen no number: not inf - inf
