@@ -265,3 +265,26 @@ def test_cross_entropy_refuses_a_second_backward() -> None:
 def test_cross_entropy_refuses_ids_that_do_not_exist(target: int) -> None:
     with pytest.raises(RuntimeError, match="out of bounds"):
         layers.cross_entropy(random(1, 256), torch.tensor([target]), 203)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedding_gradient_has_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    """And adds in the order of the rows: a resumed run repeats it."""
+    rows, ids = random(4096, 64).to(dtype), torch.arange(4096) * 7 % 30
+    expected = torch.zeros(40, 64)
+    for row, target in zip(rows.float(), ids.tolist(), strict=True):
+        expected[target] += row
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            assert torch.equal(layers.sum_rows(rows, ids, 40), expected.to(dtype))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", layers.SUM_ROWS)
+def test_every_way_of_adding_the_embedding_gradient_is_right(method: str) -> None:
+    rows, ids = random(500, 8).bfloat16(), torch.arange(500) * 7 % 30
+    exact = torch.zeros(40, 8, dtype=torch.float64).index_add_(0, ids, rows.double())
+    assert relative_error(layers.SUM_ROWS[method](rows, ids, 40), exact) <= BFLOAT16_ROUNDING
