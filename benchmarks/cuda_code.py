@@ -51,7 +51,8 @@ def read(source: str) -> Code:
     for name, body in KERNEL.findall(source):
         found = GIGABYTES.search(body)
         per_launch[name] = float(found.group(1)) if found else float("nan")
-    code, shapes = Code(), {}
+    code = Code()
+    shapes: dict[str, Any] = {}
     for line in KERNEL.sub("", source).splitlines():
         if found := RENAMED.search(line):
             shapes[found.group(1)] = shapes.get(found.group(2), ())
@@ -179,7 +180,7 @@ def writer(output: Path, files: list[Path]) -> Any:
         return run
 
     def backend(graph: Any, inputs: Any) -> Any:
-        GraphLowering.compile_to_module = GraphLowering._compile_to_module = write  # type: ignore[method-assign]
+        GraphLowering.compile_to_module = GraphLowering._compile_to_module = write  # type: ignore[method-assign, assignment]
         settings = {"fx_graph_cache": False, "compile_threads": 1, "profile_bandwidth": True}
         settings["joint_graph_constant_folding"] = False  # it would compute on tensors that are not there
         functorch_config.enable_autograd_cache = False
