@@ -20,7 +20,7 @@ from benchmarks import bpe_peers as peers
 from benchmarks.bpe_pipeline import compile_seconds
 from benchmarks.bpe_report import Row, Seconds, Section, Spread, Target, measure, quotients
 from pipeline.tokenizer.bpe import END_OF_TEXT
-from pipeline.tokenizer.files import PATTERNS
+from pipeline.tokenizer.patterns import PATTERNS
 from pipeline.tokenizer.training import count_pretokens, train_bpe, warm_up
 
 LIST, ARROW = "ours, list[str]", "ours, Arrow"

@@ -25,7 +25,7 @@ import tiktoken
 import tokenizers
 
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import PATTERNS
+from pipeline.tokenizer.patterns import PATTERNS
 
 try:
     import awkward

@@ -10,37 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.layers import LayerCache
-
-if TYPE_CHECKING:
-    from model.config import ModelConfig
-    from model.transformer import Transformer
-
+from model.kv_cache import KVCache
+from model.transformer import Transformer
 
 FIRST_LOOK = 1024
 """Likeliest ids that are sorted before all are."""
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, one LayerCache per block, up to context_length positions."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.layers = [LayerCache(config.context_length) for _ in range(config.num_layers)]
-
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return self.layers[0].length
-
-    def clear(self) -> None:
-        """Forgets all positions and keeps the memory."""
-        for layer in self.layers:
-            layer.length = 0
 
 
 def sample_token(

@@ -8,17 +8,13 @@ Shapes: B batch, T time, D model, V vocab, P padded vocab.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kv_cache import KVCache
 from model.layers import CausalSelfAttention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding, Rotation, SwiGLU
 from model.loss import LinearCrossEntropy
-
-if TYPE_CHECKING:
-    from model.generation import KVCache
 
 INIT_STD = 0.02
 """Standard deviation of every matrix at the start, as in GPT-2."""

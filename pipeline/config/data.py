@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config.settings import require, require_positive
-from pipeline.tokenizer.files import Pattern
+from pipeline.tokenizer.patterns import Pattern
 
 MAX_VOCAB_SIZE = (1 << 20) - 1  # bpe.MAX_TOKENS; bpe takes numba, and a trainer reads this file too
 

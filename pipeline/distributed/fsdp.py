@@ -25,7 +25,7 @@ from pipeline.distributed import determinism
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from model.generation import KVCache
+    from model.kv_cache import KVCache
 
 # FLOP/s of dense bf16 matrix products that are added up in float32, of one device, by the name torch gives it. From
 # NVIDIA's data sheets "H100", "H200", "A100", "L40S", "L4" and "HGX B200", most of which print the doubled rate "with

@@ -33,7 +33,8 @@ from pipeline.sources.work_items import Piece, WorkItem
 from pipeline.storage.folders import Folder, node_cache, open_folder
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer import training as bpe_training
-from pipeline.tokenizer.files import Pattern, collector_paused
+from pipeline.tokenizer.files import collector_paused
+from pipeline.tokenizer.patterns import Pattern
 
 if TYPE_CHECKING:
     from ray import ObjectRef

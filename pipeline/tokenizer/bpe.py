@@ -24,8 +24,6 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.tokenizer.files import (
-    PATTERNS,
-    Pattern,
     Vocabulary,
     read_gpt2,
     read_tokenizer_json,
@@ -34,6 +32,7 @@ from pipeline.tokenizer.files import (
 )
 from pipeline.tokenizer.kernels import encode as encode_kernels
 from pipeline.tokenizer.kernels import hash_table, merge_short
+from pipeline.tokenizer.patterns import MAX_TOKENS, PATTERNS, Pattern
 from pipeline.tokenizer.text_buffers import (
     TextBuffer,
     Texts,
@@ -47,7 +46,6 @@ from pipeline.tokenizer.text_buffers import (
 from pipeline.tokenizer.workspace import Arrays, PieceTable, merge_space, new_merges, new_scanner
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_TOKENS = merge_short.NO_TOKEN  # two ids and a rank fit into a word: bpe_merge_kernels.Merges
 MAX_UINT16_TOKENS = 1 << 16
 PATTERN_NUMBERS: dict[Pattern, int] = {"gpt2": encode_kernels.GPT2, "cl100k": encode_kernels.CL100K}
 

@@ -17,23 +17,16 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, AnyStr, Literal, NamedTuple
+from typing import Any, AnyStr, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.tokenizer.patterns import PATTERNS, Pattern
 
-Pattern = Literal["gpt2", "cl100k"]
-PATTERNS: dict[Pattern, str] = {
-    "gpt2": r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    "cl100k": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
-    r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
-}
-"""Name -> the regular expression, as tiktoken and `tokenizers` take it."""
-
-# All spellings that are read: the above and equal ones out of tiktoken. The cl100k_base of tiktoken 0.14 is not equal:
-# it tries \s++$ first, so white space at the end of a text is one piece, which here ends behind its last newline and
-# begins again. In `tokenizers`, moreover, its \p{N}{1,3}+ takes any number of digits.
+# All spellings that are read: those of patterns.py and equal ones out of tiktoken. The cl100k_base of tiktoken 0.14 is
+# not equal: it tries \s++$ first, so white space at the end of a text is one pretoken, which here ends after its last
+# newline and begins again. In `tokenizers`, moreover, its \p{N}{1,3}+ takes any number of digits.
 _SPELLINGS: dict[str, Pattern] = {expression: name for name, expression in PATTERNS.items()} | {
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""": "gpt2",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""": "gpt2",

@@ -33,11 +33,11 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer.bpe import END_OF_TEXT, PATTERN_NUMBERS, Tokenizer
-from pipeline.tokenizer.files import PATTERNS, Pattern
 from pipeline.tokenizer.kernels import count as count_kernels
 from pipeline.tokenizer.kernels import encode as encode_kernels
 from pipeline.tokenizer.kernels import train as kernels
 from pipeline.tokenizer.kernels.hash_table import BATCH_WORDS, ENTRIES
+from pipeline.tokenizer.patterns import PATTERNS, Pattern
 from pipeline.tokenizer.text_buffers import TextBuffer, Texts, require_texts, shares, text_buffers
 from pipeline.tokenizer.workspace import PieceTable, new_scanner
 

@@ -12,7 +12,7 @@ from pipeline.config.inference import EvaluateConfig, GenerateConfig
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig, worker_range
 from pipeline.errors import UserError
-from pipeline.tokenizer.bpe import MAX_TOKENS
+from pipeline.tokenizer.patterns import MAX_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

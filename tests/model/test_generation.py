@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.generation import KVCache, generate, generate_tokens, sample_token
+from model.generation import generate, generate_tokens, sample_token
+from model.kv_cache import KVCache
 from model.transformer import Transformer
 from tests.support.llama_twin import ROUNDING, lively_model, llama_twin, random_tokens, relative_error, small_config
 

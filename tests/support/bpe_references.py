@@ -24,7 +24,8 @@ import tiktoken
 import tokenizers
 
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import Pattern, read_gpt2
+from pipeline.tokenizer.files import read_gpt2
+from pipeline.tokenizer.patterns import Pattern
 from tests.conftest import shared_folder
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

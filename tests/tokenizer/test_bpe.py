@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.tokenizer import bpe, unicode_table
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import PATTERNS
+from pipeline.tokenizer.kernels import merge_short
+from pipeline.tokenizer.patterns import MAX_TOKENS, PATTERNS
 from pipeline.tokenizer.training import count_pretokens
 from tests.support.bpe_references import (
     GPT2_PATTERN,
@@ -219,6 +220,10 @@ def test_decoding_joins_bytes_before_it_reads_characters() -> None:
     for bad in ([-1], [259], [0.5]):
         with pytest.raises(UserError, match="below 259"):
             tokenizer.decode_bytes(bad)  # type: ignore[arg-type]
+
+
+def test_the_largest_vocabulary_is_what_the_kernels_can_pack() -> None:
+    assert MAX_TOKENS == merge_short.NO_TOKEN
 
 
 def test_the_fingerprint_is_of_what_decides_about_ids() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import Pattern
+from pipeline.tokenizer.patterns import Pattern
 from pipeline.tokenizer.training import count_pretokens
 from tests.conftest import shared_folder
 from tests.support.bpe_references import (

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.tokenizer import files as tokenizer_files
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import PATTERNS, Pattern, Vocabulary, read_tokenizer_json, write_tokenizer_json
+from pipeline.tokenizer.files import Vocabulary, read_tokenizer_json, write_tokenizer_json
+from pipeline.tokenizer.patterns import PATTERNS, Pattern
 from pipeline.tokenizer.training import train_bpe
 from tests.support.bpe_references import (
     BOTH,

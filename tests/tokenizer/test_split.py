@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.tokenizer import bpe
-from pipeline.tokenizer.files import Pattern
+from pipeline.tokenizer.patterns import Pattern
 from pipeline.tokenizer.training import count_pretokens
 from tests.conftest import ROOT
 from tests.support.bpe_references import (

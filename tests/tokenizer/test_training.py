@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.tokenizer import training as bpe_training
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import Pattern, show_all
+from pipeline.tokenizer.files import show_all
+from pipeline.tokenizer.patterns import Pattern
 from pipeline.tokenizer.training import PretokenCounts, count_pretokens, merge_counts, train_bpe
 from tests.support.bpe_references import BOTH, NASTY, as_tiktoken, documents, naive_merges, pieces
 
