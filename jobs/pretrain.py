@@ -15,8 +15,8 @@ from pipeline.config.training import PretrainConfig
 
 def main(config: PretrainConfig) -> None:
     from pipeline.paths import resolve_output
+    from pipeline.run_files import REPORT_FILE
     from pipeline.tracking import journal
-    from pipeline.tracking.report import REPORT_FILE
     from pipeline.training import launch
 
     summary, mlflow_run = launch.pretrain(config)

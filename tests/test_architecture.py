@@ -53,6 +53,7 @@ ROOMS["training"] = set(ROOMS) - {"sources", "remote", "preprocessing", "serving
 MORE_FOR: dict[str, set[str]] = {
     "pretrained.export_job": {"config", "dataset", "generation"},
     "pretrained.model_card": {"config", "dataset", "generation"},
+    "pretrained.pyfunc": {"generation"},
 }
 """Single files that may import more rooms than their own room."""
 LESS_FOR: dict[str, set[str]] = {

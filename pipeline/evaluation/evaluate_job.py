@@ -25,15 +25,14 @@ from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
 from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
 from pipeline.paths import make_output, resolve_output, resolve_path, working_folder
-from pipeline.pretrained import huggingface
-from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_checkpoint
+from pipeline.pretrained import huggingface, weights
+from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
+from pipeline.run_files import SCORES_FILE
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.mlflow_run import find_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.training import launch
-
-SCORES_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +80,25 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     Raises:
         UserError: no such model or data, shards of another tokenizer, nothing to measure.
     """
-    path = resolve_checkpoint(config.checkpoint)
+    source = resolve_model(config.checkpoint)
+    path, run_folder = source.path, source.run_folder
     data = _find_data(config, path)
     questions = str(find_questions(config.hellaswag)) if config.hellaswag else None
     if data is None and questions is None:
         raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag")
     manifest = None if data is None else _check_data(data, path)
-    run_folder = _run_folder(path)
-    if reuse and run_folder and (found := _earlier(run_folder, path, manifest, questions)):
+    if reuse and run_folder and (found := _earlier(run_folder, source.address, manifest, questions)):
         return found
     settings = {"config": asdict(config), "path": str(path), "data": str(data or ""), "questions": questions}
     if config.num_workers == 1:
         result = score_here(settings)
     else:
-        notes = run_folder or Path(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
-        result = launch.run_workers(score_worker, settings, config, notes=open_folder(notes), max_failures=0)
+        notes = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
+        result = launch.run_workers(score_worker, settings, config, notes=notes, max_failures=0)
     scores = Scores(
-        checkpoint=str(path),
+        checkpoint=source.address,
         manifest_fingerprint=manifest.fingerprint if manifest else None,
-        **_where_from(path),
+        **weights.read_progress(path),
         **result,
     )
     _keep(config, run_folder, scores)
@@ -115,9 +114,9 @@ def score_here(settings: dict[str, Any]) -> dict[str, Any]:
     """This process's share; the whole result on every rank."""
     config, path = EvaluateConfig(**settings["config"]), Path(settings["path"])
     workers = join_workers(config.device)
-    model = Transformer(huggingface.read_model_config(path))
+    model = Transformer(weights.read_model_config(path))
     parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)
-    huggingface.load_weights(path, model)
+    weights.load_weights(path, model)
     tokenizer = read_tokenizer(path)
     result: dict[str, Any] = {}
     if settings["data"]:
@@ -165,40 +164,28 @@ def _check_data(data: Folder, path: Path) -> Manifest:
     return manifest
 
 
-def _run_folder(path: Path) -> Path | None:
-    return path.parent.parent if path.parent.name == "checkpoints" else None
-
-
-def _where_from(path: Path) -> dict[str, Any]:
-    if huggingface.is_exported(path):
-        note = huggingface.read_note(path)
-        return {"step": note.get("step"), "tokens_seen": note.get("tokens_seen")}
-    info = checkpoint_reader.read_info(path)
-    return {"step": info.step, "tokens_seen": info.tokens_seen}
-
-
-def _earlier(run_folder: Path, path: Path, manifest: Manifest | None, questions: str | None) -> Scores | None:
-    file = run_folder / SCORES_FILE
-    if not file.is_file():
+def _earlier(run_folder: Folder, checkpoint: str, manifest: Manifest | None, questions: str | None) -> Scores | None:
+    try:
+        values = json.loads(run_folder.read(SCORES_FILE))
+    except FileNotFoundError:
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
     values.pop("perplexity", None)
     scores = Scores(**values)
-    same = (scores.checkpoint, scores.manifest_fingerprint) == (str(path), manifest.fingerprint if manifest else None)
+    same = (scores.checkpoint, scores.manifest_fingerprint) == (checkpoint, manifest.fingerprint if manifest else None)
     return scores if same and (questions is None or scores.hellaswag_acc is not None) else None
 
 
-def _keep(config: EvaluateConfig, run_folder: Path | None, scores: Scores) -> None:
+def _keep(config: EvaluateConfig, run_folder: Folder | None, scores: Scores) -> None:
     """The result as JSON where it belongs, and as metrics of the training run where there is one."""
     text = json.dumps(asdict(scores) | {"perplexity": scores.perplexity}, indent=2) + "\n"
-    outputs = [resolve_path(config.output)] if config.output else []
-    outputs += [run_folder / SCORES_FILE] if run_folder else []
-    for output in outputs:
+    if config.output:
+        output = resolve_path(config.output)
         make_output(output.parent)
         output.write_text(text, encoding="utf-8")
-    if run_folder is None or not (run_folder / "mlflow_run.json").is_file():
+    if run_folder is None:
         return
-    run = find_run(tracking_uri=config.tracking_uri, folder=open_folder(run_folder), working_folder=working_folder())
+    run_folder.write(SCORES_FILE, [text.encode()])
+    run = find_run(tracking_uri=config.tracking_uri, folder=run_folder, working_folder=working_folder())
     if run is None:
         return
     names = {

@@ -23,13 +23,13 @@ from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.paths import resolve_output, resolve_path, working_folder
 from pipeline.preprocessing import tokenization
+from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.storage.locks import only_writer
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.tracker import RunInput
-from pipeline.training.run_folder import SUMMARY_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

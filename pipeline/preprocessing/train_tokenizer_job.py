@@ -25,13 +25,13 @@ from pipeline.paths import resolve_output, working_folder
 from pipeline.preprocessing import resume_state
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.preprocessing.tokenizer_training import learn
+from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.storage.locks import only_writer
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.tracker import RunInput
-from pipeline.training.run_folder import SUMMARY_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,10 @@ from pipeline.checkpoints.metadata import TOKENIZER_FILE
 from pipeline.config.inference import ExportConfig
 from pipeline.errors import UserError
 from pipeline.paths import make_output, resolve_path, working_folder
-from pipeline.pretrained import hub_models, huggingface, model_card
-from pipeline.pretrained.resolve import read_tokenizer, resolve_checkpoint
+from pipeline.pretrained import hub_models, huggingface, model_card, weights
+from pipeline.pretrained.resolve import ModelSource, read_tokenizer, resolve_model
 from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
+from pipeline.tracking.mlflow_run import find_run, mlflow_uri
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ def export(config: ExportConfig) -> ExportReport:
     """
     if config.push_to_hub:
         hub_models.check_name(config.push_to_hub)
-    source, output = resolve_checkpoint(config.checkpoint), resolve_path(config.output)
-    _check_output(output, source)
-    run = model_card.read_run(source, tracking_uri=config.tracking_uri)
+    source, output = resolve_model(config.checkpoint), resolve_path(config.output)
+    _check_output(output, source.path)
+    run = model_card.read_run(source)
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.incomplete")
     make_output(output.parent)
     try:
@@ -70,13 +71,15 @@ def export(config: ExportConfig) -> ExportReport:
         raise UserError(f"the folder {output} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _publish(config, report, run)
+    return _publish(config, report, source, run)
 
 
-def _write(config: ExportConfig, source: Path, output: Path, partial: Path, run: model_card.Run) -> ExportReport:
-    model_config, tokenizer = huggingface.read_model_config(source), read_tokenizer(source)
+def _write(config: ExportConfig, source: ModelSource, output: Path, partial: Path, run: model_card.Run) -> ExportReport:
+    path = source.path
+    model_config, tokenizer = weights.read_model_config(path), read_tokenizer(path)
     dtype, eot_id = _DTYPES[config.dtype], tokenizer.eot_id
-    files = huggingface.write_weights(partial, source, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)
+    tensors = weights.read_weights(path, model_config)
+    files = huggingface.write_weights(partial, tensors, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)
     huggingface.write_json(
         partial / huggingface.CONFIG_FILE, huggingface.llama_config(model_config, dtype=dtype, eot_id=eot_id)
     )
@@ -85,12 +88,12 @@ def _write(config: ExportConfig, source: Path, output: Path, partial: Path, run:
         huggingface.tokenizer_config(END_OF_TEXT, model_config.context_length),
     )
     huggingface.write_json(partial / huggingface.GENERATION_CONFIG_FILE, huggingface.generation_config(eot_id))
-    shutil.copyfile(source / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+    shutil.copyfile(path / TOKENIZER_FILE, partial / TOKENIZER_FILE)
     note = _note(run, tokenizer, config.dtype)
     huggingface.write_json(partial / huggingface.NOTE_FILE, note)
     model_card.write(partial, run, model_config, name=config.push_to_hub or output.name, dtype=config.dtype)
     return ExportReport(
-        source=str(source),
+        source=source.address,
         output=str(output),
         parameters=model_config.num_parameters,
         dtype=config.dtype,
@@ -98,7 +101,7 @@ def _write(config: ExportConfig, source: Path, output: Path, partial: Path, run:
     )
 
 
-def _publish(config: ExportConfig, report: ExportReport, run: model_card.Run) -> ExportReport:
+def _publish(config: ExportConfig, report: ExportReport, source: ModelSource, run: model_card.Run) -> ExportReport:
     values = asdict(report)
     if config.push_to_hub:
         step = f", step {run.info.step:,}" if run.info else ""
@@ -106,8 +109,17 @@ def _publish(config: ExportConfig, report: ExportReport, run: model_card.Run) ->
     if config.mlflow:
         from pipeline.pretrained.pyfunc import log_model
 
-        values["mlflow_model"] = log_model(Path(report.output), run.mlflow_run, working_folder())
+        uri = mlflow_uri(config.tracking_uri, working_folder())
+        values["mlflow_model"] = log_model(Path(report.output), tracking_uri=uri, run_id=_known_run_id(source, uri))
     return ExportReport(**values)
+
+
+def _known_run_id(source: ModelSource, uri: str) -> str | None:
+    """Id of the training run in the store ``uri``; None where the model belongs to no run that the store knows."""
+    if source.run_folder is None:
+        return None
+    run = find_run(tracking_uri=uri, folder=source.run_folder, working_folder=working_folder())
+    return run.run_id if run else None
 
 
 def _note(run: model_card.Run, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:

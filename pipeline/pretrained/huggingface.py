@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -63,62 +61,6 @@ def is_exported(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
-def read_model_config(path: Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder or in a checkpoint.
-
-    Raises:
-        UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
-    """
-    if not is_exported(path):
-        return checkpoint_reader.read_info(path).model_config
-    return _config_from_llama(path / CONFIG_FILE, _read_json(path / CONFIG_FILE))
-
-
-def check_shape(path: Path, expected: ModelConfig) -> None:
-    """Raise a UserError that names the field where the model in ``path`` differs from the run's."""
-    found = read_model_config(path).to_dict()
-    for name, value in expected.to_dict().items():
-        if found[name] != value:
-            raise UserError(
-                f"{path} holds a model with {name} {found[name]}, but this run asks for {value}; use the same {name}, "
-                "or start without --checkpoint"
-            )
-
-
-def load_weights(path: Path, model: Transformer) -> None:
-    """Read the weights in a Hugging Face folder or a checkpoint into ``model``, sharded or not, in place.
-
-    Every rank calls; a folder's tensors are read whole by each rank, one at a time. Padding rows become zero.
-    """
-    if not is_exported(path):
-        checkpoint_reader.load_weights(path, model)
-        return
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in read_weights(path, model.config):
-            _fill(parameters[name], tensor)
-
-
-def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our names and the tensors of a folder or a checkpoint, in the model's order, one in memory at a time.
-
-    Matrices over the vocabulary have their padding rows where the source has them.
-    """
-    shapes = weight_shapes(config)
-    if not is_exported(path):
-        checkpoint_reader.verify(path)
-        for name, shape in shapes.items():
-            tensor = torch.empty(shape)
-            checkpoint_reader.read_tensors(path, {f"model.{name}": tensor})
-            yield name, tensor
-        return
-    with contextlib.ExitStack() as stack:
-        files = _open_files(path, stack)
-        _refuse_others(path, set(files), {llama_name(name) for name in shapes})
-        for name, shape in shapes.items():
-            yield name, _read_tensor(path, files, name, _real_shape(config, name, shape))
-
-
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter; takes no memory."""
     with torch.device("meta"):
@@ -126,18 +68,49 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder.
+
+    Raises:
+        UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
+    """
+    return _config_from_llama(path / CONFIG_FILE, _read_json(path / CONFIG_FILE))
+
+
+def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our name and the tensor of every weight in the folder ``path``, in the model's order, without padding rows.
+
+    Raises:
+        UserError: a file is missing or damaged, a tensor is missing, too many or of another shape.
+    """
+    shapes = weight_shapes(config)
+    with contextlib.ExitStack() as stack:
+        files = _open_files(path, stack)
+        _refuse_others(path, set(files), {llama_name(name) for name in shapes})
+        for name, shape in shapes.items():
+            yield name, _read_tensor(path, files, name, _real_shape(config, name, shape))
+
+
 def write_weights(
-    path: Path, source: Path, config: ModelConfig, *, dtype: torch.dtype, max_file_bytes: int
+    path: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    max_file_bytes: int,
 ) -> dict[str, int]:
-    """Write the weights of ``source`` (checkpoint or folder) into the folder ``path`` as safetensors; name -> bytes.
+    """Write weights as safetensors into the folder ``path``, one tensor in memory at a time.
 
     Args:
-        max_file_bytes: a further file is begun where one would grow beyond it; a tensor is never split.
+        tensors: name and tensor of every weight in the model's order, with or without padding rows.
+        max_file_bytes: a further file is begun where one would become larger than this; a tensor is never split.
+
+    Returns:
+        The name of every file and its size in bytes.
     """
     shapes = {name: _real_shape(config, name, shape) for name, shape in weight_shapes(config).items()}
     parts = _split(shapes, dtype.itemsize, max_file_bytes)
     names = [WEIGHTS_FILE] if len(parts) == 1 else [_part_name(number, len(parts)) for number in range(len(parts))]
-    tensors = read_weights(source, config)
     for file_name, part in zip(names, parts, strict=True):
         with (path / file_name).open("wb") as file:
             _write_header(file, {llama_name(name): shapes[name] for name in part}, dtype)
@@ -284,22 +257,6 @@ def _read_tensor(path: Path, files: dict[str, Any], name: str, shape: tuple[int,
             f"{path} has {llama_name(name)} of shape {tuple(tensor.shape)}, but its {CONFIG_FILE} asks for {shape}"
         )
     return tensor
-
-
-@torch.no_grad()
-def _fill(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy into a parameter, sharded or not; rows that the tensor has not are zero."""
-    if not isinstance(parameter, dist.tensor.DTensor):
-        parameter.zero_()
-        parameter[: tensor.shape[0]].copy_(tensor)
-        return
-    whole = torch.zeros(parameter.shape, dtype=parameter.dtype)
-    whole[: tensor.shape[0]].copy_(tensor)
-    # Every rank has the whole tensor and keeps its part: nothing is sent.
-    part = dist.tensor.distribute_tensor(
-        whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
-    parameter.to_local().copy_(part.to_local())
 
 
 def _real_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,51 +1,64 @@
 """The README.md of an exported model, written from its run: data, recipe, curves, scores, where it came from.
 
-Nothing in it is made up and nothing local gets out: what the run does not say is left out, of paths the last part is
-shown, and no passwords.
+Every figure comes from the run's own folder (journal, evaluation.json) and its checkpoint; what is not known there is
+left out. Nothing local gets out: of paths only the last part is shown, and no passwords.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from model.config import ModelConfig
 from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.paths import resolve_output, without_password, working_folder
+from pipeline.paths import resolve_output, without_password
 from pipeline.pretrained import huggingface
-from pipeline.storage.folders import Folder, open_folder
-from pipeline.tracking.mlflow_run import MLflowRun, find_run, read_history
+from pipeline.pretrained.resolve import ModelSource
+from pipeline.run_files import CURVES_FILE, SCORES_FILE
+from pipeline.storage.folders import Folder
+from pipeline.tracking.mlflow_run import noted_run_id
+from pipeline.tracking.report import draw_curves
+from pipeline.tracking.run_history import Story, read_history
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
-CURVES_FILE = "curves.png"
+_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _TABLE_ROWS = 12  # of the loss curve
-_SHOWN_INPUTS = 5
-_RECIPE = (
-    ("train_steps", "steps"),
-    ("tokens_per_step", "tokens per step"),
-    ("lr", "highest learning rate"),
-    ("min_lr_fraction", "last learning rate, share of the highest"),
-    ("warmup_fraction", "warm-up, share of the steps"),
-    ("beta1", "AdamW beta1"),
-    ("beta2", "AdamW beta2"),
-    ("eps", "AdamW eps"),
-    ("weight_decay", "weight decay"),
-    ("grad_clip", "gradient clipping"),
-    ("precision", "precision"),
-    ("seed", "seed"),
-)
-
-Points = list[tuple[int, float]]
+_RECIPE = {
+    "train_steps": "steps",
+    "tokens_per_step": "tokens per step",
+    "lr": "highest learning rate",
+    "min_lr_fraction": "last learning rate, share of the highest",
+    "warmup_fraction": "warm-up, share of the steps",
+    "beta1": "AdamW beta1",
+    "beta2": "AdamW beta2",
+    "eps": "AdamW eps",
+    "weight_decay": "weight decay",
+    "grad_clip": "gradient clipping",
+    "precision": "precision",
+    "seed": "seed",
+}
+_SCORES = {
+    "val_loss": "val loss, whole val set",
+    "perplexity": "val perplexity",
+    "bits_per_byte": "val bits per byte",
+    "unigram_entropy": "unigram entropy of the val set",
+    "hellaswag_acc_norm": "HellaSwag, acc_norm",
+    "hellaswag_acc": "HellaSwag, acc",
+    "hellaswag_questions": "HellaSwag, questions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,184 +70,100 @@ class Run:
     """Package -> version at training, and the project's commit where the checkpoint has it."""
     manifest: Manifest | None = None
     scores: dict[str, Any] = field(default_factory=dict)
-    """evaluation.json, where it is of this checkpoint."""
-    curves: dict[str, Points] = field(default_factory=dict)
-    """Metric -> (step, value), from MLflow."""
-    mlflow_run: MLflowRun | None = None
+    """Content of evaluation.json where it was measured with this checkpoint."""
+    history: Story = field(default_factory=Story)
+    """The run's journal up to the step of the checkpoint."""
+    mlflow_run_id: str | None = None
     old_card: str | None = None
-    """Of an exported folder that is exported again."""
+    """README.md of an exported folder that is exported again."""
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Training loss by step."""
+        return self.history.metrics.get("train/loss", {})
 
 
-def read_run(source: Path, *, tracking_uri: str | None) -> Run:
-    """Everything that lies beside the checkpoint ``source``, in its run folder and in MLflow."""
-    if huggingface.is_exported(source):
-        card = source / CARD_FILE
+def read_run(source: ModelSource) -> Run:
+    """Read everything that the checkpoint and its run folder say; nothing is asked of MLflow."""
+    if huggingface.is_exported(source.path):
+        card = source.path / CARD_FILE
         return Run(old_card=card.read_text(encoding="utf-8") if card.is_file() else None)
-    info = checkpoint_reader.read_info(source)
-    run_folder = source.parent.parent if source.parent.name == "checkpoints" else source
-    mlflow_run = None
-    if (run_folder / "mlflow_run.json").is_file():
-        mlflow_run = find_run(
-            tracking_uri=tracking_uri, folder=open_folder(run_folder), working_folder=working_folder()
-        )
-    curves = read_history(mlflow_run, ("train/loss", "val/loss")) if mlflow_run else {}
-    return Run(
+    info = checkpoint_reader.read_info(source.path)
+    known = Run(
         info=info,
-        versions=checkpoint_reader.read_versions(source),
+        versions=checkpoint_reader.read_versions(source.path),
         manifest=_read_manifest(resolve_output(info.data), info),
-        scores=_read_scores(run_folder / "evaluation.json", source),
-        curves={name: [point for point in points if point[0] <= info.step] for name, points in curves.items()},
-        mlflow_run=mlflow_run,
     )
+    folder = source.run_folder
+    if folder is None:
+        return known
+    history = read_history(folder)
+    for name, points in history.metrics.items():
+        history.metrics[name] = {step: value for step, value in points.items() if step <= info.step}
+    scores = _read_scores(folder, source.address)
+    return replace(known, scores=scores, history=history, mlflow_run_id=noted_run_id(folder))
 
 
 def write(folder: Path, run: Run, config: ModelConfig, *, name: str, dtype: str) -> None:
-    """README.md, and curves.png where the run's curves are known."""
+    """Write README.md into ``folder``, and curves.png where the run's curves are known."""
     if run.old_card is not None:
         (folder / CARD_FILE).write_text(run.old_card, encoding="utf-8")
         return
-    if run.curves.get("train/loss"):
-        _draw_curves(folder / CURVES_FILE, run.curves)
-    sections = [
-        _front_matter(run),
-        _introduction(name, run, config, dtype),
-        _usage(name),
-        _network(config),
-        _data(run),
-        _recipe(run),
-        _results(run),
-        _origin(run),
-    ]
-    (folder / CARD_FILE).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-
-
-def _front_matter(run: Run) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt-2.5", "- llama"]
-    datasets = sorted({name for name in (_hub_data_set(entry) for entry in _inputs(run)) if name})
-    if datasets:
-        lines += ["datasets:", *(f"- {name}" for name in datasets)]
-    return "\n".join([*lines, "---"])
-
-
-def _introduction(name: str, run: Run, config: ModelConfig, dtype: str) -> str:
-    trained = f", trained on {run.info.tokens_seen:,} tokens" if run.info else ""
-    return (
-        f"# {name.rpartition('/')[2]}\n\nA language model of {config.num_parameters:,} parameters{trained}, written by "
-        f"the GPT-2.5 pipeline. It continues text; it was not taught to answer or to follow instructions. The weights "
-        f"are {dtype}, in Llama's layout."
+    curves = draw_curves(run.history)
+    if curves is not None:
+        (folder / CURVES_FILE).write_bytes(curves)
+    card = _template().render(
+        name=name,
+        dtype=dtype,
+        config=config,
+        run=run,
+        info=run.info,
+        datasets=sorted({data_set for entry in _inputs(run) if (data_set := _hub_data_set(entry))}),
+        inputs=[_public_name(entry) for entry in _inputs(run)],
+        **_tables(run, run.info) if run.info else {},
+        curves_file=CURVES_FILE if curves is not None else None,
+        curve=_curve_rows(run),
     )
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _usage(name: str) -> str:
-    return f"""## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
-inputs = tokenizer("Once upon a time, ", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
-
-With the pipeline itself: `python jobs/generate.py --checkpoint hf://OWNER/NAME --prompt "Once upon a time, "`."""
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(  # Markdown: nothing is escaped
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _network(config: ModelConfig) -> str:
-    rows = [
-        ("layers", config.num_layers),
-        ("heads", config.num_heads),
-        ("d_model", config.d_model),
-        ("d_ff", config.d_ff),
-        ("context length", f"{config.context_length:,} tokens"),
-        ("vocabulary", f"{config.vocab_size:,} ids, byte-level BPE"),
-        ("rotary theta", f"{config.theta:,.0f}"),
-        ("output matrix", "the embedding's" if config.tie_embeddings else "its own"),
-    ]
-    return f"## Network\n\nPre-RMSNorm, rotary positions, SwiGLU, no biases.\n\n{_table(('', ''), rows)}"
-
-
-def _data(run: Run) -> str:
-    if run.manifest is None:
-        return ""
-    manifest = run.manifest
-    rows = [
-        (split, f"{manifest.documents(split):,}", f"{manifest.tokens(split):,}", f"{manifest.text_bytes(split):,}")
-        for split in ("train", "val")
-    ]
-    names = [_public_name(entry) for entry in _inputs(run)]
-    shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_INPUTS])
-    more = f" and {len(names) - _SHOWN_INPUTS:,} more" if len(names) > _SHOWN_INPUTS else ""
-    table = _table(("split", "documents", "tokens", "bytes of text"), rows)
-    return f"## Data\n\n{table}\n\nRead from {shown}{more}. The val split is chosen by a hash of each text."
-
-
-def _recipe(run: Run) -> str:
-    if run.info is None:
-        return ""
-    config = run.info.config
-    rows = [(label, _show(config[key])) for key, label in _RECIPE if key in config]
-    rows.append(("workers", str(run.info.world_size)))
-    return f"## Recipe\n\n{_table(('setting', 'value'), rows)}"
-
-
-def _results(run: Run) -> str:
-    if run.info is None:
-        return ""
-    info, scores = run.info, run.scores
-    rows = [("train loss, first step", f"{info.first_loss:.4f}"), ("train loss, last", f"{info.last_loss:.4f}")]
-    labels = {
-        "val_loss": "val loss, whole val set",
-        "perplexity": "val perplexity",
-        "bits_per_byte": "val bits per byte",
-        "unigram_entropy": "unigram entropy of the val set",
-        "hellaswag_acc_norm": "HellaSwag, acc_norm",
-        "hellaswag_acc": "HellaSwag, acc",
-        "hellaswag_questions": "HellaSwag, questions",
-    }
-    rows += [(label, _show(scores[key])) for key, label in labels.items() if scores.get(key) is not None]
-    parts = [f"## Results\n\nLosses in nats per token.\n\n{_table(('', ''), rows)}"]
-    if run.curves.get("train/loss"):
-        parts.append(f"![loss over steps]({CURVES_FILE})")
-        parts.append(_curve_table(run.curves))
-    return "\n\n".join(parts)
-
-
-def _curve_table(curves: dict[str, Points]) -> str:
-    train, val = curves["train/loss"], dict(curves.get("val/loss", []))
-    stride = max(1, math.ceil(len(train) / _TABLE_ROWS))
-    steps = {step for step, _ in [*train[::stride], train[-1]]} | (set(val) & {step for step, _ in train[::stride]})
-    losses = dict(train)
-    rows = [(f"{step:,}", f"{losses[step]:.4f}", f"{val[step]:.4f}" if step in val else "") for step in sorted(steps)]
-    return _table(("step", "train loss", "val loss"), rows)
-
-
-def _origin(run: Run) -> str:
-    if run.info is None:
-        return ""
+def _tables(run: Run, info: CheckpointInfo) -> dict[str, list[tuple[str, str]]]:
+    """Rows of the tables that only a checkpoint of ours has."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items() if name != "commit")
-    rows = [
-        ("step", f"{run.info.step:,}"),
-        *([("commit of the pipeline", f"`{run.versions['commit']}`")] if run.versions.get("commit") else []),
-        ("trained with", versions),
-        ("data (sha256 of the manifest)", f"`{run.info.manifest_fingerprint}`"),
-        ("tokenizer (sha256)", f"`{run.info.tokenizer_fingerprint}`"),
-        *([("MLflow run", f"`{run.mlflow_run.run_id}`")] if run.mlflow_run else []),
-    ]
-    return f"## Origin\n\n{_table(('', ''), rows)}"
+    origin = {
+        "step": f"{info.step:,}",
+        "commit of the pipeline": f"`{run.versions['commit']}`" if run.versions.get("commit") else "",
+        "trained with": versions,
+        "data (sha256 of the manifest)": f"`{info.manifest_fingerprint}`",
+        "tokenizer (sha256)": f"`{info.tokenizer_fingerprint}`",
+        "MLflow run": f"`{run.mlflow_run_id}`" if run.mlflow_run_id else "",
+    }
+    losses = [("train loss, first step", f"{info.first_loss:.4f}"), ("train loss, last", f"{info.last_loss:.4f}")]
+    scores = {key: value for key, value in run.scores.items() if value is not None}
+    return {
+        "recipe": [*_rows(info.config, _RECIPE), ("workers", str(info.world_size))],
+        "results": [*losses, *_rows(scores, _SCORES)],
+        "origin": [(name, value) for name, value in origin.items() if value],
+    }
 
 
-def _draw_curves(path: Path, curves: dict[str, Points]) -> None:
-    from matplotlib.figure import Figure
+def _rows(values: dict[str, Any], labels: dict[str, str]) -> list[tuple[str, str]]:
+    return [(label, _show(values[key])) for key, label in labels.items() if key in values]
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.add_subplot()
-    for name, points in curves.items():
-        if points:
-            axis.plot([step for step, _ in points], [value for _, value in points], label=name)
-    axis.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axis.legend()
-    figure.savefig(path, dpi=120)
+
+def _curve_rows(run: Run) -> list[tuple[str, str, str]]:
+    """Step, train loss and val loss at about _TABLE_ROWS steps, evenly chosen, the last one among them."""
+    steps, val = sorted(run.losses), run.history.metrics.get("val/loss", {})
+    chosen = sorted({*steps[:: max(1, math.ceil(len(steps) / _TABLE_ROWS))], *steps[-1:]})
+    return [(f"{step:,}", f"{run.losses[step]:.4f}", f"{val[step]:.4f}" if step in val else "") for step in chosen]
 
 
 def _read_manifest(data: Folder, info: CheckpointInfo) -> Manifest | None:
@@ -247,12 +176,13 @@ def _read_manifest(data: Folder, info: CheckpointInfo) -> Manifest | None:
     return manifest if manifest.fingerprint == info.manifest_fingerprint else None
 
 
-def _read_scores(path: Path, source: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_scores(folder: Folder, checkpoint: str) -> dict[str, Any]:
+    try:
+        scores = json.loads(folder.read(SCORES_FILE))
+    except FileNotFoundError:
         logger.info("no scores in the model card; jobs/evaluate.py before the export puts them there")
         return {}
-    scores = json.loads(path.read_text(encoding="utf-8"))
-    return dict(scores) if scores.get("checkpoint") == str(source) else {}
+    return dict(scores) if scores.get("checkpoint") == checkpoint else {}
 
 
 def _inputs(run: Run) -> Sequence[dict[str, Any]]:
@@ -277,8 +207,3 @@ def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 and value != round(value) else f"{value:g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,11 @@ from mlflow.pyfunc import PythonModel
 
 from model.batching import Batch, Request
 from model.decoding import Decoder
-from pipeline.checkpoints.reader import local_checkpoint
 from pipeline.errors import UserError
-from pipeline.tracking.mlflow_run import MLflowRun, mlflow_errors, mlflow_uri
+from pipeline.generation.sampling import encode_prompt
+from pipeline.pretrained.mlflow_registry import tracking_store
+from pipeline.pretrained.resolve import open_model
+from pipeline.tracking.mlflow_run import mlflow_errors
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ class TextModel(PythonModel):
     """Prompts in, prompts with their continuations out; the same prompt, parameters and seed give the same text."""
 
     def load_context(self, context: Any) -> None:
-        from pipeline.pretrained.resolve import open_model
-
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         found = open_model(Path(context.artifacts[_ARTIFACT]), device)
         self._tokenizer, self._config = found.tokenizer, found.config
@@ -70,8 +69,6 @@ class TextModel(PythonModel):
         return [prompt + self._tokenizer.decode(tokens) for prompt, tokens in zip(prompts, new, strict=True)]
 
     def _request(self, prompt: str, settings: dict[str, Any]) -> Request:
-        from pipeline.generation.sampling import encode_prompt
-
         try:
             return Request(
                 tokens=encode_prompt(self._tokenizer, prompt, self._config.context_length),
@@ -106,59 +103,20 @@ def save_model(folder: Path, path: Path) -> None:
         mlflow.pyfunc.save_model(path=str(path), **_contents(folder))
 
 
-def log_model(folder: Path, run: MLflowRun | None, working_folder: Path) -> str:
-    """The exported ``folder`` as a model of the training run, or of no run; returns its models:/... address.
+def log_model(folder: Path, *, tracking_uri: str, run_id: str | None) -> str:
+    """The exported ``folder`` as a model of the run ``run_id``, or of no run; returns its models:/... address.
 
     Raises:
         UserError: the store does not take it.
     """
     import mlflow
 
-    uri = run.tracking_uri if run else mlflow_uri(None, working_folder)
     try:
-        with _store(uri), _inside(run), _without_advice():
+        with tracking_store(tracking_uri), _inside(run_id), _without_advice():
             logged = mlflow.pyfunc.log_model(name=_MODEL_NAME, **_contents(folder))
     except mlflow_errors() as error:
         raise UserError(f"MLflow did not take the model: {' '.join(str(error).split())}") from error
     return str(logged.model_uri)
-
-
-def find_model(address: str, working_folder: Path, tracking_uri: str | None = None) -> Path:
-    """The folder behind models:/... or runs:/...: the exported one that was logged, or the checkpoint that is named.
-
-    Raises:
-        UserError: MLflow does not know it, or it is no model of this project.
-    """
-    import mlflow
-
-    try:
-        with _store(mlflow_uri(tracking_uri, working_folder)):
-            checkpoint = _named_checkpoint(address)
-            if checkpoint:
-                return local_checkpoint(checkpoint)
-            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
-    except mlflow_errors() as error:
-        raise UserError(f"MLflow has no model {address}: {' '.join(str(error).split())}") from error
-    folders = sorted(file.parent for file in local.glob("artifacts/*/config.json"))
-    if not folders:
-        raise UserError(f"{address} holds no exported model of this project; log one with jobs/export.py --mlflow")
-    return folders[0]
-
-
-@contextlib.contextmanager
-def _store(uri: str) -> Iterator[None]:
-    """MLflow's functions write to and read from ``uri``; afterwards the process is as it was, its environment too."""
-    import mlflow
-
-    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-        if variable is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = variable
 
 
 @contextlib.contextmanager
@@ -170,39 +128,17 @@ def _without_advice() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _inside(run: MLflowRun | None) -> Iterator[None]:
-    """What is logged belongs to ``run``, whose status stays what it was."""
+def _inside(run_id: str | None) -> Iterator[None]:
+    """What is logged belongs to the run ``run_id``, whose status stays what it was."""
     import mlflow
 
-    if run is None:
+    if run_id is None:
         yield
         return
-    status = mlflow.MlflowClient().get_run(run.run_id).info.status
-    with mlflow.start_run(run_id=run.run_id):
+    status = mlflow.MlflowClient().get_run(run_id).info.status
+    with mlflow.start_run(run_id=run_id):
         yield
-    mlflow.MlflowClient().update_run(run.run_id, status=status)
-
-
-def _named_checkpoint(address: str) -> str | None:
-    """The checkpoint folder that a training run's models:/m-..., models:/NAME@best or models:/NAME/3 stands for: those
-    are logged by name only."""
-    from mlflow import MlflowClient
-
-    name = address.removeprefix("models:/")
-    if name == address:
-        return None
-    model, _, alias = name.partition("@")
-    family, _, version = name.partition("/")
-    if alias:
-        tags = MlflowClient().get_model_version_by_alias(model, alias).tags
-    elif version.isdigit():
-        tags = MlflowClient().get_model_version(family, version).tags
-    elif name.startswith("m-") and not version:
-        tags = MlflowClient().get_logged_model(name).tags
-    else:
-        return None
-    checkpoint: str | None = tags.get("checkpoint")
-    return checkpoint
+    mlflow.MlflowClient().update_run(run_id, status=status)
 
 
 def _contents(folder: Path) -> dict[str, Any]:

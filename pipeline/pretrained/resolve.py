@@ -1,7 +1,7 @@
 """What a user may call a model: a checkpoint, a run, an exported folder, hf://OWNER/NAME, an MLflow model.
 
-Every job that reads a model takes the same words; resolve_checkpoint turns them into a folder on this machine, and
-open_model into a network and its tokenizer.
+Every job that reads a model takes the same words; resolve_model finds the folder, fetched where it lies elsewhere,
+and open_model makes a network and its tokenizer of it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import torch
 from model.config import ModelConfig
 from model.transformer import Transformer
 from pipeline.checkpoints.metadata import TOKENIZER_FILE
-from pipeline.checkpoints.reader import local_checkpoint
+from pipeline.checkpoints.reader import find_checkpoint, local_checkpoint
 from pipeline.errors import UserError
-from pipeline.paths import resolve_path, working_folder
-from pipeline.pretrained import hub_models, huggingface
-from pipeline.storage.folders import Folder, in_bucket
+from pipeline.paths import resolve_output, resolve_path, working_folder
+from pipeline.pretrained import hub_models, huggingface, mlflow_registry, weights
+from pipeline.run_files import run_folder_of
+from pipeline.storage.folders import Folder, LocalFolder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_MLFLOW_SCHEMES = ("models:/", "runs:/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,25 @@ class Pretrained:
         return self.model.config
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model lies."""
+
+    address: str
+    """Path or URL of the checkpoint, or path of the Hugging Face folder."""
+    path: Path
+    """Folder on this machine: the same, or a copy of what lies elsewhere."""
+    run_folder: Folder | None
+    """Folder of the training run that the checkpoint belongs to, on a disk or in a bucket; None where there is none."""
+
+
 def resolve_checkpoint(text: str) -> Path:
-    """The folder that ``text`` stands for: a checkpoint or a Hugging Face folder; both hold a tokenizer.json.
+    """The folder on this machine that ``text`` stands for; see resolve_model."""
+    return resolve_model(text).path
+
+
+def resolve_model(text: str) -> ModelSource:
+    """Find the model that ``text`` stands for: a checkpoint or a Hugging Face folder; both hold a tokenizer.json.
 
     Args:
         text: a checkpoint folder; a run folder, which stands for its newest checkpoint (either of them on a disk, or in
@@ -51,18 +67,22 @@ def resolve_checkpoint(text: str) -> Path:
         UserError: nothing of the kind is there, or it cannot be fetched.
     """
     if hub_models.is_hub_address(text):
-        folder = hub_models.download(text)
-        if not huggingface.is_exported(folder):
+        path = hub_models.download(text)
+        if not huggingface.is_exported(path):
             raise UserError(f"{text} has no {huggingface.CONFIG_FILE}; give the address of a LlamaForCausalLM")
-        return folder
-    if text.startswith(_MLFLOW_SCHEMES):
-        from pipeline.pretrained.pyfunc import find_model
-
-        return find_model(text, working_folder())
-    if in_bucket(text):
-        return local_checkpoint(text)
-    path = resolve_path(text)
-    return path if huggingface.is_exported(path) else local_checkpoint(path)
+        return ModelSource(address=str(path), path=path, run_folder=None)
+    if mlflow_registry.is_mlflow_address(text):
+        text = mlflow_registry.find_model(text, working_folder())
+    folder = resolve_output(text)
+    if isinstance(folder, LocalFolder) and huggingface.is_exported(folder.path):
+        return ModelSource(address=folder.url, path=folder.path, run_folder=None)
+    checkpoint = str(find_checkpoint(folder))  # its run folder follows from this address: a fetched copy has another
+    run_folder = run_folder_of(checkpoint)
+    return ModelSource(
+        address=checkpoint,
+        path=local_checkpoint(checkpoint),
+        run_folder=open_folder(run_folder) if run_folder else None,
+    )
 
 
 def find_questions(text: str) -> Path:
@@ -85,7 +105,7 @@ def copy_questions(path: Path, run: Folder) -> str:
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a resolved folder; UserError where it does not fit the model."""
     tokenizer = Tokenizer.from_file(path / TOKENIZER_FILE)
-    vocab_size = huggingface.read_model_config(path).vocab_size
+    vocab_size = weights.read_model_config(path).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}; mend it")
     return tokenizer
@@ -93,6 +113,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def open_model(path: Path, device: torch.device) -> Pretrained:
     """The network of a resolved folder, float32 on ``device``, and its tokenizer."""
-    model = Transformer(huggingface.read_model_config(path)).to(device)
-    huggingface.load_weights(path, model)
+    model = Transformer(weights.read_model_config(path)).to(device)
+    weights.load_weights(path, model)
     return Pretrained(model=model.eval(), tokenizer=read_tokenizer(path))

@@ -37,12 +37,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from pipeline.errors import UserError
+from pipeline.run_files import JOURNAL_FILE, JOURNAL_SENT_FILE
 from pipeline.storage.folders import Folder, LocalFolder, node_cache
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_FILE = "tracking.jsonl"
-_SENT_FILE = "tracking_sent.json"
 _MOST_HELD = 100_000  # entries in memory while the disk takes none
 
 Entry: TypeAlias = dict[str, Any]
@@ -110,12 +109,12 @@ class Journal:
         """Copy what is new to the run's bucket, where it is in one."""
         if self.folder is None or isinstance(self.folder, LocalFolder) or self._mirrored == self.size:
             return
-        size, sent = self.size, _read_or_none(self.place / _SENT_FILE)
+        size, sent = self.size, _read_or_none(self.place / JOURNAL_SENT_FILE)
         try:
             with self.path.open("rb") as file:
                 self.folder.write(JOURNAL_FILE, [file.read(size)])
             if sent is not None:
-                self.folder.write(_SENT_FILE, [sent])
+                self.folder.write(JOURNAL_SENT_FILE, [sent])
             self._mirrored = size
         except UserError as error:
             logger.warning("%s; the run goes on", error)
@@ -127,16 +126,16 @@ class Journal:
 
     def sent(self, run_id: str) -> int:
         """Bytes that the MLflow run ``run_id`` has; 0 for a run that has nothing of this journal yet."""
-        return min(_sent_bytes(_read_or_none(self.place / _SENT_FILE), run_id), self.size)
+        return min(_sent_bytes(_read_or_none(self.place / JOURNAL_SENT_FILE), run_id), self.size)
 
     def note_sent(self, run_id: str, num_bytes: int) -> None:
         """Whole or not at all; a note that is lost costs a comparison with the store, not doubled points."""
-        temporary = self.place / f".tmp-{_SENT_FILE}"
+        temporary = self.place / f".tmp-{JOURNAL_SENT_FILE}"
         try:
             temporary.write_text(json.dumps({"run_id": run_id, "num_bytes": num_bytes}), encoding="utf-8")
-            temporary.replace(self.place / _SENT_FILE)
+            temporary.replace(self.place / JOURNAL_SENT_FILE)
         except OSError as error:
-            logger.debug("%s cannot be written (%s)", self.place / _SENT_FILE, error)
+            logger.debug("%s cannot be written (%s)", self.place / JOURNAL_SENT_FILE, error)
 
     def close(self) -> None:
         """Nothing more is added."""
@@ -162,7 +161,7 @@ def count_waiting(folder: Folder, run_id: str) -> int:
     except FileNotFoundError:
         return 0
     try:
-        sent = _sent_bytes(folder.read(_SENT_FILE), run_id)
+        sent = _sent_bytes(folder.read(JOURNAL_SENT_FILE), run_id)
     except FileNotFoundError:
         sent = 0
     return sum(weight(entry) for entry, _ in read_entries(io.BytesIO(content), sent, len(content)))
@@ -206,9 +205,9 @@ def _place_of(folder: Folder | None) -> Path:
     here = _read_or_none(place / JOURNAL_FILE) or b""
     if not there or not here.startswith(there):  # another run's, or another node went on with this one
         (place / JOURNAL_FILE).write_bytes(there)
-        (place / _SENT_FILE).unlink(missing_ok=True)
+        (place / JOURNAL_SENT_FILE).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            (place / _SENT_FILE).write_bytes(folder.read(_SENT_FILE))
+            (place / JOURNAL_SENT_FILE).write_bytes(folder.read(JOURNAL_SENT_FILE))
     return place
 
 

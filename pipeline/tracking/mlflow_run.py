@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.paths import without_password
+from pipeline.run_files import MLFLOW_RUN_FILE
 from pipeline.storage.folders import Folder
 
 logger = logging.getLogger(__name__)
 
-_NOTE = "mlflow_run.json"
 _MOST_CHARACTERS = 160  # of an error's text: urllib3's repeat themselves
 
 
@@ -91,18 +90,13 @@ def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) 
     return MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=noted.run_id)
 
 
-def read_history(run: MLflowRun, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each metric of a run, by step; what a store that does not answer leaves out costs a warning."""
-    client = mlflow_client(run.tracking_uri)
-    found: dict[str, list[tuple[int, float]]] = {}
-    for name in names:
-        try:
-            points = client.get_metric_history(run.run_id, name)
-        except mlflow_errors() as error:
-            logger.warning("MLflow did not give %s (%s)", name, first_line(error))
-            continue
-        found[name] = sorted({point.step: point.value for point in points}.items())
-    return found
+def noted_run_id(folder: Folder) -> str | None:
+    """Id of the MLflow run noted in ``folder``, or None; the store is not asked whether it knows the run."""
+    try:
+        run_id: str = json.loads(folder.read(MLFLOW_RUN_FILE))["run_id"]
+    except FileNotFoundError:
+        return None
+    return run_id
 
 
 def mlflow_uri(tracking_uri: str | None, working_folder: Path) -> str:
@@ -164,13 +158,13 @@ def _note_run(folder: Folder, run: MLflowRun) -> None:
         "experiment_id": run.experiment_id,
         "run_id": run.run_id,
     }
-    folder.write(_NOTE, [json.dumps(note).encode()])
+    folder.write(MLFLOW_RUN_FILE, [json.dumps(note).encode()])
 
 
 def _noted_run(folder: Folder, uri: str) -> MLflowRun | None:
     """The run that ``folder`` notes for this store; notes of older versions have no experiment_id."""
     try:
-        noted = json.loads(folder.read(_NOTE))
+        noted = json.loads(folder.read(MLFLOW_RUN_FILE))
     except FileNotFoundError:
         return None
     if noted["tracking_uri"] != without_password(uri):

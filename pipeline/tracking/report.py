@@ -16,12 +16,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.console import format_seconds
+from pipeline.run_files import CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import Folder
 from pipeline.tracking.journal import Entry
 from pipeline.tracking.run_history import Story, tell
-
-REPORT_FILE = "report.html"
-CURVES_FILE = "curves.png"
 
 _NO_RECIPE = (
     "data",
@@ -57,7 +55,7 @@ def write_pages(folder: Folder, entries: Iterable[Entry]) -> list[str]:
     curves = draw_curves(story)
     if curves is not None:
         folder.write(CURVES_FILE, [curves])
-    summary, scores = _read_json(folder, "summary.json"), _read_json(folder, "evaluation.json")
+    summary, scores = _read_json(folder, SUMMARY_FILE), _read_json(folder, SCORES_FILE)
     folder.write(REPORT_FILE, [render(folder, story, summary, scores, curves).encode("utf-8", "replace")])
     return [REPORT_FILE] if curves is None else [CURVES_FILE, REPORT_FILE]
 

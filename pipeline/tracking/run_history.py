@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.tracking.journal import Entry
+from pipeline.run_files import JOURNAL_FILE
+from pipeline.storage.folders import Folder
+from pipeline.tracking.journal import Entry, read_entries
 
 
 @dataclass(kw_only=True)
@@ -38,6 +41,15 @@ def tell(entries: Iterable[Entry]) -> Story:
     for entry in entries:
         _tell(story, entry)
     return story
+
+
+def read_history(folder: Folder) -> Story:
+    """The history of the run in ``folder``, on a disk or in a bucket; empty where it has no journal."""
+    try:
+        content = folder.read(JOURNAL_FILE)
+    except FileNotFoundError:
+        return Story()
+    return tell(entry for entry, _ in read_entries(io.BytesIO(content), 0, len(content)))
 
 
 def _tell(story: Story, entry: Mapping[str, Any]) -> None:

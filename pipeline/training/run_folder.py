@@ -13,12 +13,11 @@ from pipeline.config.training import PretrainConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer
 from pipeline.dataset.manifest import Manifest, as_folder
 from pipeline.errors import UserError
+from pipeline.run_files import BEST_FILE, CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.tracker import RunInput
 
-SUMMARY_FILE = "summary.json"
-BEST_FILE = "best.json"
 _ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
 
 
@@ -115,7 +114,7 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
     """
     _, manifest = open_data(as_folder(data))
     output = as_folder(output)
-    newest = newest_info(open_folder(f"{output}/checkpoints"))
+    newest = newest_info(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))
     if newest is None:
         return None
     place, info = newest

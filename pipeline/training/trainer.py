@@ -43,7 +43,7 @@ from pipeline.distributed.recomputation import recompute_blocks
 from pipeline.distributed.signals import Interruptions
 from pipeline.distributed.startup_timer import StartUp
 from pipeline.errors import RunStopped, UserError
-from pipeline.pretrained import huggingface
+from pipeline.pretrained import weights
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
@@ -330,8 +330,8 @@ class Trainer:
         if found is None:
             if given := self.config.checkpoint:
                 path = local_checkpoint(given) if in_bucket(given) else Path(given)
-                huggingface.check_shape(path, self.model_config)
-                huggingface.load_weights(path, self.model)
+                weights.check_shape(path, self.model_config)
+                weights.load_weights(path, self.model)
             return 0
         info = found.info
         self.skipped_steps = info.skipped_steps

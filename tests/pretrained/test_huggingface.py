@@ -17,7 +17,7 @@ from model.generation import generate
 from model.transformer import Transformer
 from pipeline.config.inference import ExportConfig
 from pipeline.errors import UserError
-from pipeline.pretrained import huggingface, resolve
+from pipeline.pretrained import huggingface, resolve, weights
 from pipeline.pretrained.export_job import export
 from pipeline.tokenizer.bpe import Tokenizer
 from tests.support.llama_twin import lively_model, relative_error, small_config
@@ -134,8 +134,9 @@ def test_several_files_hold_what_one_holds(tmp_path: Path, tie: bool) -> None:
     (tmp_path / "one").mkdir()
     one = folder_of(model, tmp_path / "one")
     (tmp_path / "many").mkdir()
+    tensors = weights.read_weights(one, model.config)
     written = huggingface.write_weights(
-        tmp_path / "many", one, model.config, dtype=torch.float32, max_file_bytes=60_000
+        tmp_path / "many", tensors, model.config, dtype=torch.float32, max_file_bytes=60_000
     )
     assert len(written) > 5 and max(written.values()) < 70_000
     huggingface.write_json(tmp_path / "many" / "config.json", json.loads((one / "config.json").read_text()))
@@ -144,7 +145,7 @@ def test_several_files_hold_what_one_holds(tmp_path: Path, tie: bool) -> None:
     with torch.no_grad():
         assert relative_error(theirs.eval()(tokens).logits, model(tokens)) < TOLERANCE
     again = Transformer(model.config)
-    huggingface.load_weights(tmp_path / "many", again)
+    weights.load_weights(tmp_path / "many", again)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
@@ -159,11 +160,11 @@ def folder_of(model: Transformer, path: Path) -> Path:
 def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
     model = lively_model(small_config())
     folder_of(model, tmp_path)
-    assert huggingface.read_model_config(tmp_path) == model.config
+    assert weights.read_model_config(tmp_path) == model.config
     again = Transformer(model.config)
     with torch.no_grad():
         again.embedding.weight.fill_(7.0)  # the padding rows must become zero
-    huggingface.load_weights(tmp_path, again)
+    weights.load_weights(tmp_path, again)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
@@ -182,23 +183,23 @@ def test_networks_that_are_not_ours_are_refused_by_name(tmp_path: Path, changes:
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=96).to_dict()
     huggingface.write_json(tmp_path / "config.json", config | changes)
     with pytest.raises(UserError, match=words):
-        huggingface.read_model_config(tmp_path)
+        weights.read_model_config(tmp_path)
 
 
 def test_damaged_folders_are_one_sentence(folder: Path, tmp_path: Path) -> None:
-    config = huggingface.read_model_config(folder)
+    config = weights.read_model_config(folder)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
-        huggingface.load_weights(tmp_path, Transformer(config))
-    weights = (folder / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(weights[:-9])
+        weights.load_weights(tmp_path, Transformer(config))
+    content = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-9])
     with pytest.raises(UserError, match="export or fetch them again"):
-        huggingface.load_weights(tmp_path, Transformer(config))
-    (tmp_path / "model.safetensors").write_bytes(weights)
+        weights.load_weights(tmp_path, Transformer(config))
+    (tmp_path / "model.safetensors").write_bytes(content)
     text = (folder / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"intermediate_size": 96', '"intermediate_size": 64'))
     with pytest.raises(UserError, match=r"gate_proj\.weight of shape \(96, 32\)"):
-        huggingface.load_weights(tmp_path, Transformer(huggingface.read_model_config(tmp_path)))
+        weights.load_weights(tmp_path, Transformer(weights.read_model_config(tmp_path)))
 
 
 def test_the_card_says_what_the_run_was(folder: Path, checkpoint: Path) -> None:
@@ -251,15 +252,15 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from pipeline import huggingface
 from model.config import ModelConfig
+from pipeline.pretrained import huggingface, weights
 source, output, config, dtype = sys.argv[1:]
 config = ModelConfig(**json.loads(config))
 warm = torch.randn(64, 64) @ torch.randn(64, 64)
 Path(output, "warm").mkdir()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 huggingface.write_weights(
-    Path(output), Path(source), config, dtype=getattr(torch, dtype), max_file_bytes=10**12
+    Path(output), weights.read_weights(Path(source), config), config, dtype=getattr(torch, dtype), max_file_bytes=10**12
 )
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

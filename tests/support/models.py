@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline.config.training import PretrainConfig
 from pipeline.distributed.fsdp import Workers
 from pipeline.storage.folders import open_folder
 from pipeline.tracking.tracker import MemoryTracker
@@ -19,8 +20,8 @@ os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count() or 1))
 ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def train(data: Path, output: Path, **changes: object) -> Path:
-    """A run of some steps on one rank and without Ray; returns its newest checkpoint."""
+def run_config(**changes: object) -> PretrainConfig:
+    """Settings of a run of some steps that takes seconds."""
     settings: dict[str, Any] = {
         "d_ff": 96,
         "context_length": 128,
@@ -33,6 +34,11 @@ def train(data: Path, output: Path, **changes: object) -> Path:
         "val_tokens": 500,
         "sample_tokens": 4,
     }
-    config = tiny_config(**(settings | changes))
+    return tiny_config(**(settings | changes))
+
+
+def train(data: Path, output: Path, **changes: object) -> Path:
+    """A run of some steps on one rank and without Ray; returns its newest checkpoint."""
+    config = run_config(**changes)
     Trainer(config, data=open_folder(data), output=output, workers=ALONE, tracker=MemoryTracker()).run()
     return output / "checkpoints" / f"step-{config.train_steps:06d}"

@@ -1,0 +1,96 @@
+"""The weights of a model, whether they lie in a checkpoint of ours or in a Hugging Face folder.
+
+Which of the two a folder is, is decided here and nowhere else. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+from pipeline.checkpoints import reader as checkpoint_reader
+from pipeline.errors import UserError
+from pipeline.pretrained import huggingface
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder or in a checkpoint.
+
+    Raises:
+        UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
+    """
+    if huggingface.is_exported(path):
+        return huggingface.read_config(path)
+    return checkpoint_reader.read_info(path).model_config
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """``step`` and ``tokens_seen`` of the training that the weights in ``path`` come from; None where it is unknown."""
+    if huggingface.is_exported(path):
+        note = huggingface.read_note(path)
+        return {"step": note.get("step"), "tokens_seen": note.get("tokens_seen")}
+    info = checkpoint_reader.read_info(path)
+    return {"step": info.step, "tokens_seen": info.tokens_seen}
+
+
+def check_shape(path: Path, expected: ModelConfig) -> None:
+    """Raise a UserError that names the field where the model in ``path`` differs from the run's."""
+    found = read_model_config(path).to_dict()
+    for name, value in expected.to_dict().items():
+        if found[name] != value:
+            raise UserError(
+                f"{path} holds a model with {name} {found[name]}, but this run asks for {value}; use the same {name}, "
+                "or start without --checkpoint"
+            )
+
+
+def load_weights(path: Path, model: Transformer) -> None:
+    """Read the weights in a Hugging Face folder or a checkpoint into ``model``, sharded or not, in place.
+
+    Every rank calls. Of a Hugging Face folder each rank reads the whole tensors, one at a time. Padding rows are zero.
+    """
+    if not huggingface.is_exported(path):
+        checkpoint_reader.load_weights(path, model)
+        return
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in huggingface.read_weights(path, model.config):
+            _fill(parameters[name], tensor)
+
+
+def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our name and the tensor of every weight of a folder or a checkpoint, in the model's order.
+
+    The matrices of a checkpoint keep the padding rows of the vocabulary; a Hugging Face folder has none.
+    """
+    if huggingface.is_exported(path):
+        yield from huggingface.read_weights(path, config)
+        return
+    checkpoint_reader.verify(path)
+    for name, shape in huggingface.weight_shapes(config).items():
+        tensor = torch.empty(shape)
+        checkpoint_reader.read_tensors(path, {f"model.{name}": tensor})
+        yield name, tensor
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy ``tensor`` into a parameter, sharded or not; further rows of the parameter become zero."""
+    if not isinstance(parameter, dist.tensor.DTensor):
+        parameter.zero_()
+        parameter[: tensor.shape[0]].copy_(tensor)
+        return
+    whole = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    whole[: tensor.shape[0]].copy_(tensor)
+    # Every rank has the whole tensor and keeps its part: nothing is sent.
+    part = dist.tensor.distribute_tensor(
+        whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+    parameter.to_local().copy_(part.to_local())

@@ -1,0 +1,37 @@
+"""The names of the files in a run folder, and the run folder that a checkpoint belongs to. Imports nothing of pipeline.
+
+<run>/
+    checkpoints/step-000500/    one folder for each checkpoint
+    tracking.jsonl              journal: everything that the run reported
+    tracking_sent.json          how much of the journal MLflow has
+    mlflow_run.json             address of the run in MLflow
+    best.json                   step and val loss of the best checkpoint
+    summary.json                results of the finished run
+    evaluation.json             results of jobs/evaluate.py
+    report.html  curves.png     the report of the run, and its curves as a picture
+"""
+
+from __future__ import annotations
+
+import re
+
+CHECKPOINTS_FOLDER = "checkpoints"
+JOURNAL_FILE = "tracking.jsonl"
+JOURNAL_SENT_FILE = "tracking_sent.json"
+MLFLOW_RUN_FILE = "mlflow_run.json"
+BEST_FILE = "best.json"
+SUMMARY_FILE = "summary.json"
+SCORES_FILE = "evaluation.json"
+REPORT_FILE = "report.html"
+CURVES_FILE = "curves.png"
+
+_CHECKPOINT = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/step-\d{{6,}}/?")
+
+
+def run_folder_of(address: str) -> str | None:
+    """The run folder of the checkpoint at ``address``, a path or a URL; None for a checkpoint outside of a run folder.
+
+    The address must be the one that the checkpoint was written under, not that of a copy in the node's cache.
+    """
+    match = _CHECKPOINT.fullmatch(address)
+    return match["run"] if match else None
