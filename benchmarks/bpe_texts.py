@@ -143,6 +143,6 @@ def noise(spell: Callable[[bytes], str]) -> Iterator[str]:
 
 
 def short_documents(texts: Iterable[str], num_chars: int) -> Iterator[str]:
-    """Every text cut into pieces."""
+    """Every text cut into pretokens."""
     for text in texts:
         yield from (text[start : start + num_chars] for start in range(0, len(text), num_chars))

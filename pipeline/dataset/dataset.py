@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer.bpe import Tokenizer
@@ -18,10 +15,7 @@ def load_tokenizer(folder: Folder) -> Tokenizer:
         content = folder.read(TOKENIZER_NAME)
     except FileNotFoundError:
         raise UserError(f"{folder}/{TOKENIZER_NAME} is missing; run the job that wrote the folder again") from None
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / TOKENIZER_NAME
-        path.write_bytes(content)
-        return Tokenizer.from_file(path)
+    return Tokenizer.from_json(content, f"{folder}/{TOKENIZER_NAME}")
 
 
 def save_tokenizer(folder: Folder, tokenizer: Tokenizer) -> None:

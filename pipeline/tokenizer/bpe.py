@@ -1,8 +1,8 @@
 """Byte-level BPE: text to token ids and back, equal to GPT-2's tokenizer when given its vocabulary.
 
-Text is UTF-8, cut into pieces by GPT-2's pattern or by cl100k's (white space, letters and numbers as in
-unicode_table.py); the bytes of a piece are merged in the order in which the merges were learned. On disk a tokenizer is
-a Hugging Face ``tokenizer.json``. References: tiktoken and `tokenizers` give the same ids
+Text is UTF-8, split into pretokens by GPT-2's pattern or by cl100k's (white space, letters and numbers as in
+unicode_table.py); the bytes of a pretoken are merged in the order in which the merges were learned. On disk a tokenizer
+is a Hugging Face ``tokenizer.json``. References: tiktoken and `tokenizers` give the same ids
 (tests/tokenizer/test_bpe.py). How it works, and how fast it is: docs/tokenizer.md.
 """
 
@@ -25,6 +25,7 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.tokenizer.files import (
     Vocabulary,
+    parse_tokenizer_json,
     read_gpt2,
     read_tokenizer_json,
     tokenizer_json,
@@ -43,26 +44,25 @@ from pipeline.tokenizer.text_buffers import (
     text_buffers,
     utf8,
 )
-from pipeline.tokenizer.workspace import Arrays, PieceTable, merge_space, new_merges, new_scanner
+from pipeline.tokenizer.workspace import Arrays, PretokenTable, merge_space, new_merges, new_scanner
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_UINT16_TOKENS = 1 << 16
 PATTERN_NUMBERS: dict[Pattern, int] = {"gpt2": encode_kernels.GPT2, "cl100k": encode_kernels.CL100K}
 
-# The cache of pieces, one per thread that encodes. A slot takes 44 bytes: its entry, and shares of the bytes of long
-# pieces and of the ids that do not fit into an entry. It begins with FIRST_SLOTS, and
-# then has all; when 0.6 of CACHE_SLOTS are
-# used, it is emptied and fills again. The default, 44 MiB, holds 629,145 distinct pieces, about as many as 0.9 GB of
-# English have.
+# The cache of pretokens, one per thread that encodes. A slot takes 44 bytes: its entry, and shares of the bytes of long
+# pretokens and of the ids that do not fit into an entry. It starts with FIRST_SLOTS and then grows to CACHE_SLOTS in
+# one step; when 0.6 of those are used, it is emptied. The default, 44 MiB, holds 629,145 distinct pretokens, about as
+# many as 0.9 GB of English has.
 CACHE_SLOTS = 1 << 20
 FIRST_SLOTS = 1 << 16
 CACHE_LOAD = 0.6
 KEPT_BYTES_PER_SLOT = 8
 SPILLED_IDS_PER_SLOT = 1
-MIN_CACHE_SLOTS = 1 << 12  # room for what one scan may find
+MIN_CACHE_SLOTS = 1 << 12  # room for the pretokens of one scan
 
 SLACK_IDS = 8  # the kernel writes 16 bytes at a time
-BYTES_PER_TOKEN = 3  # guess for the first size of the output; English has 4
+BYTES_PER_TOKEN = 3  # for the first size of the output; English has 4
 
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -85,8 +85,8 @@ class Tokenizer:
     ) -> None:
         """tokens: bytes of every id. merges: pairs of ids, first learned first. ValueError where they do not fit.
 
-        pattern: by which text is cut into pieces. cache_slots: a power of two; every thread that encodes takes 44 bytes
-        a slot to remember pieces in. Fewer cost speed as soon as 0.6 of them do not hold the distinct pieces of a text.
+        pattern: how text is split into pretokens. cache_slots: a power of two; every thread that encodes has a cache of
+        44 bytes a slot. Encoding is slower for texts whose distinct pretokens do not fit into 0.6 of the slots.
         """
         if pattern not in PATTERN_NUMBERS:
             raise ValueError(f"has the pattern {pattern!r}, not one of {', '.join(PATTERN_NUMBERS)}")
@@ -103,6 +103,11 @@ class Tokenizer:
         return cls._from_vocabulary(read_tokenizer_json(Path(path)), path)
 
     @classmethod
+    def from_json(cls, content: bytes, name: str) -> Tokenizer:
+        """Read the content of a ``tokenizer.json``; errors as for from_file, with ``name`` in place of the path."""
+        return cls._from_vocabulary(parse_tokenizer_json(content, name), name)
+
+    @classmethod
     def from_gpt2(cls, vocab_json: str | Path, merges_txt: str | Path) -> Tokenizer:
         """Read GPT-2's published files; ``<|endoftext|>`` is the special token."""
         return cls._from_vocabulary(read_gpt2(Path(vocab_json), Path(merges_txt), END_OF_TEXT), vocab_json)
@@ -115,7 +120,7 @@ class Tokenizer:
             raise UserError(f"{path} {error}; mend the file") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process is given: all but the working space, which holds addresses."""
+        """The state for pickling: all but the working memory, which holds addresses."""
         return {name: value for name, value in self.__dict__.items() if name != "_merges"} | {"_workspaces": []}
 
     def __repr__(self) -> str:
@@ -146,7 +151,7 @@ class Tokenizer:
 
     @property
     def pattern(self) -> Pattern:
-        """Name of the pattern by which text is cut into pieces; bpe_files.PATTERNS has the expressions."""
+        """Name of the pattern that splits text into pretokens; patterns.PATTERNS has the expressions."""
         return self._vocabulary.pattern
 
     @property
@@ -194,13 +199,15 @@ class Tokenizer:
         return ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of bytes that need not be UTF-8: a byte of no character counts as one that is neither letter, number nor
-        white space."""
+        """Ids of bytes that need not be UTF-8.
+
+        A byte that is no part of a character counts as one that is neither letter, number nor white space.
+        """
         ids, _ = self._encode([bytes_buffer(data)], 1, len(data), None)
         return ids.tolist()
 
     def encode_batch(self, texts: Texts, *, num_threads: int = 1) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Ids of documents, one behind the other, and where each begins: document i is ids[offsets[i]:offsets[i + 1]].
+        """Concatenated ids of documents, and where each begins: document i is ids[offsets[i]:offsets[i + 1]].
 
         texts: a list of str, or an Arrow array as for encode_arrow; a null is refused with a UserError. Returns ids
         (uint16, or uint32 above 65,536 ids) and offsets (int64, one more than documents).
@@ -211,10 +218,11 @@ class Tokenizer:
     def encode_arrow(
         self, texts: pa.Array | pa.ChunkedArray, *, prefix: int | None = None, num_threads: int = 1
     ) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """The same for an Arrow array of string, large_string or string_view, plain, sliced or chunked, read in place.
+        """Encode an Arrow array of string, large_string or string_view, plain, sliced or chunked, without copying it.
 
-        A null is an empty text. prefix: an id to put in front of every document. The work is done without the GIL:
-        num_threads of this call, or of the caller's own, encode in parallel, each with a cache of its own.
+        Returns ids and offsets like encode_batch. A null is an empty text. prefix: an id to put before every document.
+        The GIL is released: num_threads of this call, or threads of the caller, encode in parallel, each with a cache
+        of its own.
         """
         if prefix is not None and not 0 <= prefix < self.vocab_size:
             raise UserError(f"prefix is {prefix}; it must be an id from 0 to {self.vocab_size - 1}")
@@ -270,7 +278,7 @@ class Tokenizer:
             part = id_offsets[first : first + buffer.stops.size + 1]
             while True:
                 encoder = workspace.encoder._replace(
-                    table=workspace.pieces.view, prefix=-1 if prefix is None else prefix
+                    table=workspace.pretokens.view, prefix=-1 if prefix is None else prefix
                 )
                 output = (ids.ctypes.data, ids.size - SLACK_IDS)
                 missing = encode_kernels.encode_documents(
@@ -295,14 +303,14 @@ class Tokenizer:
         return self._new_workspace()
 
     def _new_workspace(self) -> _Workspace:
-        """Empty cache and working space of one thread; the merges are shared by all."""
-        pieces = PieceTable(
+        """An empty cache and working memory for one thread; all threads share the merges."""
+        pretokens = PretokenTable(
             min(FIRST_SLOTS, self._cache_slots),
             load=CACHE_LOAD,
             kept_room=max(self._cache_slots * KEPT_BYTES_PER_SLOT, encode_kernels.MOST_CACHED_BYTES),
             spilled_room=max(self._cache_slots * SPILLED_IDS_PER_SLOT, encode_kernels.MOST_CACHED_BYTES),
         )
-        scanner, scanner_arrays = new_scanner(encode_kernels.MAX_PIECES)
+        scanner, scanner_arrays = new_scanner(encode_kernels.MAX_PRETOKENS)
         batch = np.empty(hash_table.BATCH_WORDS, np.uint64)
         (ids, ranks), space = merge_space()
         merges, merge_arrays = self._merges
@@ -310,14 +318,14 @@ class Tokenizer:
             pattern=PATTERN_NUMBERS[self.pattern],
             scanner=scanner,
             merges=merges,
-            table=pieces.view,
+            table=pretokens.view,
             id_shift=self.id_dtype.itemsize.bit_length() - 1,
             prefix=-1,
             batch=batch.ctypes.data,
             ids=ids,
             ranks=ranks,
         )
-        return _Workspace(encoder, pieces, [*scanner_arrays, batch, *space, *merge_arrays])
+        return _Workspace(encoder, pretokens, [*scanner_arrays, batch, *space, *merge_arrays])
 
     @functools.cached_property
     def _merges(self) -> tuple[merge_short.Merges, Arrays]:
@@ -325,42 +333,42 @@ class Tokenizer:
 
 
 class _Workspace(NamedTuple):
-    """What one thread encodes with: addresses for the kernels, and what they point into."""
+    """Working memory of one thread: addresses for the kernels, and the arrays that they point into."""
 
     encoder: encode_kernels.Encoder
-    pieces: PieceTable
+    pretokens: PretokenTable
     arrays: Arrays
 
     def make_room(self, most_slots: int) -> None:
-        """The whole cache, or an empty one where it was the whole.
+        """Grow the cache to most_slots, or empty it where it has as many.
 
-        It grows in one step, while few pieces are in it: these are the frequent ones, and in a table almost empty they
-        get the first place where they are looked for.
+        It grows in one step and early: the few pretokens in it are the frequent ones, and in a table that is almost
+        empty they are stored in the slot that is looked at first.
         """
-        if self.pieces.num_slots < most_slots:
-            self.pieces.grow(most_slots // self.pieces.num_slots)
+        if self.pretokens.num_slots < most_slots:
+            self.pretokens.grow(most_slots // self.pretokens.num_slots)
         else:
-            self.pieces.clear()
+            self.pretokens.clear()
 
 
 def warm_up() -> None:
-    """Compile the kernels of encoding, or find them compiled. For a driver to call before its workers start."""
+    """Compile the kernels of encoding unless they are cached. A driver calls it before its workers start."""
     tokens = [bytes([byte]) for byte in range(256)]
     Tokenizer([*tokens, b"ab"], [(97, 98)], {}).encode("ab " + 200 * "a" + " " + 300 * "b")
-    PieceTable(MIN_CACHE_SLOTS, load=CACHE_LOAD, kept_room=0, spilled_room=0).grow(2)
+    PretokenTable(MIN_CACHE_SLOTS, load=CACHE_LOAD, kept_room=0, spilled_room=0).grow(2)
 
 
-def cut(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
-    """The pieces of UTF-8 by a pattern, in order; together they are data. For looking at what is merged."""
-    scanner, _arrays = new_scanner(encode_kernels.MAX_PIECES)
+def pretokenize(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
+    """The pretokens of UTF-8 text in order; joined they are ``data``. For looking at what is merged."""
+    scanner, _arrays = new_scanner(encode_kernels.MAX_PRETOKENS)
     buffer = bytes_buffer(data)
     ends = np.empty(len(data), np.int64)
-    count = encode_kernels.cut(buffer.address, len(data), PATTERN_NUMBERS[pattern], scanner, ends)
+    count = encode_kernels.pretokenize(buffer.address, len(data), PATTERN_NUMBERS[pattern], scanner, ends)
     return [data[start:stop] for start, stop in itertools.pairwise([0, *ends[:count].tolist()])]
 
 
 def _check(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """Ids of the 256 bytes, and the id that every merge makes; ValueError where the parts do not fit together."""
+    """Ids of the 256 bytes, and the id that every merge produces; ValueError where the parts do not fit together."""
     tokens, merges, special_tokens, _ = vocabulary
     if len(tokens) > MAX_TOKENS:
         raise ValueError(f"has {len(tokens)} tokens, more than {MAX_TOKENS}")

@@ -1,10 +1,11 @@
 """Reading and writing of vocabularies: Hugging Face ``tokenizer.json`` and GPT-2's ``vocab.json`` with ``merges.txt``.
 
-Both write bytes as printable characters, GPT-2's way: the 188 printable bytes of Latin-1 as themselves, the other 68 as
-the characters from U+0100 on, in order. What another tokenizer would do differently is refused by name, never ignored.
+Both write bytes as printable characters, as GPT-2 does: the 188 printable bytes of Latin-1 as themselves, the other 68
+as the characters from U+0100 on, in order. A setting under which another tokenizer would give other ids is refused by
+name, never ignored.
 
-How a text is cut into pieces is part of the file: the pre-tokenizer ByteLevel cuts by GPT-2's pattern, and a Split in
-front of it by the regular expression that it names. Two are known, GPT-2's and cl100k's, which is Llama-3's too.
+How text is split into pretokens is part of the file: the pre-tokenizer ByteLevel splits by GPT-2's pattern, a Split
+before it by the regular expression that it names. Two are known, GPT-2's and cl100k's, which is Llama-3's too.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ _BYTES[_CODES] = np.arange(256)
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer file says: the bytes of every id, the pairs of ids to merge, in order, the special ones, and by
-    which pattern text is cut into pieces."""
+    """Content of a tokenizer file: bytes of every id, pairs of ids to merge in order, special tokens, pattern."""
 
     tokens: list[bytes]
     merges: list[tuple[int, int]]
@@ -57,7 +57,7 @@ class Vocabulary(NamedTuple):
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """While lists and tuples are made by the 100,000, which Python would look through for cycles again and again."""
+    """Pause the garbage collector, which would scan hundreds of thousands of new tuples for cycles again and again."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -67,15 +67,20 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-@collector_paused()
 def read_tokenizer_json(path: Path) -> Vocabulary:
-    """The vocabulary of a byte-level BPE ``tokenizer.json``; UserError names whatever this project does not do."""
-    content = _read_json(path)
-    model = content.get("model")
+    """The vocabulary of a byte-level BPE ``tokenizer.json``; UserError names whatever this project does not support."""
+    return parse_tokenizer_json(_read_bytes(path), path)
+
+
+@collector_paused()
+def parse_tokenizer_json(content: bytes, path: Path | str) -> Vocabulary:
+    """The vocabulary in the content of a ``tokenizer.json``; ``path`` is where it comes from, for error messages."""
+    values = _parse_json(content, path)
+    model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise UserError(f"{path} has no model with a vocabulary; give a byte-level BPE tokenizer.json")
-    pattern = _refuse_other_settings(path, content, model)
-    special_tokens = _special_tokens(path, content.get("added_tokens") or [])
+    pattern = _refuse_other_settings(path, values, model)
+    special_tokens = _special_tokens(path, values.get("added_tokens") or [])
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise UserError(f"{path} has no list of merges; give a byte-level BPE tokenizer.json")
@@ -86,8 +91,8 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
 @collector_paused()
 def read_gpt2(vocab_json: Path, merges_txt: Path, end_of_text: str) -> Vocabulary:
     """The vocabulary of GPT-2's two files; the only special token is end_of_text, if the vocabulary has it."""
-    vocab = _read_json(vocab_json)
-    lines = _read_text(merges_txt).replace("\r\n", "\n").split("\n")
+    vocab = _parse_json(_read_bytes(vocab_json), vocab_json)
+    lines = _decode(_read_bytes(merges_txt), merges_txt).replace("\r\n", "\n").split("\n")
     merges = _pairs(merges_txt, [line for line in lines if line and not line.startswith("#version")])
     special_tokens = {end_of_text: vocab[end_of_text]} if end_of_text in vocab else {}
     return _vocabulary(vocab_json, vocab, merges, special_tokens)
@@ -101,7 +106,7 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
 @collector_paused()
 def tokenizer_json(vocabulary: Vocabulary) -> str:
     """The content of ``tokenizer.json``; the same for the same vocabulary."""
-    shown = show_all(vocabulary.tokens)
+    shown = to_byte_characters(vocabulary.tokens)
     for name, token_id in vocabulary.special_tokens.items():
         shown[token_id] = name
     special_tokens = sorted(vocabulary.special_tokens.items(), key=lambda entry: entry[1])
@@ -141,7 +146,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> str:
 
 
 def _byte_level(*, use_regex: bool) -> dict[str, Any]:
-    """The part that writes bytes as characters, after cutting by GPT-2's pattern where use_regex says so."""
+    """The part that writes bytes as characters; with use_regex it splits text by GPT-2's pattern before."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
@@ -152,14 +157,14 @@ def _pre_tokenizer(pattern: Pattern) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
 
 
-def show_all(tokens: list[bytes]) -> list[str]:
-    """Bytes as GPT-2's printable characters."""
+def to_byte_characters(tokens: list[bytes]) -> list[str]:
+    """Tokens in GPT-2's printable byte characters."""
     content = _CODES[np.frombuffer(b"".join(tokens), np.uint8)].tobytes().decode("utf-16-le")
     return _slices(content, tokens)
 
 
 def _vocabulary(
-    path: Path, vocab: dict[str, Any], merges: list[list[str]], special_tokens: dict[str, int]
+    path: Path | str, vocab: dict[str, Any], merges: list[list[str]], special_tokens: dict[str, int]
 ) -> Vocabulary:
     """Put the parts together; ids must be 0, 1, 2, ... without holes."""
     ids = dict(vocab)
@@ -170,7 +175,7 @@ def _vocabulary(
             )
     _require_all_ids(path, ids)
     shown = sorted(ids, key=ids.__getitem__)
-    tokens = _unshow_all(path, ["" if name in special_tokens else name for name in shown])
+    tokens = _from_byte_characters(path, ["" if name in special_tokens else name for name in shown])
     for name, token_id in special_tokens.items():
         tokens[token_id] = name.encode()
     try:
@@ -181,7 +186,7 @@ def _vocabulary(
     return Vocabulary(tokens, pairs, special_tokens)
 
 
-def _require_all_ids(path: Path, ids: dict[str, Any]) -> None:
+def _require_all_ids(path: Path | str, ids: dict[str, Any]) -> None:
     """UserError unless the ids are 0, 1, 2, ... in any order."""
     if {type(token_id) for token_id in ids.values()} <= {int} and {*ids.values()} == {*range(len(ids))}:
         return
@@ -195,8 +200,8 @@ def _require_all_ids(path: Path, ids: dict[str, Any]) -> None:
         seen.add(token_id)
 
 
-def _unshow_all(path: Path, shown: list[str]) -> list[bytes]:
-    """The bytes of every token."""
+def _from_byte_characters(path: Path | str, shown: list[str]) -> list[bytes]:
+    """Bytes of tokens that are written in GPT-2's byte characters."""
     found = _BYTES[np.frombuffer("".join(shown).encode("utf-16-le", "surrogatepass"), "<u2")]
     if (found == _NO_BYTE).any():
         characters = {*BYTE_TO_CHARACTER.values()}
@@ -209,12 +214,12 @@ def _unshow_all(path: Path, shown: list[str]) -> list[bytes]:
 
 
 def _slices(content: AnyStr, parts: Sequence[Sized]) -> list[AnyStr]:
-    """The content cut into as many characters as each part has; a character is a byte."""
+    """Split the content into slices as long as the parts."""
     stops: list[int] = list(itertools.accumulate(map(len, parts)))
     return [content[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def _pairs(path: Path, entries: list[Any]) -> list[list[str]]:
+def _pairs(path: Path | str, entries: list[Any]) -> list[list[str]]:
     """Both sides of every merge, written "a b" or ["a", "b"]."""
     if {type(entry) for entry in entries} <= {str}:
         split = [entry.split(" ") for entry in entries]
@@ -229,7 +234,7 @@ def _pairs(path: Path, entries: list[Any]) -> list[list[str]]:
     return pairs
 
 
-def _special_tokens(path: Path, added: Any) -> dict[str, int]:
+def _special_tokens(path: Path | str, added: Any) -> dict[str, int]:
     special_tokens = {}
     for entry in added:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or type(entry.get("id")) is not int:
@@ -245,8 +250,8 @@ def _special_tokens(path: Path, added: Any) -> dict[str, int]:
     return special_tokens
 
 
-def _refuse_other_settings(path: Path, content: dict[str, Any], model: dict[str, Any]) -> Pattern:
-    """UserError on anything under which `tokenizers` would give other ids than we do; else the pattern of the file."""
+def _refuse_other_settings(path: Path | str, content: dict[str, Any], model: dict[str, Any]) -> Pattern:
+    """The pattern of the file; UserError on anything under which `tokenizers` would give other ids than we do."""
     found = []
     if model.get("type", "BPE") != "BPE":
         found.append(f"a model of type {model['type']}")
@@ -271,7 +276,7 @@ def _refuse_other_settings(path: Path, content: dict[str, Any], model: dict[str,
 
 
 def _pattern(pre_tokenizer: Any) -> tuple[Pattern | None, str]:
-    """The pattern by which a pre-tokenizer cuts, or None and what is strange about it."""
+    """The pattern by which a pre-tokenizer splits text, or None and what is not supported about it."""
     name = _name(pre_tokenizer)
     if name == "ByteLevel":
         if pre_tokenizer.get("add_prefix_space", True) or not pre_tokenizer.get("use_regex", True):
@@ -305,25 +310,34 @@ def _name(part: Any) -> str:
     return str(part.get("type", "of no type")) + (f" of {', '.join(_name(each) for each in inner)}" if inner else "")
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes().decode("utf-8")  # at once; read_text decodes piece by piece
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"there is no tokenizer file {path}; give the path of a tokenizer.json") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as a tokenizer file ({error}); give the path of a tokenizer.json"
-        ) from error
+    except OSError as error:
+        raise UserError(_unreadable(path, error)) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _decode(content: bytes, path: Path | str) -> str:
     try:
-        content = json.loads(_read_text(path))
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path | str, error: Exception) -> str:
+    return f"{path} cannot be read as a tokenizer file ({error}); give the path of a tokenizer.json"
+
+
+def _parse_json(content: bytes, path: Path | str) -> dict[str, Any]:
+    try:
+        values = json.loads(_decode(content, path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch or write the file again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object; give a tokenizer file")
-    return content
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object; give a tokenizer file")
+    return values
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
-"""Documents as the kernels take them: an address, and where each begins and stops; from lists and Arrow arrays.
+"""Documents in the form that kernels take: an address, and where each starts and stops; from lists and Arrow arrays.
 
-Nothing is copied but the offsets, and a list of str, some MB at a time.
+Only offsets are copied, and the texts of a list of str, some MB at a time.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ class TextBuffer(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the documents together."""
+        """Bytes of all documents together."""
         return int((self.stops - self.starts).sum())
 
 
 def text_buffers(texts: Texts) -> Iterator[TextBuffer]:
-    """The memory of texts, Arrow chunk by Arrow chunk, a list in slices. A null in Arrow is an empty text. Arrays of
-    another type are refused here, lists by require_texts."""
+    """The memory of texts: one buffer for each chunk of an Arrow array, or for each slice of a list.
+
+    A null in Arrow is an empty text. UserError for an Arrow array of another type; require_texts checks lists.
+    """
     if isinstance(texts, pa.Array | pa.ChunkedArray):
         for chunk in texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]:
             if len(chunk):
                 yield _arrow_buffer(chunk)
         return
-    # Slices that stay in the processor's cache, each encoded when its turn comes and then forgotten.
+    # Slices that fit into the processor's cache; each is encoded to UTF-8 just before it is used.
     first = texts[:SAMPLED_TEXTS]
     step = max(1, SLICE_CHARS * len(first) // max(guess_bytes(first), 1))
     for start in range(0, len(texts), step):
@@ -79,7 +81,7 @@ def bytes_buffer(data: bytes) -> TextBuffer:
 
 
 def shares(buffers: Iterable[TextBuffer], num_shares: int) -> list[list[TextBuffer]]:
-    """The documents in order, cut into at most num_shares runs of about as many bytes; none is empty."""
+    """The documents in order, divided into at most num_shares runs of about as many bytes; none is empty."""
     buffers = list(buffers)
     total = sum(buffer.num_bytes for buffer in buffers)
     result: list[list[TextBuffer]] = [[] for _ in range(num_shares)]
@@ -132,6 +134,6 @@ def _arrow_buffer(array: pa.Array) -> TextBuffer:
     if offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > (data.size if data else 0):
         raise UserError("the Arrow array of texts is corrupt, its offsets leave its data; write the file again")
     starts, stops = offsets[:-1], offsets[1:]
-    if array.null_count:  # a null may have bytes, which mean nothing
+    if array.null_count:  # a null may have bytes, which do not count
         starts = np.where(array.is_valid().to_numpy(zero_copy_only=False), starts, stops)
     return TextBuffer(data.address if data else 0, starts, stops, array)

@@ -1,6 +1,6 @@
-"""Learning a vocabulary: count the pieces of a text, then merge the most frequent pair of tokens again and again.
+"""Learning a vocabulary: count the pretokens of a text, then merge the most frequent pair of tokens again and again.
 
-Counting is separate from merging, so that many tasks can count parts of a corpus and their counts be added up: the sum
+Counting is separate from merging, so that many tasks can count parts of a corpus and their counts are added up: the sum
 is the same for any number of parts in any order. Of the pairs with the highest count the one with the lexicographically
 greatest (left bytes, right bytes) is merged, so that the result is a function of the counts alone.
 
@@ -8,12 +8,12 @@ Ids: 0 to 255 are the bytes by value, then come the merges in the order in which
 tokens in the order given; ``<|endoftext|>`` as the only one is the last id, as in GPT-2. Text is not searched for
 special tokens: it is counted as it stands.
 
-Memory for a million distinct pieces of 8 bytes each, as English has them (0.7 million in 1 GB). Counting: 32 bytes a
+Memory for a million distinct pretokens of 8 bytes each, as English has them (0.7 million in 1 GB). Counting: 32 bytes a
 slot of a table that is a quarter to half full, and the table before it while it grows: 64 to 192 MB a thread. The
-Arrow table of counts: 16 bytes and the piece, 24 MB, twice while it is sorted; adding tables up: 75 bytes a row.
-Learning: 42 bytes for a byte of the pieces, 340 MB, and a tenth more for 200,000 ids. Measured as growth of the
-resident set at its peak: 250 MB of English with 0.37 million distinct pieces, 51 MB for counting, 116 to 128 MB for
-learning 32,000 or 50,257 ids; 1.43 million made-up pieces of 9.7 bytes, 583 MB for learning.
+Arrow table of counts: 16 bytes and the pretoken, 24 MB, twice while it is sorted; adding tables up: 75 bytes a row.
+Learning: 42 bytes for a byte of the pretokens, 340 MB, and a tenth more for 200,000 ids. Measured as growth of the
+resident set at its peak: 250 MB of English with 0.37 million distinct pretokens, 51 MB for counting, 116 to 128 MB for
+learning 32,000 or 50,257 ids; 1.43 million made-up pretokens of 9.7 bytes, 583 MB for learning.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pipeline.tokenizer.kernels import train as kernels
 from pipeline.tokenizer.kernels.hash_table import BATCH_WORDS, ENTRIES
 from pipeline.tokenizer.patterns import PATTERNS, Pattern
 from pipeline.tokenizer.text_buffers import TextBuffer, Texts, require_texts, shares, text_buffers
-from pipeline.tokenizer.workspace import PieceTable, new_scanner
+from pipeline.tokenizer.workspace import PretokenTable, new_scanner
 
 NUM_BYTES = 256
 PROGRESS_STEPS = 100  # calls of progress
@@ -58,12 +58,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PretokenCounts:
-    """How often each distinct piece of a text occurs."""
+    """How often each distinct pretoken of a text occurs."""
 
     table: pa.Table
-    """Columns pretoken (large_binary) and count (int64, positive), sorted by the bytes, each piece once."""
+    """Columns pretoken (large_binary) and count (int64, positive), sorted by the bytes, each pretoken once."""
     pattern: Pattern = "gpt2"
-    """What the text was cut by."""
+    """Pattern that split the text."""
 
     def __post_init__(self) -> None:
         _require_known(self.pattern)
@@ -72,7 +72,7 @@ class PretokenCounts:
 
 
 def count_pretokens(texts: Texts, *, pattern: Pattern = "gpt2", num_threads: int = 1) -> PretokenCounts:
-    """Count the pieces of texts (see Tokenizer.encode_batch for what they may be).
+    """Count the pretokens of texts: a list of str or an Arrow array, as for Tokenizer.encode_batch.
 
     Each thread counts documents of about as many bytes in a table of its own; the result does not depend on
     num_threads. A single document is counted by one thread.
@@ -83,7 +83,7 @@ def count_pretokens(texts: Texts, *, pattern: Pattern = "gpt2", num_threads: int
 def merge_counts(parts: Iterable[PretokenCounts]) -> PretokenCounts:
     """Add up counts of parts of a text: equal to counting the whole, whatever the parts and their order.
 
-    UserError if the parts were cut by different patterns.
+    UserError if the parts were split by different patterns.
     """
     parts = list(parts)
     if not parts:
@@ -108,10 +108,11 @@ def train_bpe(
     progress(done, wanted) is called about a hundred times with the number of merges. A pair is merged only while it
     occurs at least min_frequency times, as in Hugging Face's BpeTrainer (`tokenizers`, models/bpe/trainer.rs stops at
     the first pair below). If that, set above 1, leaves fewer merges, the vocabulary is smaller and a warning says so:
-    the ids have no gap, the special tokens are the last. pattern: what texts are cut by, gpt2 if not given; counts
-    bring their own, and must agree with a given one.
+    the ids have no gap, the special tokens are the last. pattern: how texts are split, gpt2 if not given; counts have
+    their own, which must agree with a given one.
 
-    UserError if the text has too few different pieces for so many merges, or if a special token is an ordinary one too.
+    UserError if the text has too few different pretokens for so many merges, or if a special token is an ordinary one
+    too.
     """
     num_merges = vocab_size - NUM_BYTES - len(special_tokens)
     if num_merges < 0:
@@ -124,7 +125,7 @@ def train_bpe(
     table, pattern = _table_and_pattern(texts_or_counts, pattern)
     merges = _learn(table, num_merges, min_frequency, progress)
     if len(merges) < num_merges:
-        _tell_shortage(vocab_size, num_merges, len(merges), min_frequency)
+        _report_shortage(vocab_size, num_merges, len(merges), min_frequency)
     tokens = [bytes([byte]) for byte in range(NUM_BYTES)]
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
@@ -136,7 +137,7 @@ def train_bpe(
 
 
 def warm_up() -> None:
-    """Compile the kernels of counting, learning and encoding, or find them compiled."""
+    """Compile the kernels of counting, learning and encoding unless they are cached."""
     bpe.warm_up()
     train_bpe(["aa ab " + 20 * "c"] * 2, NUM_BYTES + 4)
 
@@ -150,7 +151,7 @@ def _require_known(pattern: str) -> None:
 
 
 def _count(texts: Texts, pattern: Pattern, num_threads: int) -> pa.Table:
-    """Counts of texts, in no particular order."""
+    """Counts of the pretokens of texts, in no particular order."""
     _require_known(pattern)
     if num_threads < 1:
         raise UserError(f"num_threads is {num_threads}; it must be positive")
@@ -163,7 +164,7 @@ def _count(texts: Texts, pattern: Pattern, num_threads: int) -> pa.Table:
 
 
 def _count_share(pattern: Pattern, buffers: Iterable[TextBuffer]) -> pa.Table:
-    """Counts of a thread's documents, in no particular order; the counting table is gone when it returns."""
+    """Counts of one thread's documents, in no particular order; the hash table is freed when it returns."""
     counter = _Counter(pattern)
     for buffer in buffers:
         counter.add(buffer)
@@ -171,7 +172,7 @@ def _count_share(pattern: Pattern, buffers: Iterable[TextBuffer]) -> pa.Table:
 
 
 def _sum(tables: list[pa.Table]) -> pa.Table:
-    """Counts added up, in no particular order."""
+    """The sum of counts, in no particular order."""
     whole = pa.concat_tables([COUNTS_SCHEMA.empty_table(), *tables])
     pretokens: Any = _joined(whole["pretoken"]).dictionary_encode()  # faster than group_by, which hashes whole rows
     counts = np.zeros(len(pretokens.dictionary), np.int64)
@@ -189,34 +190,34 @@ def _joined(column: pa.ChunkedArray) -> pa.Array:
 
 
 class _Counter:
-    """A growing hash table of pieces and counts."""
+    """A growing hash table of pretokens and counts."""
 
     def __init__(self, pattern: Pattern) -> None:
-        self._scanner, self._scanner_arrays = new_scanner(encode_kernels.MAX_PIECES)
+        self._scanner, self._scanner_arrays = new_scanner(encode_kernels.MAX_PRETOKENS)
         self._batch = np.empty(BATCH_WORDS, np.uint64)
         self._pattern = PATTERN_NUMBERS[pattern]
-        self._pieces = PieceTable(FIRST_SLOTS, load=0.5, kept_room=FIRST_KEPT_BYTES, spilled_room=0)
+        self._pretokens = PretokenTable(FIRST_SLOTS, load=0.5, kept_room=FIRST_KEPT_BYTES, spilled_room=0)
 
     def add(self, buffer: TextBuffer) -> None:
-        """Count the pieces of a buffer."""
+        """Count the pretokens of a buffer."""
         cursor = np.array([0, -1], np.int64)
         while True:
-            counter = count_kernels.Counter(self._pattern, self._scanner, self._pieces.view, self._batch.ctypes.data)
+            counter = count_kernels.Counter(self._pattern, self._scanner, self._pretokens.view, self._batch.ctypes.data)
             missing = count_kernels.count_documents(buffer.address, buffer.starts, buffer.stops, counter, cursor)
             if not missing:
                 return
-            while self._pieces.used[ENTRIES] + encode_kernels.MOST_PIECES > self._pieces.view.most_entries:
-                self._pieces.grow(2)
-            self._pieces.keep_room(missing)
+            while self._pretokens.used[ENTRIES] + encode_kernels.MOST_PRETOKENS > self._pretokens.view.most_entries:
+                self._pretokens.grow(2)
+            self._pretokens.keep_room(missing)
 
     def table(self) -> pa.Table:
-        """What has been counted, in no particular order."""
-        num_pieces = int(self._pieces.used[ENTRIES])
-        content = np.empty(count_kernels.content_bytes(self._pieces.view), np.uint8)
-        offsets, counts = np.zeros(num_pieces + 1, np.int64), np.empty(num_pieces, np.int64)
-        count_kernels.list_pieces(self._pieces.view, content, offsets, counts)
+        """The counts so far, in no particular order."""
+        num_pretokens = int(self._pretokens.used[ENTRIES])
+        content = np.empty(count_kernels.content_bytes(self._pretokens.view), np.uint8)
+        offsets, counts = np.zeros(num_pretokens + 1, np.int64), np.empty(num_pretokens, np.int64)
+        count_kernels.list_pretokens(self._pretokens.view, content, offsets, counts)
         buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(content.data)]
-        pretokens = pa.Array.from_buffers(pa.large_binary(), num_pieces, buffers)
+        pretokens = pa.Array.from_buffers(pa.large_binary(), num_pretokens, buffers)
         return pa.table([pretokens, pa.array(counts)], schema=COUNTS_SCHEMA)
 
 
@@ -224,7 +225,7 @@ class _Counter:
 
 
 def _table_and_pattern(texts_or_counts: Texts | PretokenCounts, pattern: Pattern | None) -> tuple[pa.Table, Pattern]:
-    """Counts in any order, and what the text was or is cut by."""
+    """Counts in any order, and the pattern that split the text."""
     if not isinstance(texts_or_counts, PretokenCounts):
         return _count(texts_or_counts, pattern or "gpt2", num_threads=1), pattern or "gpt2"
     if pattern not in (None, texts_or_counts.pattern):
@@ -232,8 +233,8 @@ def _table_and_pattern(texts_or_counts: Texts | PretokenCounts, pattern: Pattern
     return texts_or_counts.table, texts_or_counts.pattern
 
 
-def _tell_shortage(vocab_size: int, num_merges: int, num_found: int, min_frequency: int) -> None:
-    """UserError, or a warning where min_frequency asked for it."""
+def _report_shortage(vocab_size: int, num_merges: int, num_found: int, min_frequency: int) -> None:
+    """Raise a UserError, or warn where min_frequency above 1 explains the smaller vocabulary."""
     reached = vocab_size - num_merges + num_found
     if min_frequency > 1:
         logger.warning(
@@ -242,8 +243,8 @@ def _tell_shortage(vocab_size: int, num_merges: int, num_found: int, min_frequen
         )
         return
     raise UserError(
-        f"the text supports a vocabulary of {reached} only, not {vocab_size}: after {num_found} merges every piece is "
-        "one token; give more text or a smaller vocab_size"
+        f"the text supports a vocabulary of {reached} only, not {vocab_size}: after {num_found} merges every "
+        "pretoken is one token; give more text or a smaller vocab_size"
     )
 
 
@@ -265,32 +266,34 @@ def _learn(table: pa.Table, num_merges: int, min_frequency: int, progress: Progr
         if done < limit:
             if used[kernels.HEAP_SIZE] == 0:
                 break
-            for index, array in enumerate(pair_arrays):  # one after the other: old and new are never all there
+            for index, array in enumerate(pair_arrays):  # one by one: old and new arrays are never all in memory
                 pair_arrays[index] = _larger(array, 2 * array.size)
     return list(zip(merged[:done, 0].tolist(), merged[:done, 1].tolist(), strict=True))
 
 
 def _content(table: pa.Table) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The 256 bytes, then all pieces, as (N,) uint8, and the offsets of the pieces in it (pieces + 1,)."""
+    """The 256 bytes, then all pretokens, as (N,) uint8, and the offsets of the pretokens in it (pretokens + 1,)."""
     pretokens = _joined(table["pretoken"])
     _, offsets_buffer, data = pretokens.buffers()
     if offsets_buffer is None or data is None or len(pretokens) == 0:
         return np.arange(NUM_BYTES, dtype=np.uint8), np.full(1, NUM_BYTES, np.int64)
     window = slice(pretokens.offset, pretokens.offset + len(pretokens) + 1)
     offsets = np.frombuffer(memoryview(offsets_buffer), np.int64)[window]
-    pieces = np.frombuffer(memoryview(data), np.uint8)[offsets[0] : offsets[-1]]
-    if pieces.size + NUM_BYTES > MAX_NODES:
-        raise UserError(f"the distinct pieces have {pieces.size} bytes, more than 2 GiB; train on a sample of the text")
+    distinct = np.frombuffer(memoryview(data), np.uint8)[offsets[0] : offsets[-1]]
+    if distinct.size + NUM_BYTES > MAX_NODES:
+        raise UserError(
+            f"the distinct pretokens have {distinct.size} bytes, more than 2 GiB; train on a sample of the text"
+        )
     text_bytes = int((np.diff(offsets) * table["count"].to_numpy()).sum())
     if text_bytes > MAX_TEXT_BYTES:
         raise UserError(f"the counted text has {text_bytes:,} bytes, more than 1 TiB; train on a sample of it")
-    return np.concatenate([np.arange(NUM_BYTES, dtype=np.uint8), pieces]), offsets - offsets[0] + NUM_BYTES
+    return np.concatenate([np.arange(NUM_BYTES, dtype=np.uint8), distinct]), offsets - offsets[0] + NUM_BYTES
 
 
 def _new_learner(
     content: npt.NDArray[np.uint8], num_tokens: int, min_frequency: int
 ) -> tuple[kernels.Learner, npt.NDArray[np.int64], list[npt.NDArray[Any]]]:
-    """The state of learning, its counters, and all the arrays that it points into."""
+    """The state of learning, its counters, and all arrays that it points into."""
     num_nodes, used = content.size, np.zeros(4, np.int64)
     nodes = np.empty(num_nodes * kernels.NODE_BYTES, np.uint8)
     per_node: list[npt.NDArray[Any]] = [np.empty(num_nodes * times, np.int32) for times in (3, 1)]
@@ -317,7 +320,7 @@ def _pairs(arrays: list[npt.NDArray[Any]]) -> kernels.Pairs:
 
 
 def _larger(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
-    """A copy with room behind it, which takes memory only when it is written."""
+    """A copy with room at its end, which takes memory only when it is written."""
     larger = np.empty(size, array.dtype)
     larger[: array.size] = array
     return larger

@@ -1,6 +1,6 @@
-"""Working memory of the tokenizer's kernels: arrays, and the tuples of addresses that kernels are handed.
+"""Working memory of the tokenizer's kernels: arrays, and the tuples of addresses that are passed to kernels.
 
-Whoever holds a tuple keeps the arrays alive that it points into.
+Whoever holds a tuple must keep the arrays alive that it points into.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Arrays: TypeAlias = list[npt.NDArray[Any]]
 def zeroed(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Zeros, uint8 of num_bytes, in huge pages where the system has them.
 
-    A look-up in a table of many MB misses the processor's table of pages as well as its caches; with pages of 2 MiB
-    instead of 4 KiB it does not.
+    A look-up in a table of many MB misses the processor's TLB as well as its caches; with pages of 2 MiB instead of
+    4 KiB it does not miss the TLB.
     """
     if num_bytes < HUGE_PAGE_BYTES:
         return np.zeros(num_bytes, np.uint8)
@@ -48,11 +48,11 @@ def zeroed(num_bytes: int) -> npt.NDArray[np.uint8]:
     return array[-array.ctypes.data % HUGE_PAGE_BYTES :][:num_bytes]
 
 
-def new_scanner(max_pieces: int) -> tuple[Scanner, Arrays]:
-    """Working memory for scans that find max_pieces pieces at a time, and the arrays it consists of."""
-    ends, block = np.empty(max_pieces + BLOCK_BYTES + END_SLACK, np.int64), np.zeros(BLOCK_BYTES, np.uint8)
+def new_scanner(max_pretokens: int) -> tuple[Scanner, Arrays]:
+    """Working memory for scans that find max_pretokens at a time, and the arrays that it consists of."""
+    ends, block = np.empty(max_pretokens + BLOCK_BYTES + END_SLACK, np.int64), np.zeros(BLOCK_BYTES, np.uint8)
     classes = character_classes()
-    return Scanner(classes.ctypes.data, ends.ctypes.data, max_pieces, block.ctypes.data), [ends, block, classes]
+    return Scanner(classes.ctypes.data, ends.ctypes.data, max_pretokens, block.ctypes.data), [ends, block, classes]
 
 
 def merge_space() -> tuple[tuple[int, int], Arrays]:
@@ -65,8 +65,10 @@ def merge_space() -> tuple[tuple[int, int], Arrays]:
 def new_merges(
     tokens: Sequence[bytes], merges: Sequence[tuple[int, int]], byte_ids: list[int], merged_ids: list[int]
 ) -> tuple[Merges, Arrays]:
-    """The merges of a vocabulary as the kernels look them up, and the arrays that they consist of. byte_ids: of the 256
-    bytes; merged_ids: what every merge makes."""
+    """The merges of a vocabulary as look-up tables for the kernels, and the arrays that they consist of.
+
+    byte_ids: ids of the 256 bytes. merged_ids: id that every merge produces.
+    """
     pairs = np.array(merges, np.uint32).reshape(len(merges), 2)
     byte_array, merged_array = np.array(byte_ids, np.uint32), np.array(merged_ids, np.uint32)
     byte_pairs, neighbours, characters = _borders(tokens, pairs), _neighbours(tokens), np.empty(1 << 16, np.uint64)
@@ -94,25 +96,25 @@ def new_merges(
 
 
 def _neighbours(tokens: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-    """Whether some token has two bytes side by side, at first | second << 8: uint8 of 65,536, 0 or 1."""
+    """Whether some token has two bytes next to each other, at first | second << 8: uint8 of 65,536, 0 or 1."""
     content = np.frombuffer(b"".join(tokens), np.uint8).astype(np.int64)
     last = np.cumsum([len(token) for token in tokens]) - 1
     is_inside = np.ones(content.size, bool)
-    is_inside[last] = False  # what follows is another token's
+    is_inside[last] = False  # the next byte belongs to another token
     found = np.zeros(1 << 16, np.uint8)
     found[(content[:-1] | content[1:] << 8)[is_inside[:-1]]] = 1
     return found
 
 
 def _borders(tokens: Sequence[bytes], pairs: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """Least rank of a merge that reaches across two bytes, at first | second << 8 and in the upper half: uint64 of
-    65,536."""
-    content = np.frombuffer(b"".join(tokens) + b"\0", np.uint8).astype(np.int64)  # what an empty last one begins with
+    """Least rank of a merge that joins two neighbouring bytes, in the upper half of uint64 of 65,536, at
+    first | second << 8."""
+    content = np.frombuffer(b"".join(tokens) + b"\0", np.uint8).astype(np.int64)  # for an empty last token
     stops = np.cumsum([len(token) for token in tokens])
     first, last = content[np.concatenate([[0], stops[:-1]])[pairs[:, 1]]], content[stops[pairs[:, 0]] - 1]
     ranks = np.full(1 << 16, NO_RANK, np.uint64)
     across = last | first << 8
-    ranks[across[::-1]] = np.arange(len(pairs), dtype=np.uint64)[::-1]  # of several, the last one stays: the least
+    ranks[across[::-1]] = np.arange(len(pairs), dtype=np.uint64)[::-1]  # the last assignment wins: the least rank
     return ranks << np.uint64(32)
 
 
@@ -122,51 +124,54 @@ def _first_in_order(ids: list[int]) -> int:
     return first if ids == list(range(first, first + len(ids))) else -1
 
 
-class PieceTable:
-    """An empty table of pieces (hash_table.py) that can grow; view is what kernels take, anew after a change."""
+class PretokenTable:
+    """A growing table of pretokens (hash_table.py), empty at first; kernels take view, which changes when it grows."""
 
     view: Table
 
     def __init__(self, num_slots: int, *, load: float, kept_room: int, spilled_room: int) -> None:
-        """num_slots: a power of two, of which the share load may be used. kept_room, spilled_room: bytes of long pieces
-        and ids that do not fit into an entry; memory that is not touched before it is used."""
+        """num_slots: a power of two, of which the share load may be used.
+
+        kept_room, spilled_room: room for bytes of long pretokens and for ids that do not fit into an entry; memory is
+        allocated by the system when it is first written.
+        """
         self._load = load
         self._entries = zeroed(num_slots * ENTRY_BYTES)
         self._masks, self.used = np.array(key_masks(), np.uint64), np.zeros(3, np.int64)
         self._kept_bytes, self._spilled = np.empty(kept_room, np.uint8), np.empty(spilled_room, np.uint32)
-        self._look()
+        self._update_view()
 
     @property
     def num_slots(self) -> int:
-        """Entries that there are, used or not."""
+        """Number of entries, used or not."""
         return self._entries.size // ENTRY_BYTES
 
     @property
     def arrays(self) -> Arrays:
-        """What view points into."""
+        """The arrays that view points into."""
         return [self._entries, self._masks, self.used, self._kept_bytes, self._spilled]
 
     def grow(self, times: int) -> None:
-        """More slots, the pieces that are there kept; times is a power of two."""
+        """Multiply the number of slots by a power of two; the pretokens are kept."""
         old, old_entries = self.view, self._entries
         self._entries = zeroed(times * old_entries.size)
-        self._look()
+        self._update_view()
         rehash(old, self.view)
 
     def keep_room(self, num_bytes: int) -> None:
-        """Make sure that so many more bytes of long pieces have room."""
+        """Make room for num_bytes more of long pretokens."""
         if self.used[KEPT_BYTES] + num_bytes > self._kept_bytes.size:
             larger = np.empty(2 * self._kept_bytes.size + num_bytes, np.uint8)
             larger[: self._kept_bytes.size] = self._kept_bytes
             self._kept_bytes = larger
-            self._look()
+            self._update_view()
 
     def clear(self) -> None:
-        """Forget all pieces."""
+        """Forget all pretokens."""
         self._entries[:] = 0
         self.used[:] = 0
 
-    def _look(self) -> None:
+    def _update_view(self) -> None:
         self.view = Table(
             entries=self._entries.ctypes.data,
             entries_end=self._entries.ctypes.data + self._entries.size,

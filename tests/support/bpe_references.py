@@ -6,8 +6,8 @@ What the libraries do beyond the letter of the patterns, found by trying every c
 
 - their letters, numbers and white space are the same 141,028, 1,911 and 25 characters;
 - (?i:'s) also takes U+017F, the long s; no other character is equal to a letter of a contraction without its case;
-- the last newline of a run of white space ends a piece, at the end of a text too: "\\n " is two pieces. So it is with
-  the pattern of cl100k as Llama 3 has it; the cl100k_base inside tiktoken 0.14 makes one piece of it.
+- the last newline of a run of white space ends a pretoken, at the end of a text too: "\\n " is two pretokens. So it is
+  with the pattern of cl100k as Llama 3 has it; the cl100k_base inside tiktoken 0.14 makes one pretoken of it.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ STAND_IN_PATTERNS: dict[Pattern, str] = {
 }
 
 
-def pieces(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
+def pretokens(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
     """What a pattern cuts bytes into; a bad byte is a lone surrogate, which is in no class.
 
     The pattern is applied by Python's re to stand-ins, of which there are few, one for each character.
@@ -152,28 +152,28 @@ def pieces(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
     return [text[start:stop].encode("utf-8", "surrogateescape") for start, stop in spans]
 
 
-def tiktoken_pieces(texts: Sequence[str], expression: str) -> list[list[bytes]]:
-    """What tiktoken cuts short texts into: with every part of every text in the vocabulary a piece is one token."""
+def tiktoken_pretokens(texts: Sequence[str], expression: str) -> list[list[bytes]]:
+    """What tiktoken cuts short texts into: with every part of every text in the vocabulary a pretoken is one token."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     for data in {text.encode() for text in texts}:
         for start, stop in itertools.combinations(range(len(data) + 1), 2):
             ranks.setdefault(data[start:stop], len(ranks))
-    encoding = tiktoken.Encoding("pieces", pat_str=expression, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("pretokens", pat_str=expression, mergeable_ranks=ranks, special_tokens={})
     return [encoding.decode_tokens_bytes(ids) for ids in encoding.encode_ordinary_batch(list(texts), num_threads=1)]
 
 
-def tokenizers_pieces(texts: Sequence[str], expression: str) -> list[list[bytes]]:
+def tokenizers_pretokens(texts: Sequence[str], expression: str) -> list[list[bytes]]:
     """What `tokenizers` cuts texts into."""
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
-    return [[piece.encode() for piece, _ in split.pre_tokenize_str(text)] for text in texts]
+    return [[pretoken.encode() for pretoken, _ in split.pre_tokenize_str(text)] for text in texts]
 
 
-def naive_ids(tokenizer: Tokenizer, piece: bytes) -> list[int]:
-    """Encoding of one piece as it is defined: merge the leftmost pair of the lowest rank, begin again."""
+def naive_ids(tokenizer: Tokenizer, pretoken: bytes) -> list[int]:
+    """Encoding of one pretoken as it is defined: merge the leftmost pair of the lowest rank, begin again."""
     tokens, merges, _, _ = tokenizer._vocabulary
     id_of = {token: token_id for token_id, token in enumerate(tokens)}
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    ids = [id_of[bytes([byte])] for byte in piece]
+    ids = [id_of[bytes([byte])] for byte in pretoken]
     while True:
         found = [(ranks[pair], place) for place, pair in enumerate(itertools.pairwise(ids)) if pair in ranks]
         if not found:
@@ -186,7 +186,7 @@ def naive_merges(
     texts: Sequence[str], num_merges: int, pattern: Pattern = "gpt2", *, min_frequency: int = 1
 ) -> list[tuple[bytes, bytes]]:
     """BPE training as it is defined: count all pairs, merge the best one everywhere, begin again."""
-    words = Counter(piece for text in texts for piece in pieces(text.encode(), pattern))
+    words = Counter(pretoken for text in texts for pretoken in pretokens(text.encode(), pattern))
     tokens_of = {word: [bytes([byte]) for byte in word] for word in words}
     merges: list[tuple[bytes, bytes]] = []
     while len(merges) < num_merges:

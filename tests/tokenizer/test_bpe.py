@@ -29,7 +29,7 @@ from tests.support.bpe_references import (
     documents,
     gpt2,
     gpt2_tiktoken,
-    pieces,
+    pretokens,
     tiktoken_class,
 )
 
@@ -85,7 +85,7 @@ def test_documents_do_not_see_their_neighbours(texts: list[str]) -> None:
 
 @settings(max_examples=300)
 @given(st.text(alphabet="abe \u00e9", min_size=100, max_size=280), st.integers(1, 3))
-def test_pieces_around_every_limit_of_length(text: str, repeats: int) -> None:
+def test_pretokens_around_every_limit_of_length(text: str, repeats: int) -> None:
     # 15 bytes: short key; 128: heap; 256: not kept. Twice, so that the second time comes out of the table.
     word = text.replace(" ", "") * repeats
     for length in (7, 8, 9, 15, 16, 17, 127, 128, 129, 255, 256, 257):
@@ -100,17 +100,17 @@ def test_long_runs(unit: str) -> None:
     text = f"so {run} it is" if unit != "=" else run[:100_000]
     ids = gpt2().encode(text)
     assert gpt2().decode(ids) == text
-    piece = run[:50_000].encode()
-    assert gpt2().encode_bytes(piece) == gpt2_tiktoken()._encode_single_piece(piece)
+    pretoken = run[:50_000].encode()
+    assert gpt2().encode_bytes(pretoken) == gpt2_tiktoken()._encode_single_pretoken(pretoken)
 
 
 def test_long_white_space() -> None:
-    piece = b" " * 1_000_000  # the pattern ends tiktoken's process here; its merging takes it
-    assert gpt2().encode_bytes(piece) == gpt2_tiktoken()._encode_single_piece(piece)
+    pretoken = b" " * 1_000_000  # the pattern ends tiktoken's process here; its merging takes it
+    assert gpt2().encode_bytes(pretoken) == gpt2_tiktoken()._encode_single_pretoken(pretoken)
     assert gpt2().encode(" " * 100_000 + "x")[-2:] == gpt2().encode("  x")[-2:]
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------------
+# --- pretokens --------------------------------------------------------------------------------------------------------
 
 
 def test_character_classes_are_those_of_tiktoken() -> None:
@@ -126,7 +126,7 @@ def test_every_character_is_cut_as_the_pattern_says() -> None:
     characters = [chr(code) for code in sorted(set(codes)) if not 0xD800 <= code < 0xE000]
     text = "".join(f"a{character}1 {character} " for character in characters)
     counts = count_pretokens([text]).table
-    expected = Counter(pieces(text.encode()))
+    expected = Counter(pretokens(text.encode()))
     assert dict(zip(counts["pretoken"].to_pylist(), counts["count"].to_pylist(), strict=True)) == expected
 
 
@@ -143,14 +143,14 @@ bad_bytes = st.lists(
 @example(b"\xf4\x90\x80\x80 \xf5a \xe2\x82")  # beyond Unicode; cut short
 @example(b" \xe2\x80\x80\xe2\x80")
 def test_bad_bytes_are_neither_letter_nor_number_nor_space(data: bytes) -> None:
-    expected = [token for piece in pieces(data) for token in gpt2_tiktoken()._encode_single_piece(piece)]
+    expected = [token for pretoken in pretokens(data) for token in gpt2_tiktoken()._encode_single_pretoken(pretoken)]
     assert gpt2().encode_bytes(data) == expected
     assert gpt2().decode_bytes(expected) == data
 
 
 @pytest.mark.parametrize("text", ["", "hello", "hello ", "it's", "naïve", "1984"])
 def test_bytes_that_end_badly_have_the_ids_of_tiktoken(text: str) -> None:
-    # Not so after two spaces: tiktoken merges its last piece anew with all bad bytes, we go by the pattern.
+    # Not so after two spaces: tiktoken merges its last pretoken anew with all bad bytes, we go by the pattern.
     for tail in (b"", b"\xff", b"\xe2\x82"):
         assert gpt2().encode_bytes(text.encode() + tail) == gpt2_tiktoken()._encode_bytes(text.encode() + tail)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.tokenizer.bpe import CACHE_LOAD, FIRST_SLOTS, Tokenizer, cut
+from pipeline.tokenizer.bpe import CACHE_LOAD, FIRST_SLOTS, Tokenizer, pretokenize
 from pipeline.tokenizer.kernels.merge_short import SHORT_MERGE_BYTES
 from tests.support.bpe_references import NASTY, documents, gpt2, gpt2_tiktoken, naive_ids
 
@@ -153,7 +153,7 @@ def test_a_full_cache_is_emptied_and_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("cache_slots", [FIRST_SLOTS // 4, FIRST_SLOTS, 1 << 20])
-def test_more_pieces_than_a_cache_holds(cache_slots: int) -> None:
+def test_more_pretokens_than_a_cache_holds(cache_slots: int) -> None:
     # Short ones, long ones (above 15 bytes their bytes are kept apart), ones of many ids (kept apart too): all twice.
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=rng.choice((4, 9, 15, 16, 40, 200)))) for _ in range(60_000)]
@@ -168,14 +168,14 @@ def test_more_pieces_than_a_cache_holds(cache_slots: int) -> None:
 @settings(max_examples=100)
 @given(st.text(alphabet="ab", min_size=1, max_size=300), st.data())
 def test_merging_is_as_it_is_defined(word: str, data: st.DataObject) -> None:
-    # Few letters and few merges in any order: ties, chains, pieces around the length where the tree begins.
+    # Few letters and few merges in any order: ties, chains, pretokens around the length where the tree begins.
     lengths = st.sampled_from([1, 2, 3, 15, 16, 17, 63, 64, 65, 66, 255, 256, 257, 300])
-    pieces = [(word * 300)[: data.draw(lengths)] for _ in range(3)]
+    pretokens = [(word * 300)[: data.draw(lengths)] for _ in range(3)]
     tokens = [*BYTE_TOKENS, b"ab", b"ba", b"aa", b"abab", b"aab", b"baa", b"aaaa"]
     pairs = [(97, 98), (98, 97), (97, 97), (256, 256), (97, 256), (257, 97), (258, 258)]
     tokenizer = Tokenizer(tokens, data.draw(st.permutations(pairs)), {})
-    for piece in pieces:
-        assert tokenizer.encode(piece) == naive_ids(tokenizer, piece.encode())
+    for pretoken in pretokens:
+        assert tokenizer.encode(pretoken) == naive_ids(tokenizer, pretoken.encode())
 
 
 def test_every_letter_of_three_bytes_among_others() -> None:
@@ -187,8 +187,8 @@ def test_every_letter_of_three_bytes_among_others() -> None:
 
 @settings(max_examples=300)
 @given(st.lists(st.one_of(st.sampled_from("漢字的一ー한").map(str.encode), high_bytes), min_size=6).map(b"".join))
-def test_long_pieces_of_characters_and_halves_of_them(data: bytes) -> None:
-    expected = [token for piece in cut(data) for token in naive_ids(gpt2(), piece)]
+def test_long_pretokens_of_characters_and_halves_of_them(data: bytes) -> None:
+    expected = [token for pretoken in pretokenize(data) for token in naive_ids(gpt2(), pretoken)]
     assert gpt2().encode_bytes(data) == expected
 
 
@@ -211,8 +211,8 @@ def test_ids_need_not_be_in_the_order_of_the_merges() -> None:
 
 
 def test_a_tree_of_three_levels() -> None:
-    piece = ("the quick brown fox".replace(" ", "") * 400)[: 16 * 16 * SHORT_MERGE_BYTES // 8 + 5]
-    assert gpt2().encode(piece) == naive_ids(gpt2(), piece.encode())
+    pretoken = ("the quick brown fox".replace(" ", "") * 400)[: 16 * 16 * SHORT_MERGE_BYTES // 8 + 5]
+    assert gpt2().encode(pretoken) == naive_ids(gpt2(), pretoken.encode())
 
 
 def test_threads_share_a_tokenizer() -> None:

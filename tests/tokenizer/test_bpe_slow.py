@@ -1,4 +1,4 @@
-"""The tokenizer against tiktoken and `tokenizers` on 100,000 texts, the corpus, every character, and 1 GB in one piece.
+"""The tokenizer against tiktoken and `tokenizers`: 100,000 texts, the corpus, every character, 1 GB in one pretoken.
 
 Of the 100,000, 60,000 are made of traps, 30,000 of any characters, 10,000 of bytes that are not all UTF-8; half of each
 by either pattern. They come ten at a time, because the libraries are called in batches.
@@ -29,8 +29,8 @@ from tests.support.bpe_references import (
     gpt2,
     gpt2_tiktoken,
     gpt2_tokenizers,
-    pieces,
-    tokenizers_pieces,
+    pretokens,
+    tokenizers_pretokens,
 )
 
 pytestmark = pytest.mark.slow
@@ -75,13 +75,13 @@ some_bytes = st.one_of(st.binary(max_size=3), st.sampled_from(BAD_BYTES), *[st.s
 @settings(max_examples=500, suppress_health_check=many)
 @given(batch=st.lists(st.lists(some_bytes, max_size=8).map(b"".join), min_size=10, max_size=10))
 def test_10_000_texts_of_bytes(pattern: Pattern, batch: list[bytes]) -> None:
-    # What tiktoken does with bytes: from the last piece before the first bad byte on it no longer cuts, but merges all
-    # the rest as one piece. So its ids are ours if, and only if, none of its tokens crosses a place where the pattern
-    # cuts, a bad byte being one character of no class.
+    # What tiktoken does with bytes: from the last pretoken before the first bad byte on it no longer splits, but merges
+    # all the rest as one pretoken. So its ids are ours if, and only if, none of its tokens crosses a place where the
+    # pattern splits, a bad byte being one character of no class.
     for data in batch:
-        parts, tokenizer = pieces(data, pattern), gpt2(pattern)
+        parts, tokenizer = pretokens(data, pattern), gpt2(pattern)
         ours, theirs = tokenizer.encode_bytes(data), gpt2_tiktoken(pattern)._encode_bytes(data)
-        assert ours == [each for part in parts for each in gpt2_tiktoken(pattern)._encode_single_piece(part)]
+        assert ours == [each for part in parts for each in gpt2_tiktoken(pattern)._encode_single_pretoken(part)]
         token_ends = set(itertools.accumulate(len(tokenizer.decode_bytes([each])) for each in theirs))
         is_cut_alike = token_ends.issuperset(itertools.accumulate(map(len, parts)))
         assert (ours == theirs) == is_cut_alike
@@ -117,9 +117,9 @@ def test_every_character_in_every_place(pattern: Pattern) -> None:
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     for start in range(0, len(characters), 100_000):
         text = "".join(f"a{each}x '{each}x 1{each}1 {each} " for each in characters[start : start + 100_000])
-        (theirs,) = tokenizers_pieces([text], EXPRESSIONS[pattern])
-        assert pieces(text.encode(), pattern) == theirs
-        assert bpe.cut(text.encode(), pattern) == theirs
+        (theirs,) = tokenizers_pretokens([text], EXPRESSIONS[pattern])
+        assert pretokens(text.encode(), pattern) == theirs
+        assert bpe.pretokenize(text.encode(), pattern) == theirs
 
 
 def one_document(data: bytes) -> pa.Array:
@@ -145,9 +145,9 @@ def test_a_document_of_one_gigabyte(pattern: Pattern) -> None:
 
 
 def test_white_space_of_one_gigabyte() -> None:
-    # One piece but for its last blank, which belongs to the word.
+    # One pretoken but for its last blank, which belongs to the word.
     data = b" " * GIGABYTE + b"x"
-    assert [len(piece) for piece in bpe.cut(data)] == [GIGABYTE - 1, 2]
+    assert [len(pretoken) for pretoken in bpe.pretokenize(data)] == [GIGABYTE - 1, 2]
 
 
 def test_one_letter_a_hundred_million_times() -> None:

@@ -27,9 +27,9 @@ from tests.support.bpe_references import (
     NASTY,
     documents,
     gpt2,
-    pieces,
-    tiktoken_pieces,
-    tokenizers_pieces,
+    pretokens,
+    tiktoken_pretokens,
+    tokenizers_pretokens,
 )
 
 END = "<|endoftext|>"
@@ -148,9 +148,9 @@ def test_every_spelling_that_is_read_cuts_alike(tmp_path: Path, expression: str)
     pattern = read(tmp_path, sequence(expression)).pattern
     chance = random.Random(expression)
     texts = ["".join(chance.choices(NASTY, k=chance.randint(0, 9))) for _ in range(400)]
-    expected = [pieces(text.encode(), pattern) for text in texts]
-    assert tokenizers_pieces(texts, expression) == expected
-    assert tiktoken_pieces(texts, expression) == expected
+    expected = [pretokens(text.encode(), pattern) for text in texts]
+    assert tokenizers_pretokens(texts, expression) == expected
+    assert tiktoken_pretokens(texts, expression) == expected
 
 
 def test_the_pattern_of_tiktokens_own_cl100k_is_another(tmp_path: Path) -> None:
@@ -158,10 +158,10 @@ def test_the_pattern_of_tiktokens_own_cl100k_is_another(tmp_path: Path) -> None:
     assert read(tmp_path, sequence(TIKTOKEN_GPT2)).pattern == "gpt2"
     with pytest.raises(UserError, match="with the pattern \"'"):
         read(tmp_path, sequence(TIKTOKEN_CL100K))
-    assert tiktoken_pieces(["\n "], TIKTOKEN_CL100K) == [[b"\n "]]
-    assert tiktoken_pieces(["\n "], EXPRESSIONS["cl100k"]) == [[b"\n", b" "]]
-    assert tiktoken_pieces(["1234"], TIKTOKEN_CL100K) == [[b"123", b"4"]]
-    assert tokenizers_pieces(["1234"], TIKTOKEN_CL100K) == [[b"1234"]]
+    assert tiktoken_pretokens(["\n "], TIKTOKEN_CL100K) == [[b"\n "]]
+    assert tiktoken_pretokens(["\n "], EXPRESSIONS["cl100k"]) == [[b"\n", b" "]]
+    assert tiktoken_pretokens(["1234"], TIKTOKEN_CL100K) == [[b"123", b"4"]]
+    assert tokenizers_pretokens(["1234"], TIKTOKEN_CL100K) == [[b"1234"]]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("decoder", to={"type": "Metaspace"}), "the decoder Metaspace"),
         (change("post_processor", to={"type": "TemplateProcessing"}), "the post_processor TemplateProcessing"),
         (change("truncation", to={"max_length": 5}), "the truncation"),
-        (change("model", "type", to="WordPiece"), "a model of type WordPiece"),
+        (change("model", "type", to="WordPretoken"), "a model of type WordPretoken"),
         (change("model", "type", to="Unigram"), "a model of type Unigram"),
         (change("model", "byte_fallback", to=True), "byte_fallback True"),
         (change("model", "ignore_merges", to=True), "ignore_merges True"),
@@ -283,6 +283,12 @@ def test_broken_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.json").write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.json"):
         Tokenizer.from_file(tmp_path / "broken.json")
+    with pytest.raises(UserError, match=r"s3://bucket/broken\.json"):
+        Tokenizer.from_json(content, "s3://bucket/broken.json")
+
+
+def test_the_content_of_a_file_is_read_as_the_file(path: Path) -> None:
+    assert Tokenizer.from_json(path.read_bytes(), "anywhere").fingerprint == Tokenizer.from_file(path).fingerprint
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The cutting of text into pieces against a plain-Python splitter: every character, every trap at every block boundary.
+"""Splitting text into pretokens against a plain-Python splitter: every character, every trap at every block boundary.
 
 The kernels look at 64 bytes at a time and carry bits from one block to the next, so whatever can go wrong is moved
 across such a boundary byte by byte. The splitter itself is held against tiktoken and `tokenizers`.
@@ -27,10 +27,10 @@ from tests.support.bpe_references import (
     BOTH,
     EXPRESSIONS,
     NASTY,
-    pieces,
+    pretokens,
     tiktoken_matches,
-    tiktoken_pieces,
-    tokenizers_pieces,
+    tiktoken_pretokens,
+    tokenizers_pretokens,
 )
 
 BLOCK = 64
@@ -53,9 +53,9 @@ def padded(padding: bytes, length: int) -> bytes:
 def assert_cut(documents: Iterable[bytes], pattern: Pattern) -> None:
     """Each document by itself, and all of them counted one behind the other in memory."""
     documents = list(documents)
-    expected = [pieces(document, pattern) for document in documents]
+    expected = [pretokens(document, pattern) for document in documents]
     for document, parts in zip(documents, expected, strict=True):
-        assert bpe.cut(document, pattern) == parts, document
+        assert bpe.pretokenize(document, pattern) == parts, document
     assert_counted(documents, expected, pattern)
 
 
@@ -75,16 +75,16 @@ def test_the_splitter_cuts_as_tiktoken_and_tokenizers_do(pattern: Pattern) -> No
     chance = random.Random(pattern)
     for _ in range(4):
         texts = ["".join(chance.choices(NASTY, k=chance.randint(0, 9))) for _ in range(300)]
-        ours = [pieces(text.encode(), pattern) for text in texts]
-        assert ours == tokenizers_pieces(texts, EXPRESSIONS[pattern])
-        assert ours == tiktoken_pieces(texts, EXPRESSIONS[pattern])
+        ours = [pretokens(text.encode(), pattern) for text in texts]
+        assert ours == tokenizers_pretokens(texts, EXPRESSIONS[pattern])
+        assert ours == tiktoken_pretokens(texts, EXPRESSIONS[pattern])
 
 
 @pytest.mark.parametrize("pattern", BOTH)
 def test_the_splitter_loses_nothing(pattern: Pattern) -> None:
-    # A stand-in that no branch of its pattern takes would vanish from the pieces without a trace.
+    # A stand-in that no branch of its pattern takes would vanish from the pretokens without a trace.
     data = "".join(map(chr, ALL_CODES[:0x3000])).encode() + b"\xff \xff"
-    assert b"".join(pieces(data, pattern)) == data
+    assert b"".join(pretokens(data, pattern)) == data
 
 
 def test_the_long_s_and_no_other_character_ends_a_contraction_of_cl100k() -> None:
@@ -95,8 +95,8 @@ def test_the_long_s_and_no_other_character_ends_a_contraction_of_cl100k() -> Non
     cases = [itertools.product(*zip(pair, pair.upper(), strict=True)) for pair in ("ll", "re", "ve")]
     pairs = map("".join, itertools.chain.from_iterable(cases))
     assert found == {f"'{each}" for each in [*"sStTmMdD\u017f", *pairs]}
-    assert bpe.cut("'\u017fx".encode(), "cl100k") == ["'\u017f".encode(), b"x"]
-    assert bpe.cut("'\u017fx".encode(), "gpt2") == [b"'", "\u017fx".encode()]
+    assert bpe.pretokenize("'\u017fx".encode(), "cl100k") == ["'\u017f".encode(), b"x"]
+    assert bpe.pretokenize("'\u017fx".encode(), "gpt2") == [b"'", "\u017fx".encode()]
 
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def test_the_long_s_and_no_other_character_ends_a_contraction_of_cl100k() -> Non
         ("", []),
     ],
 )
-def test_pieces_of_gpt2_by_eye(text: str, expected: list[str]) -> None:
-    assert [piece.decode() for piece in bpe.cut(text.encode())] == expected
+def test_pretokens_of_gpt2_by_eye(text: str, expected: list[str]) -> None:
+    assert [pretoken.decode() for pretoken in bpe.pretokenize(text.encode())] == expected
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_pieces_of_gpt2_by_eye(text: str, expected: list[str]) -> None:
         ("", []),
     ],
 )
-def test_pieces_of_cl100k_by_eye(text: str, expected: list[str]) -> None:
-    assert [piece.decode() for piece in bpe.cut(text.encode(), "cl100k")] == expected
+def test_pretokens_of_cl100k_by_eye(text: str, expected: list[str]) -> None:
+    assert [pretoken.decode() for pretoken in bpe.pretokenize(text.encode(), "cl100k")] == expected
 
 
 @pytest.mark.parametrize("pattern", BOTH)
@@ -150,7 +150,7 @@ def test_every_character(pattern: Pattern) -> None:
     # Letters, numbers and white space all lie below 0x40000; behind it every 61st will do here.
     codes = [code for code in ALL_CODES if code < 0x40000 or code % 61 == 0]
     text = b"".join(b"a%b1%b " % (each, each) for each in map(str.encode, map(chr, codes)))
-    assert bpe.cut(text, pattern) == pieces(text, pattern)
+    assert bpe.pretokenize(text, pattern) == pretokens(text, pattern)
 
 
 @pytest.mark.parametrize("padding", PADDING, ids=ascii)
@@ -167,7 +167,7 @@ def test_every_pair_of_traps_across_a_block_boundary(pattern: Pattern, padding: 
 
 @pytest.mark.parametrize("pattern", BOTH)
 def test_three_traps_across_boundaries_of_a_long_document(pattern: Pattern) -> None:
-    # Long enough that no kernel finds all the pieces in one go; every document begins elsewhere.
+    # Long enough that no kernel finds all the pretokens in one go; every document begins elsewhere.
     chance = random.Random(pattern)
     triples = [b"".join(three) for three in itertools.product(TRAPS, repeat=3)]
     chance.shuffle(triples)
@@ -255,7 +255,7 @@ def test_long_runs_are_cut_as_short_ones(unit: str, pattern: Pattern) -> None:
 @example(data=b"a" * 63 + b"'")
 @example(data=b" " * 63 + "\u2003".encode())
 def test_any_bytes(pattern: Pattern, data: bytes) -> None:
-    assert bpe.cut(data, pattern) == pieces(data, pattern)
+    assert bpe.pretokenize(data, pattern) == pretokens(data, pattern)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guards memory by mprotect")

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.tokenizer import training as bpe_training
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import show_all
+from pipeline.tokenizer.files import to_byte_characters
 from pipeline.tokenizer.patterns import Pattern
 from pipeline.tokenizer.training import PretokenCounts, count_pretokens, merge_counts, train_bpe
-from tests.support.bpe_references import BOTH, NASTY, as_tiktoken, documents, naive_merges, pieces
+from tests.support.bpe_references import BOTH, NASTY, as_tiktoken, documents, naive_merges, pretokens
 
 nasty_text = st.lists(st.sampled_from(NASTY), max_size=40).map("".join)
 
@@ -80,7 +80,7 @@ def test_runs_of_one_letter(length: int) -> None:
 def test_ties_go_to_the_greatest_pair_of_byte_strings() -> None:
     assert learn(["az", "by", "ca"], 1) == [(b"c", b"a")]  # left side first
     assert learn(["ab", "ac", "az"], 1) == [(b"a", b"z")]  # then the right
-    assert learn(["é", "z1", "ab"], 1) == [(b"\xc3", b"\xa9")]  # bytes, not characters; "z1" is two pieces
+    assert learn(["é", "z1", "ab"], 1) == [(b"\xc3", b"\xa9")]  # bytes, not characters; "z1" is two pretokens
     long = ["abcdefghij" * 2, "abcdefghik" * 2]  # the first eight bytes do not tell
     expected = naive_merges(long, 30)
     assert learn(long, len(expected)) == expected
@@ -134,7 +134,7 @@ def test_min_frequency_means_what_it_does_in_tokenizers(min_frequency: int) -> N
     theirs.train_from_iterator([text], trainer)
     expected = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
     ours = train_bpe([text], 257 + len(expected), min_frequency=min_frequency)
-    shown = [tuple(show_all([*pair])) for pair in merges(ours)]
+    shown = [tuple(to_byte_characters([*pair])) for pair in merges(ours)]
     assert shown == expected
     with pytest.raises(UserError) if min_frequency == 1 else contextlib.nullcontext():
         assert train_bpe([text], 1000, min_frequency=min_frequency).vocab_size == 257 + len(expected)
@@ -163,7 +163,9 @@ def test_arrays_that_grow_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     counts, expected = as_dict(count_pretokens(texts)), learn(texts, 600)
     monkeypatch.setattr(bpe_training, "FIRST_SLOTS", 4)
     monkeypatch.setattr(bpe_training, "FIRST_KEPT_BYTES", 16)
-    byte_pairs = {piece[i : i + 2] for text in texts for piece in pieces(text.encode()) for i in range(len(piece) - 1)}
+    byte_pairs = {
+        pretoken[i : i + 2] for text in texts for pretoken in pretokens(text.encode()) for i in range(len(pretoken) - 1)
+    }
     monkeypatch.setattr(bpe_training, "FIRST_PAIRS", len(byte_pairs))
     assert as_dict(count_pretokens(texts)) == counts
     assert learn(texts, 600) == expected
@@ -193,13 +195,15 @@ def test_what_cannot_be_trained_is_said(texts: list[str], vocab_size: int, speci
 @given(st.lists(nasty_text, max_size=10))
 def test_counts_are_those_of_the_pattern(pattern: Pattern, texts: list[str]) -> None:
     counts = count_pretokens(texts, pattern=pattern)
-    assert as_dict(counts) == Counter(piece for text in texts for piece in pieces(text.encode(), pattern))
+    assert as_dict(counts) == Counter(pretoken for text in texts for pretoken in pretokens(text.encode(), pattern))
     assert list(as_dict(counts)) == sorted(as_dict(counts))
 
 
 def test_counts_of_real_text() -> None:
     texts = documents(100)
-    assert as_dict(count_pretokens(texts)) == Counter(piece for text in texts for piece in pieces(text.encode()))
+    assert as_dict(count_pretokens(texts)) == Counter(
+        pretoken for text in texts for pretoken in pretokens(text.encode())
+    )
 
 
 @settings(max_examples=60)

@@ -2,9 +2,9 @@
 
 numba's own cache looks only at the file of the outer function, so that an edited helper in another file goes on running
 as it was, and it looks for its files by the path of the checkout, so that the throw-away copy which ``ray job submit``
-unpacks compiles again. Here the folder's name is a hash of everything the machine code depends on: a stale hit cannot
-be, and any copy of the same sources finds the same folder. Kernels live in the files beside this one,
-and use nothing of other files but what they are handed. Nothing is compiled, made or written at import.
+unpacks compiles again. Here the folder's name is a hash of everything that the machine code depends on: a stale hit is
+impossible, and any copy of the same sources finds the same folder. Kernels are in the files of this folder and use
+nothing of other files but their arguments. Nothing is compiled or written at import.
 
 Processes that find a kernel missing at the same time wait for the one that compiles it.
 
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def kernel_sources() -> list[Path]:
-    """The files that compiled kernels are made from, this one among them: what the stamp covers."""
+    """The source files of the kernels, this one included: what the stamp covers."""
     return sorted(Path(__file__).parent.glob("*.py"))
 
 
-# Read at import: the files may change between then and the first call, and the code that runs is the earlier one.
+# Read at import: the files may change before the first call, but the code that runs is the imported one.
 _SOURCES = hashlib.sha256(
     b"\0".join(path.name.encode() + b"\0" + path.read_bytes() for path in kernel_sources())
 ).digest()
@@ -85,7 +85,7 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 
 class StampedCache(_Cache):
-    """numba's on-disk cache of one kernel, opened in the stamped folder when the kernel is first compiled."""
+    """numba's on-disk cache of one kernel, opened in the stamped folder when the kernel is first called."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -110,19 +110,19 @@ class StampedCache(_Cache):
             return None
         try:
             cache = self._open(target_context)
-            found = cache.load_overload(sig, target_context)
-            if found is None:
+            compiled = cache.load_overload(sig, target_context)
+            if compiled is None:
                 self._lock = _wait_for_lock(Path(cache.cache_path) / f"{self._function.__name__}.lock")
-                found = cache.load_overload(sig, target_context)  # by whoever was first
-                if found is not None:
+                compiled = cache.load_overload(sig, target_context)  # compiled by another process meanwhile
+                if compiled is not None:
                     self._release()
-            return found
+            return compiled
         except OSError as error:
             logger.warning("kept kernels cannot be read, they are compiled again: %s", error)
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep compiled code; a folder that cannot be written costs a warning, not the run."""
+        """Store compiled code; where the folder cannot be written, a warning is logged."""
         if not self._enabled:
             return
         try:
@@ -142,11 +142,11 @@ class StampedCache(_Cache):
         self._enabled = True
 
     def disable(self) -> None:
-        """Compile afresh and keep nothing."""
+        """Compile again and store nothing."""
         self._enabled = False
 
     def flush(self) -> None:
-        """Forget what is on disk for this kernel."""
+        """Delete what is on disk for this kernel."""
         if self._opened:
             self._opened.flush()
 

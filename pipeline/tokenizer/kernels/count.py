@@ -1,4 +1,4 @@
-"""The numba loops that count the pieces of a text, in the table that encoding uses (hash_table.py)."""
+"""The numba loops that count the pretokens of a text, in the table that encoding uses (hash_table.py)."""
 
 # ruff: noqa: PLR0917  numba calls by position
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pipeline.tokenizer.kernels.cache import helper, inlined, kernel
 from pipeline.tokenizer.kernels.encode import DOCUMENT, POSITION, scan
 from pipeline.tokenizer.kernels.hash_table import (
-    BATCH_PIECES,
+    BATCH_PRETOKENS,
     EMPTY,
     ENTRY_BYTES,
     KEPT_BYTES,
@@ -34,11 +34,11 @@ from pipeline.tokenizer.kernels.split_gpt2 import Scanner
 
 
 class Counter(NamedTuple):
-    """All that counting takes but the text."""
+    """The arguments of counting except the text."""
 
-    pattern: int  # bpe_kernels.GPT2 or CL100K
+    pattern: int  # encode.GPT2 or CL100K
     scanner: Scanner
-    table: Table  # word 2 of an entry is the count of its piece
+    table: Table  # word 2 of an entry is the count of its pretoken
     batch: int  # uint64 of BATCH_WORDS
 
 
@@ -50,10 +50,10 @@ def count_documents(
     counter: Counter,
     cursor: npt.NDArray[np.int64],
 ) -> int:
-    """Count pieces from the cursor on (text, starts, stops as in bpe_kernels.encode_documents).
+    """Count pretokens from the cursor on (text, starts, stops as in encode.encode_documents).
 
-    Returns 0 when done, else the kept bytes that must be free to go on; the table must then also have room for the
-    MOST_PIECES entries that a scan may find.
+    Returns 0 when done, else how many kept bytes must be free to continue; the table must then also have room for
+    MOST_PRETOKENS entries, as many as one scan may find.
     """
     table, ends = counter.table, counter.scanner.ends
     readable_end = text + stops[-1]
@@ -68,10 +68,10 @@ def count_documents(
             if not has_room(table, count, kept_bytes, 0):
                 cursor[DOCUMENT], cursor[POSITION] = document, position
                 return kept_bytes
-            for first in range(0, count, BATCH_PIECES):
-                pieces = min(count - first, BATCH_PIECES)
-                count_batch(text, position, ends + 8 * first, pieces, readable_end, counter)
-                position = get_64(ends, first + pieces - 1)
+            for first in range(0, count, BATCH_PRETOKENS):
+                pretokens = min(count - first, BATCH_PRETOKENS)
+                count_batch(text, position, ends + 8 * first, pretokens, readable_end, counter)
+                position = get_64(ends, first + pretokens - 1)
         document += 1
         position = -1
     cursor[DOCUMENT], cursor[POSITION] = document, position
@@ -80,13 +80,13 @@ def count_documents(
 
 @inlined
 def count_batch(text: int, start: int, ends: int, count: int, readable_end: int, counter: Counter) -> None:
-    """Add one to the counts of count pieces from position start on."""
+    """Add one to the counts of count pretokens from position start on."""
     table = counter.table
     address_batch(text, start, ends, count, readable_end, table, counter.batch)
     address = text + start
-    for piece in range(count):
-        stop = text + get_64(ends, piece)
-        key = counter.batch + 24 * piece
+    for pretoken in range(count):
+        stop = text + get_64(ends, pretoken)
+        key = counter.batch + 24 * pretoken
         entry = get_64(key, 2)
         if not holds(entry, key):
             entry = find_or_enter(address, stop - address, key, table)
@@ -96,7 +96,7 @@ def count_batch(text: int, start: int, ends: int, count: int, readable_end: int,
 
 @helper
 def find_or_enter(address: int, length: int, key: int, table: Table) -> int:
-    """Address of the entry of a piece that is not in the first entry of its search."""
+    """Address of the entry of a pretoken, which is not the first one probed; it is entered if it is new."""
     first, second, entry = load_word(key), load_word(key + 8), get_64(key, 2)
     if length <= SHORT_BYTES:
         entry = find_short(table, entry, first, second)
@@ -108,11 +108,11 @@ def find_or_enter(address: int, length: int, key: int, table: Table) -> int:
 
 
 @kernel
-def list_pieces(
+def list_pretokens(
     table: Table, content: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
 ) -> None:
-    """Write the pieces of a counting table one behind the other: bytes, offsets (pieces + 1,) and counts (pieces,)."""
-    piece = 0
+    """Write the pretokens of a counting table: concatenated bytes, offsets (pretokens + 1,), counts (pretokens,)."""
+    pretoken = 0
     end = 0
     for entry in range(table.entries, table.entries_end, ENTRY_BYTES):
         second = load_word(entry + 8)
@@ -127,14 +127,14 @@ def list_pieces(
         for index in range(length):
             content[end + index] = load_byte(source + index)
         end += length
-        piece += 1
-        offsets[piece] = end
-        counts[piece - 1] = signed(load_word(entry + 16))
+        pretoken += 1
+        offsets[pretoken] = end
+        counts[pretoken - 1] = signed(load_word(entry + 16))
 
 
 @kernel
 def content_bytes(table: Table) -> int:
-    """Bytes of all pieces of a table together."""
+    """Bytes of all pretokens of a table together."""
     total = used(table, KEPT_BYTES)
     for entry in range(table.entries, table.entries_end, ENTRY_BYTES):
         length = signed(load_word(entry + 8) >> TOP_BYTE)

@@ -1,12 +1,12 @@
-"""The numba loops of encoding: cut the text, look every piece up among those seen before, merge its bytes if it is new.
+"""The numba loops of encoding: split the text, look every pretoken up in the cache, merge its bytes if it is new.
 
-    text --scan--> ends of pieces --address_batch--> keys, entries on their way --find--> ids --> output
+    text --scan--> ends of pretokens --address_batch--> keys, prefetched entries --find--> ids --> output
                    1,024 at a time                   128 at a time                |
                                                                           new: merge, enter
 
-``split_gpt2.py`` and ``split_cl100k.py`` cut, ``hash_table.py`` looks up, ``merge_short.py``
-and ``merge_long.py`` merge; here they are put together. Almost every piece of real text has been seen before:
-what counts is the way through ``write_known``, which makes no detour.
+``split_gpt2.py`` and ``split_cl100k.py`` split, ``hash_table.py`` looks up, ``merge_short.py`` and ``merge_long.py``
+merge; here they are put together. Almost every pretoken of real text has been seen before, so the speed of
+``write_known`` decides.
 """
 
 # ruff: noqa: PLR0917  numba calls by position
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from pipeline.tokenizer.kernels.cache import helper, inlined, kernel
 from pipeline.tokenizer.kernels.hash_table import (
-    BATCH_PIECES,
+    BATCH_PRETOKENS,
     EMPTY,
     HALF,
     SHORT_BYTES,
@@ -64,10 +64,10 @@ from pipeline.tokenizer.kernels.split_cl100k import scan_cl100k
 from pipeline.tokenizer.kernels.split_gpt2 import Scanner, scan_gpt2
 
 GPT2, CL100K = 0, 1  # patterns
-MAX_PIECES = 1024  # found before they are looked up: their ends stay in the L1 cache
-MOST_PIECES = MAX_PIECES + BLOCK_BYTES  # that a scan may find
-MAX_CACHED_BYTES = 256  # longer pieces hardly ever come twice
-MOST_CACHED_BYTES = MOST_PIECES * (MAX_CACHED_BYTES + 8)  # that the pieces of a scan may take
+MAX_PRETOKENS = 1024  # split before they are looked up: their ends stay in the L1 cache
+MOST_PRETOKENS = MAX_PRETOKENS + BLOCK_BYTES  # that a scan may find
+MAX_CACHED_BYTES = 256  # longer pretokens hardly ever come twice
+MOST_CACHED_BYTES = MOST_PRETOKENS * (MAX_CACHED_BYTES + 8)  # that the pretokens of a scan may take
 TABLE_IS_FULL = -1
 THIRD = np.uint64(4)  # bit
 LOW_HALF = np.uint64(0xFFFFFFFF)
@@ -77,7 +77,7 @@ DOCUMENT, POSITION, WRITTEN = 0, 1, 2  # indices of a cursor
 
 
 class Encoder(NamedTuple):
-    """All that encoding takes but the text. Addresses and numbers; the last three are working space."""
+    """The arguments of encoding except the text: addresses and numbers. The last three are working memory."""
 
     pattern: int  # GPT2 or CL100K
     scanner: Scanner
@@ -92,21 +92,21 @@ class Encoder(NamedTuple):
 
 @helper
 def scan(text: int, position: int, end: int, readable_end: int, pattern: int, scanner: Scanner) -> int:
-    """Write the ends of the pieces from position < end on to scanner.ends; returns how many (see scan_gpt2)."""
+    """Write the ends of the pretokens from position < end on to scanner.ends; returns how many (see scan_gpt2)."""
     if pattern == CL100K:
         return scan_cl100k(text, position, end, scanner)
     return scan_gpt2(text, position, end, readable_end, scanner)
 
 
 @kernel
-def cut(text: int, size: int, pattern: int, scanner: Scanner, ends: npt.NDArray[np.int64]) -> int:
-    """Write the ends of all pieces of size bytes of text to ends (size,); returns how many."""
+def pretokenize(text: int, size: int, pattern: int, scanner: Scanner, ends: npt.NDArray[np.int64]) -> int:
+    """Write the ends of all pretokens of size bytes of text to ends (size,); returns how many."""
     position = 0
     count = 0
     while position < size:
         found = scan(text, position, size, text + size, pattern, scanner)
-        for piece in range(found):
-            ends[count + piece] = get_64(scanner.ends, piece)
+        for pretoken in range(found):
+            ends[count + pretoken] = get_64(scanner.ends, pretoken)
         count += found
         position = get_64(scanner.ends, found - 1)
     return count
@@ -122,11 +122,13 @@ def encode_documents(
     output: tuple[int, int],
     id_offsets: npt.NDArray[np.int64],
 ) -> int:
-    """Encode documents from the cursor on; returns 0 when done, else the room (in ids) that it needs to go on, or
-    TABLE_IS_FULL if it needs a table that has MOST_PIECES entries and MOST_CACHED_BYTES free.
+    """Encode documents from the cursor on.
+
+    Returns 0 when done, else the room (in ids) that it needs to continue, or TABLE_IS_FULL if it needs a table with
+    MOST_PRETOKENS entries and MOST_CACHED_BYTES free.
 
     text: address of the buffer whose bytes starts[i]:stops[i] are document i; the last stop is its end. output: address
-    and room in ids; 16 bytes behind the room may be written. id_offsets (documents + 1,) is filled from index 1 on.
+    and room in ids; 16 bytes after the room may be written. id_offsets (documents + 1,) is filled from index 1 on.
     """
     address, room = output
     readable_end = text + stops[-1]
@@ -154,11 +156,11 @@ def encode_documents(
             target = address + (written << encoder.id_shift)
             ends = encoder.scanner.ends
             while count > 0:
-                pieces = min(count, BATCH_PIECES)
-                target = encode_batch(text, position, ends, pieces, readable_end, encoder, target)
-                position = get_64(ends, pieces - 1)
-                ends += 8 * pieces
-                count -= pieces
+                pretokens = min(count, BATCH_PRETOKENS)
+                target = encode_batch(text, position, ends, pretokens, readable_end, encoder, target)
+                position = get_64(ends, pretokens - 1)
+                ends += 8 * pretokens
+                count -= pretokens
             written = (target - address) >> encoder.id_shift
         document += 1
         position = -1
@@ -169,26 +171,28 @@ def encode_documents(
 
 @inlined
 def encode_batch(text: int, start: int, ends: int, count: int, readable_end: int, encoder: Encoder, target: int) -> int:
-    """Write the ids of count pieces from position start on to the target address; returns the address behind them."""
+    """Write the ids of count pretokens from position start on to the target address; returns the address after them."""
     address_batch(text, start, ends, count, readable_end, encoder.table, encoder.batch)
-    piece = 0
+    pretoken = 0
     while True:
-        piece, target = write_known(encoder.batch, piece, count, encoder.id_shift, target)
-        if piece == count:
+        pretoken, target = write_known(encoder.batch, pretoken, count, encoder.id_shift, target)
+        if pretoken == count:
             return target
-        address = text + (get_64(ends, piece - 1) if piece > 0 else start)
-        length = text + get_64(ends, piece) - address
-        target = encode_rare(address, length, encoder.batch + 24 * piece, encoder, target)
-        piece += 1
+        address = text + (get_64(ends, pretoken - 1) if pretoken > 0 else start)
+        length = text + get_64(ends, pretoken) - address
+        target = encode_rare(address, length, encoder.batch + 24 * pretoken, encoder, target)
+        pretoken += 1
 
 
 @helper
-def write_known(batch: int, piece: int, count: int, id_shift: int, target: int) -> tuple[int, int]:
-    """Write the ids of the pieces of a batch from the given one on, as long as they are in the entries where their
-    search begins; returns the first one that is not, or count, and the address behind the ids."""
+def write_known(batch: int, pretoken: int, count: int, id_shift: int, target: int) -> tuple[int, int]:
+    """Write the ids of the pretokens of a batch from the given one on, up to the first that is not in its home entry.
+
+    Returns that pretoken, or count, and the address after the ids.
+    """
     apart()
-    while piece < count:
-        key = batch + 24 * piece
+    while pretoken < count:
+        key = batch + 24 * pretoken
         entry = get_64(key, 2)
         high = load_word(entry + 24)
         if not holds(entry, key) or high >> HALF == EMPTY:
@@ -196,8 +200,8 @@ def write_known(batch: int, piece: int, count: int, id_shift: int, target: int) 
         store_word(target, load_word(entry + 16))
         store_word(target + 8, high)
         target += signed(high >> HALF) << id_shift
-        piece += 1
-    return piece, target
+        pretoken += 1
+    return pretoken, target
 
 
 @inlined
@@ -211,7 +215,7 @@ def write_id(token_id: int, target: int, id_shift: int) -> None:
 
 @helper
 def write_ids(ids: int, count: int, target: int, id_shift: int) -> int:
-    """Copy uint32 ids as uint16 or uint32; returns the address behind them."""
+    """Copy uint32 ids as uint16 or uint32; returns the address after them."""
     for index in range(count):
         write_id(get_32(ids, index), target, id_shift)
         target += 1 << id_shift
@@ -220,14 +224,14 @@ def write_ids(ids: int, count: int, target: int, id_shift: int) -> int:
 
 @inlined
 def copy_ids(source: int, num_bytes: int, target: int) -> None:
-    """Copy ids, and up to 7 bytes behind."""
+    """Copy ids, and up to 7 bytes after them."""
     for offset in range(0, num_bytes, 8):
         store_word(target + offset, load_word(source + offset))
 
 
 @inlined
 def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: int) -> int:
-    """Write the ids of a piece that write_known left; returns the address behind them."""
+    """Write the ids of a pretoken that is not in its home entry; returns the address after them."""
     table = encoder.table
     first, second, entry = load_word(key), load_word(key + 8), get_64(key, 2)
     if length <= SHORT_BYTES:
@@ -259,8 +263,11 @@ def encode_rare(address: int, length: int, key: int, encoder: Encoder, target: i
 
 @inlined
 def enter_payload(entry: int, ids: int, num_bytes: int, encoder: Encoder) -> None:
-    """Fill the two payload words: up to 12 bytes of ids as they go to the output, and their number in the upper half of
-    the second word; or 0 there, below it their number, and in the first word where in table.spilled they are."""
+    """Fill the two payload words of an entry.
+
+    Up to 12 bytes of ids are stored as in the output, their number in the upper half of the second word. For more ids
+    the upper half is 0, the lower half their number, and the first word is their place in table.spilled.
+    """
     count = np.uint64(num_bytes >> encoder.id_shift)
     if num_bytes <= INLINE_BYTES:
         store_word(entry + 16, load_word(ids))
@@ -275,7 +282,7 @@ def enter_payload(entry: int, ids: int, num_bytes: int, encoder: Encoder) -> Non
 
 @helper
 def encode_long(address: int, length: int, encoder: Encoder, target: int) -> int:
-    """Write the ids of a piece above SHORT_BYTES, part by part; returns the address behind them."""
+    """Write the ids of a pretoken above SHORT_BYTES, part by part; returns the address after them."""
     apart()
     merges, id_shift = encoder.merges, encoder.id_shift
     end = address + length
@@ -303,12 +310,12 @@ def encode_long(address: int, length: int, encoder: Encoder, target: int) -> int
 
 @inlined
 def encode_part(address: int, size: int, end: int, encoder: Encoder, target: int) -> int:
-    """Write the ids of a part of up to 64 bytes of a piece that ends at end; returns the address behind them."""
+    """Write the ids of a part of up to 64 bytes of a pretoken that ends at end; returns the address after them."""
     merges, id_shift = encoder.merges, encoder.id_shift
     if size > 2:
         count = merge_short(address, size, merges, encoder.ids, encoder.ranks)
         return write_ids(encoder.ids, count, target, id_shift)
-    if address + 1 == end:  # one byte, and nothing behind it that could be read
+    if address + 1 == end:  # one byte, and nothing after it that could be read
         write_id(get_32(merges.byte_ids, load_byte(address)), target, id_shift)
         return target + (1 << id_shift)
     first, second, is_merged = tokens_of_two(address, merges)
@@ -319,6 +326,6 @@ def encode_part(address: int, size: int, end: int, encoder: Encoder, target: int
 
 @helper
 def encode_long_part(address: int, length: int, encoder: Encoder, target: int, array: npt.NDArray[np.uint32]) -> int:
-    """encode_long for a part of any length; array (length,) is working space."""
+    """encode_long for a part of any length; array (length,) is working memory."""
     ids = array.ctypes.data
     return write_ids(ids, merge_long(address, length, encoder.merges, ids), target, encoder.id_shift)

@@ -1,14 +1,14 @@
-"""The hash table of pieces seen before, for encoding and for counting: open addressing, linear probing.
+"""The hash table of pretokens seen before, for encoding and for counting: open addressing, linear probing.
 
-An entry is 32 bytes, half a cache line, so that a look costs one access to memory:
+An entry is 32 bytes, half a cache line, so that a probe costs one memory access:
 
-    word 0, 1   key: a piece of up to 15 bytes itself, zeros behind, its length in the top byte; of a longer piece a
-                hash, and 16 in the top byte above the place in ``kept_bytes`` where its bytes are
-    word 2, 3   payload: the piece's ids (encode.py) or its count (count.py)
+    word 0, 1   key: a pretoken of up to 15 bytes itself, padded with zeros, its length in the top byte; for a longer
+                pretoken a hash, and 16 in the top byte, above the place in ``kept_bytes`` where its bytes are
+    word 2, 3   payload: the pretoken's ids (encode.py) or its count (count.py)
 
-An empty entry has 0 in word 1. Looking up is done for a batch of pieces in two passes: ``address_batch`` makes the keys
-and asks for the entries' cache lines, and by the time the second pass compares them they have come: the table is larger
-than the caches, and waiting for one line at a time would be most of the work.
+An empty entry has 0 in word 1. A batch of pretokens is looked up in two passes: ``address_batch`` makes the keys and
+prefetches the entries, which have arrived when the second pass compares them. The table is larger than the caches, and
+waiting for one cache line at a time would take most of the time.
 """
 
 # ruff: noqa: PLR0917  numba calls by position
@@ -31,12 +31,12 @@ from pipeline.tokenizer.kernels.memory import (
     store_word,
 )
 
-SHORT_BYTES = 15  # longest piece that is its own key
+SHORT_BYTES = 15  # longest pretoken that is its own key
 ENTRY_BYTES = 32
 ENTRY_SHIFT = np.uint64(5)
-LONG_TAG = 16  # top byte of word 1; 1..15 there is the length of a short piece
-BATCH_PIECES = 128
-BATCH_WORDS = 3 * BATCH_PIECES  # of every piece: two words of key, address of the entry
+LONG_TAG = 16  # top byte of word 1; 1..15 there is the length of a short pretoken
+BATCH_PRETOKENS = 128
+BATCH_WORDS = 3 * BATCH_PRETOKENS  # of every pretoken: two words of key, address of the entry
 
 MULTIPLIER_1 = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER_2 = np.uint64(0xD6E8FEB86659FD93)
@@ -55,17 +55,17 @@ class Table(NamedTuple):
     entries: int  # ENTRY_BYTES x slots, a power of two; all zero at first
     entries_end: int
     shift: int  # 64 - log2(slots): the top bits of a hash are its slot
-    most_entries: int  # in use at a time; the probing wants empty ones
+    most_entries: int  # in use at a time; linear probing needs empty ones
     key_masks: int  # uint64 of 32: see key_masks()
-    kept_bytes: int  # uint8: of every long piece 8 bytes of length, then the piece
+    kept_bytes: int  # uint8: for every long pretoken its length in 8 bytes, then the pretoken
     kept_room: int  # its size
-    spilled: int  # ids of pieces that have more than fit into an entry, in units of 4 bytes
+    spilled: int  # ids of pretokens that have more than fit into an entry, in units of 4 bytes
     spilled_room: int  # its size in units
     used: int  # int64 of 3: entries, spilled, kept_bytes in use
 
 
 def key_masks() -> list[int]:
-    """Two words for every length up to 15: ones over the bytes of a piece, in the 16 bytes from its start."""
+    """Two words for every length up to 15: masks that keep the bytes of a pretoken among the 16 from its start."""
     words: list[int] = []
     for length in range(SHORT_BYTES + 1):
         bits = (1 << 8 * length) - 1
@@ -82,13 +82,13 @@ def mix(first: np.uint64, second: np.uint64) -> np.uint64:
 
 @inlined
 def home(table: Table, first: np.uint64, second: np.uint64) -> int:
-    """Address of the entry where the search for a key begins; of a long piece second does not count."""
+    """Address of the entry that is probed first for a key; for a long pretoken second is ignored."""
     return table.entries + signed(mix(first, second) >> np.uint64(table.shift) << ENTRY_SHIFT)
 
 
 @inlined
 def next_entry(table: Table, entry: int) -> int:
-    """Address of the entry to look at next."""
+    """Address of the entry to probe next."""
     entry += ENTRY_BYTES
     return table.entries if entry == table.entries_end else entry
 
@@ -104,7 +104,7 @@ def partial_word(address: int, length: int) -> np.uint64:
 
 @helper
 def short_key_at_the_end(address: int, length: int) -> tuple[np.uint64, np.uint64]:
-    """The bytes of a short piece as two words, where 16 bytes cannot be read."""
+    """The bytes of a short pretoken as two words, where 16 bytes cannot be read."""
     first = load_word(address) if length >= 8 else partial_word(address, length)
     second = partial_word(address + 8, length - 8) if length > 8 else np.uint64(0)
     return first, second
@@ -112,7 +112,7 @@ def short_key_at_the_end(address: int, length: int) -> tuple[np.uint64, np.uint6
 
 @helper
 def long_hash(address: int, length: int) -> np.uint64:
-    """Word 0 of a long piece: a hash of its bytes and length."""
+    """Word 0 of a long pretoken: a hash of its bytes and length."""
     state = np.uint64(length)
     for index in range(0, length - 7, 8):
         state = mix(state, load_word(address + index))
@@ -123,12 +123,12 @@ def long_hash(address: int, length: int) -> np.uint64:
 
 @helper
 def address_batch(text: int, start: int, ends: int, count: int, readable_end: int, table: Table, batch: int) -> None:
-    """First pass: keys and home entries of count pieces, which begin at position start and end where ends says, into
-    the batch. Pieces of a kind that is not looked up get their key all the same."""
+    """First pass: keys and home entries of count pretokens, which begin at position start and end where ends says, into
+    the batch. Pretokens of a kind that is not looked up get their key all the same."""
     apart()
     address = text + start
-    for piece in range(count):
-        stop = text + get_64(ends, piece)
+    for pretoken in range(count):
+        stop = text + get_64(ends, pretoken)
         length = stop - address
         if length > SHORT_BYTES:
             first, second = long_hash(address, length), LONG_KEY
@@ -142,15 +142,15 @@ def address_batch(text: int, start: int, ends: int, count: int, readable_end: in
             second |= np.uint64(length) << TOP_BYTE
             entry = home(table, first, second)
         prefetch(entry)
-        store_word(batch + 24 * piece, first)
-        store_word(batch + 24 * piece + 8, second)
-        put_64(batch + 24 * piece + 16, 0, entry)
+        store_word(batch + 24 * pretoken, first)
+        store_word(batch + 24 * pretoken + 8, second)
+        put_64(batch + 24 * pretoken + 16, 0, entry)
         address = stop
 
 
 @inlined
 def find_short(table: Table, entry: int, first: np.uint64, second: np.uint64) -> int:
-    """Address of the entry of a short piece, or of the empty entry where it belongs; the search begins at entry."""
+    """Address of the entry of a short pretoken, or of the empty entry where it belongs; the search begins at entry."""
     while True:
         found = load_word(entry + 8)
         if (found == second and load_word(entry) == first) or found == EMPTY:
@@ -160,7 +160,7 @@ def find_short(table: Table, entry: int, first: np.uint64, second: np.uint64) ->
 
 @helper
 def find_long(table: Table, entry: int, first: np.uint64, address: int, length: int) -> int:
-    """The same for a long piece, given its hash: the bytes decide."""
+    """The same for a long pretoken, given its hash: the bytes decide."""
     while True:
         found = load_word(entry + 8)
         if found == EMPTY:
@@ -183,7 +183,7 @@ def same_bytes(one: int, other: int, length: int) -> bool:
 
 @inlined
 def holds(entry: int, key: int) -> bool:
-    """Whether an entry is that of the key, two words of a batch; one comparison, as the answer is nearly always yes."""
+    """Whether an entry has the key, two words of a batch; a single comparison, as the answer is nearly always yes."""
     return (load_word(entry) ^ load_word(key)) | (load_word(entry + 8) ^ load_word(key + 8)) == EMPTY
 
 
@@ -195,13 +195,13 @@ def used(table: Table, which: int) -> int:
 
 @inlined
 def use(table: Table, which: int, more: int) -> None:
-    """Count more of them in use."""
+    """Add to the number in use."""
     put_64(table.used, which, used(table, which) + more)
 
 
 @inlined
 def has_room(table: Table, entries: int, kept_bytes: int, spilled: int) -> bool:
-    """Whether so many more of each fit in."""
+    """Whether so many more of each fit."""
     return (
         used(table, ENTRIES) + entries <= table.most_entries
         and used(table, KEPT_BYTES) + kept_bytes <= table.kept_room
@@ -211,7 +211,7 @@ def has_room(table: Table, entries: int, kept_bytes: int, spilled: int) -> bool:
 
 @helper
 def enter_key(table: Table, entry: int, first: np.uint64, second: np.uint64, address: int, length: int) -> None:
-    """Fill the key of an empty entry; for a long piece there must be room in kept_bytes."""
+    """Fill the key of an empty entry; for a long pretoken there must be room in kept_bytes."""
     if length > SHORT_BYTES:
         offset = used(table, KEPT_BYTES)
         kept = table.kept_bytes + offset

@@ -1,8 +1,8 @@
 """Raw memory, bits and vectors for the numba loops of the tokenizer.
 
 Memory is read and written through addresses (int64): arrays in tuples would cost two atomic reference counts per use,
-and every index a look whether it is negative. Words are uint64 throughout: numba turns a sum of int64 and uint64 into
-float64 without a word.
+and every index a check whether it is negative. Words are uint64 throughout: numba silently turns a sum of int64 and
+uint64 into float64.
 
 Vector operations: ``byte_masks`` compares 64 bytes at a time and packs the answers into words, one bit a byte;
 ``least`` finds the least of 16 numbers in memory; ``Sixteen`` is 16 numbers in a register. They are written in LLVM's
@@ -144,8 +144,10 @@ def _prefetch(_typing_context: Any, _address: Any) -> Any:
 
 
 def _byte_masks(_typing_context: Any, _address: Any) -> Any:
-    """byte_masks(address): of the 64 bytes there, lowest bit first, (ASCII letters, ASCII digits, ASCII white space,
-    blanks, apostrophes, first bytes of longer characters: from 0xC0 on) as words."""
+    """byte_masks(address): six masks of the 64 bytes there as words, lowest bit first.
+
+    ASCII letters, ASCII digits, ASCII white space, blanks, apostrophes, first bytes of longer characters (from 0xC0).
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = builder.load(builder.inttoptr(arguments[0], _BLOCK.as_pointer()), align=1)
@@ -218,8 +220,7 @@ def _least_lane(_typing_context: Any, _vector: Any) -> Any:
 
 
 def _with_lane(_typing_context: Any, _vector: Any, _place: Any, _value: Any) -> Any:
-    """with_lane(vector, place, value): the vector with another value at a place; the same where there is no such
-    place."""
+    """with_lane(vector, place, value): the vector with another value at a place, if there is such a place."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         vector, place, value = arguments
@@ -240,10 +241,10 @@ def _less(_typing_context: Any, _one: Any, _other: Any) -> Any:
 
 
 def _apart(_typing_context: Any) -> Any:
-    """apart(): keep the helper that calls this a function of its own.
+    """apart(): do not inline the helper that calls this.
 
-    A loop that is put into a large function shares the registers with all the rest of it, and has its variables in
-    memory. numba hands "inlined" down to the helpers of an inlined helper, so that nearly all of them would be.
+    A loop that is inlined into a large function shares the registers with all the rest of it, and its variables are
+    spilled to memory. numba passes "inlined" on to the helpers of an inlined helper, so nearly all would be inlined.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:

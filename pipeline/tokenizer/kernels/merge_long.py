@@ -1,4 +1,4 @@
-"""The numba loops that merge the bytes of a long piece: merge_short.py, with the ranks in a tree.
+"""The numba loops that merge the bytes of a long pretoken: merge_short.py, with the ranks in a tree.
 
 Every node of the tree is the least of the 16 below, so that a run of n letters takes n log n steps and not n squared.
 """
@@ -30,12 +30,15 @@ MAX_TREE_LEVELS = 16
 
 @helper
 def merge_long(address: int, length: int, merges: Merges, ids: int) -> int:
-    """Ids of a piece of any length into ids, uint32 of length; returns how many. O(n log n), 4.4 bytes a byte."""
+    """Write the ids of a pretoken of any length to ids, uint32 of length; returns how many.
+
+    Takes O(n log n) steps and 4.4 bytes of memory for each byte.
+    """
     levels = np.empty(MAX_TREE_LEVELS, np.int64)
     num_levels = tree_levels(length, levels)
     tree = np.full(levels[num_levels], np.uint32(NO_RANK), np.uint32)
     starts = np.zeros((length >> 6) + 1, np.uint64)
-    # numba frees an array after its last use by name: the addresses are taken where the caller still holds it.
+    # numba frees an array after its last use by name: addresses are taken in a function whose caller still holds it.
     return merge_in_tree(address, length, merges, ids, tree, Tree(levels, num_levels), starts)
 
 
@@ -49,7 +52,7 @@ def merge_in_tree(
     shape: Tree,
     starts: npt.NDArray[np.uint64],
 ) -> int:
-    """The work of merge_long, in arrays that it has made."""
+    """The work of merge_long, in arrays that merge_long allocates."""
     tree = ranks.ctypes.data
     begin(address, length, merges, ids, tree)
     build_tree(tree, shape)
@@ -109,7 +112,7 @@ def start_before(starts: npt.NDArray[np.uint64], place: int) -> int:
 class Tree(NamedTuple):
     """Where the levels of a tree are."""
 
-    levels: npt.NDArray[np.int64]  # index of the first rank of each, and behind the last one the number of all
+    levels: npt.NDArray[np.int64]  # index of the first rank of each level, then the number of ranks
     num_levels: int
 
 
@@ -150,7 +153,7 @@ def least_of_tree(tree: int, shape: Tree) -> tuple[int, int]:
 
 @helper
 def set_rank(tree: int, shape: Tree, place: int, rank: int) -> None:
-    """Change the rank of a place, and what follows from it above."""
+    """Change the rank of a place, and the levels above where they depend on it."""
     put_32(tree, place, rank)
     for level in range(1, shape.num_levels):
         rank, _ = least(tree + 4 * (shape.levels[level - 1] + (place >> 4 << 4)))

@@ -1,19 +1,19 @@
-"""The numba loops that merge the bytes of one piece into ids, the earliest learned merge first: what a miss takes.
+"""The numba loops that merge the bytes of one pretoken into ids, the earliest learned merge first.
 
-Every byte has a place. A word of bits (for a long piece, many) says at which places a token starts, ``ids`` which one,
-``ranks`` when the merge of this token with the next was learned. The least rank is merged, the first of several, until
-none is left:
+Every byte has a place. A bit mask (for a long pretoken, several words) says at which places a token starts, ``ids``
+which token, ``ranks`` when the merge of this token with the next was learned. The pair with the least rank is merged,
+the first of several, until none is left:
 
     bytes     l   o   w   e   r        ranks of l+o, o+w, w+e, e+r; say e+r is the least
     starts    1   1   1   1   0        "er" starts where e did; ranks of w+er, and er+what follows, are looked up
     starts    1   0   1   1   0        "lo", and so on
 
-Up to 64 bytes, the least of the ranks is found by looking at all of them, 16 at a time; those of a piece of up to 16
-bytes stay in a register. Longer pieces are merged in merge_long.py.
+Up to 64 bytes, the least rank is found by comparing all of them, 16 at a time; those of a pretoken of up to 16
+bytes stay in a register. Longer pretokens are merged in merge_long.py.
 
 Half of the merges need no search (``merge_sure``). The border of two bytes has a rank too: the least of all merges that
 reach across it. Two bytes whose rank is below those of the borders on both sides are merged before anything can reach
-in from there, whatever happens elsewhere; so all such pairs of a piece are merged at once.
+in from there, whatever happens elsewhere; so all such pairs of a pretoken are merged at once.
 
 No merge reaches across two bytes that are side by side in no token. GPT-2's tokens have 2,689 of the 65,536 pairs, so a
 line of Chinese falls apart into bits of one to three bytes, each merged by itself (``ends_of_parts``). Nine in ten of
@@ -56,7 +56,7 @@ LANES = 16
 PLACE_BITS = np.uint64(4)  # below a rank in a lane, its place, so that the least has both
 NO_LANE = 0xFFFFFFF0  # and above: of no rank
 TWO_NO_LANES = np.uint64(0xFFFFFFF0FFFFFFF0)
-GUARD = 8  # entries in front of the working space of merge_short, and behind: what is left and right of a piece
+GUARD = 8  # entries before and after the working memory of merge_short: the neighbours of a pretoken's ends
 NOTHING = np.uint64(0)
 HALF = np.uint64(32)
 NO_TOKEN = (1 << 20) - 1  # an id that no token has
@@ -187,7 +187,7 @@ def merged_id(merges: Merges, rank: int) -> int:
 
 @inlined
 def begin(address: int, length: int, merges: Merges, ids: int, ranks: int) -> None:
-    """A token for every byte, and the ranks of all neighbours."""
+    """Write a token for every byte, and the ranks of all neighbouring pairs."""
     put_32(ids, 0, get_32(merges.byte_ids, load_byte(address)))
     for place in range(1, length):
         put_32(ids, place, get_32(merges.byte_ids, load_byte(address + place)))
@@ -196,7 +196,7 @@ def begin(address: int, length: int, merges: Merges, ids: int, ranks: int) -> No
 
 @inlined
 def merge_short(address: int, length: int, merges: Merges, ids: int, ranks: int) -> int:
-    """Ids of a piece of at most SHORT_MERGE_BYTES into ids; returns how many.
+    """Ids of a pretoken of at most SHORT_MERGE_BYTES into ids; returns how many.
 
     ids, ranks: uint32 of so many, with GUARD more on both sides: ids[-1] and ids[SHORT_MERGE_BYTES] are NO_TOKEN, which
     merges with nothing, so that the first and the last token are like all others.
@@ -230,8 +230,10 @@ def merge_in_register(address: int, length: int, merges: Merges, ids: int, ranks
 
 @inlined
 def merge_sure(address: int, length: int, merges: Merges, ids: int, ranks: int) -> np.uint64:
-    """Merge the pairs of bytes that are merged whatever comes. Returns where tokens start, writes them to ids and the
-    lanes of their pairs to ranks, of which it uses 36."""
+    """Merge the pairs of bytes that no other merge can prevent.
+
+    Returns where tokens start; writes the tokens to ids and the lanes of their pairs to ranks, of which it uses 36.
+    """
     borders = ranks + 4 * (LANES + 1)
     for two in range(LANES + 2):
         store_word(ranks + 8 * two, TWO_NO_LANES)
@@ -293,7 +295,7 @@ def merge_in_memory(address: int, length: int, merges: Merges, ids: int, ranks: 
 
 @inlined
 def close_up(starts: np.uint64, ids: int) -> int:
-    """Move the ids where tokens start side by side, four at a time, and rubbish behind; returns how many."""
+    """Move the ids of the starts together, four at a time, with garbage after them; returns how many there are."""
     count = ones(starts)
     for done in range(0, count, 4):
         for index in range(4):
@@ -323,8 +325,10 @@ def end_of_part(address: int, end: int, merges: Merges) -> int:
 
 @inlined
 def tokens_of_two(address: int, merges: Merges) -> tuple[int, int, bool]:
-    """Two bytes: the id of the first or of both together, the id of the second, whether they are merged. Without a
-    branch: no processor could guess which of them Chinese takes."""
+    """Id of the first of two bytes or of both merged, id of the second, and whether they are merged.
+
+    There is no branch, which a processor could not predict for Chinese text.
+    """
     rank = get_32(merges.byte_pairs, 2 * load_16(address)) & NO_RANK
     is_merged = rank != NO_RANK
     merged = merged_id(merges, rank if is_merged else 0)
@@ -334,7 +338,7 @@ def tokens_of_two(address: int, merges: Merges) -> tuple[int, int, bool]:
 
 @kernel
 def build_characters(merges: Merges, ids: int, ranks: int) -> None:
-    """Fill merges.characters; ids, ranks: working space of merge_short."""
+    """Fill merges.characters; ids, ranks: working memory of merge_short."""
     text = np.empty(3, np.uint8)
     for number in range(1 << 16):
         text[0], text[1], text[2] = 0xE0 | number >> 12, 0x80 | number >> 6 & 63, 0x80 | number & 63
@@ -353,7 +357,7 @@ def is_character(address: int) -> bool:
 
 @inlined
 def tokens_of_character(address: int, merges: Merges) -> tuple[int, int, int, int]:
-    """Three ids of a character of three bytes by itself, and how many of them count."""
+    """Three ids for a character of three bytes by itself, and how many of them are valid."""
     number = (load_byte(address) & 15) << 12 | (load_byte(address + 1) & 63) << 6 | load_byte(address + 2) & 63
     entry = load_word(merges.characters + 8 * number)
     first, second = signed(entry) & NO_TOKEN, signed(entry >> TOKEN_BITS) & NO_TOKEN

@@ -1,11 +1,11 @@
-"""The numba loops that cut text into pieces by the second pattern, that of cl100k and of Llama 3.
+"""The numba loops that split text into pretokens by the pattern of cl100k and of Llama 3.
 
     (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*
     |\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+
 
-It is followed character by character: here what precedes a word depends on how the piece before was cut, which masks
-(split_gpt2.py) do not show. Same contract: a bad byte is one character that is neither letter, number nor white
-space, and no read goes past the end.
+The text is scanned character by character: what precedes a word depends on where the pretoken before it ended, which
+the masks of split_gpt2.py do not show. The contract is the same: a bad byte is one character that is neither letter,
+number nor white space, and no read goes past the end.
 """
 
 # ruff: noqa: PLR0917, PLR1714  numba calls by position, and compiles comparisons better than sets
@@ -42,7 +42,7 @@ def ascii_letters_end(text: int, position: int, end: int) -> int:
 
 @helper
 def run_end(text: int, position: int, end: int, kind: int, classes: int, most: int) -> int:
-    """Where the run of characters of one kind stops, or behind the first so many of them."""
+    """Where the run of characters of one kind stops, after at most so many of them."""
     while position < end and most > 0:
         found = character(text, position, end, classes)
         if found & 3 != kind:
@@ -62,8 +62,10 @@ def newlines_end(text: int, position: int, end: int) -> int:
 
 @helper
 def white_end(text: int, position: int, end: int, classes: int) -> int:
-    """End of a piece of white space: behind its last newline if there is one; else all of it at the end of the text, or
-    all but the last character if there are two."""
+    """End of a pretoken of white space: after its last newline if there is one.
+
+    Otherwise all of it at the end of the text, and elsewhere all but the last of two or more characters.
+    """
     last, stop, behind_newline = position, position, position
     while stop < end:
         found = character(text, stop, end, classes)
@@ -103,8 +105,8 @@ def letters_end(text: int, position: int, end: int, classes: int) -> int:
 
 
 @helper
-def piece_end(text: int, position: int, end: int, classes: int) -> int:
-    """End of the piece that starts at position < end."""
+def pretoken_end(text: int, position: int, end: int, classes: int) -> int:
+    """End of the pretoken that starts at position < end."""
     first = load_byte(text + position)
     if first == 0x27:
         stop = contraction_end(text, position, end)
@@ -126,10 +128,10 @@ def piece_end(text: int, position: int, end: int, classes: int) -> int:
 
 @helper
 def scan_cl100k(text: int, position: int, end: int, scanner: Scanner) -> int:
-    """As bpe_scan_kernels.scan_gpt2."""
+    """Same arguments and result as split_gpt2.scan_gpt2, but readable_end is not needed."""
     count = 0
-    while position < end and count < scanner.max_pieces:
-        position = piece_end(text, position, end, scanner.classes)
+    while position < end and count < scanner.max_pretokens:
+        position = pretoken_end(text, position, end, scanner.classes)
         put_64(scanner.ends, count, position)
         count += 1
     return count

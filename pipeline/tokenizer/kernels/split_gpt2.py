@@ -1,9 +1,9 @@
-"""The numba loops that cut text into pieces by GPT-2's pattern, 64 bytes at a time: bytes in, end offsets out.
+"""The numba loops that split text into pretokens by GPT-2's pattern, 64 bytes at a time: bytes in, end offsets out.
 
 The pattern, over UTF-8: 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
 Every byte gets a kind, that of its character: letter, number, white space, other. A block of 64 bytes becomes one word
-per kind, one bit a byte, and where pieces start is arithmetic on whole words (bit 0 is on the left here):
+per kind, one bit a byte, and where pretokens start is arithmetic on whole words (bit 0 is on the left here):
 
     text            H e l l o ,   i t ' s     1 9 8 4 ! !
     letters         1 1 1 1 1 0 0 1 1 0 1 0 0 0 0 0 0 0 0
@@ -11,16 +11,16 @@ per kind, one bit a byte, and where pieces start is arithmetic on whole words (b
     white           0 0 0 0 0 0 1 0 0 0 0 1 1 0 0 0 0 0 0
     starts          1 0 0 0 0 1 1 0 0 1 0 1 1 0 0 0 0 1 0
 
-1. Where the kind changes, a piece starts; but not behind a blank (U+0020), which the pattern takes along.
+1. Where the kind changes, a pretoken starts; but not after a blank (U+0020), which belongs to the next pretoken.
 2. The last character of a run of white space starts one, unless the text ends there: ``\\s+(?!\\S)`` gives it back.
-3. An apostrophe that starts a piece and is followed by s, t, d, m, re, ve or ll: its piece is these 2 or 3 bytes.
+3. An apostrophe that starts a pretoken and is followed by s, t, d, m, re, ve or ll: its pretoken is these 2 or 3 bytes.
 
-What a block cannot know (the bit before, the bit behind, a character or a contraction that crosses) is carried over, so
-that blocks are independent of where pieces lie. Behind the end of a document everything counts as white space, which is
-just what rule 2 wants. A byte of no character (bad UTF-8) is one character of the kind other. A scan may begin wherever
-a piece ends and gives the same pieces from there on.
+What a block cannot know (the bit before, the bit after, a character or a contraction that crosses its border) is
+carried over, so that blocks are independent of where pretokens lie. After the end of a document everything counts as
+white space, which is what rule 2 needs. A byte that is no part of a character (bad UTF-8) is one character of the kind
+other. A scan may begin wherever a pretoken ends and gives the same pretokens from there on.
 
-No read goes past the end that is given. The plain reference is tests/support/bpe_references.py.
+No read goes past the given end. The plain reference is tests/support/bpe_references.py.
 """
 
 # ruff: noqa: PLR0917, PLR1714  numba calls by position, and compiles comparisons better than sets
@@ -53,16 +53,16 @@ END_SLACK = 8  # ends are written eight at a time
 
 
 class Scanner(NamedTuple):
-    """What scanning takes but the text, as addresses."""
+    """The arguments of scanning except the text, as addresses."""
 
     classes: int  # unicode_table.character_classes
-    ends: int  # int64 of max_pieces + BLOCK_BYTES + END_SLACK: where pieces end
-    max_pieces: int  # found at a time
+    ends: int  # int64 of max_pretokens + BLOCK_BYTES + END_SLACK: where pretokens end
+    max_pretokens: int  # of one scan
     block: int  # uint8 of BLOCK_BYTES: a copy of the last bytes of a text
 
 
 class Block(NamedTuple):
-    """64 bytes of text, or what is left of it and then white space; one bit a byte."""
+    """64 bytes of text, padded with white space at its end; one bit a byte."""
 
     letters: np.uint64
     numbers: np.uint64
@@ -100,7 +100,7 @@ def character(text: int, position: int, end: int, classes: int) -> int:
 
 @inlined
 def wide_character(text: int, position: int, end: int, classes: int) -> int:
-    """character() above U+007F, with a short way for what is valid and has two or three bytes, as nearly all have."""
+    """character() above U+007F, with a fast path for valid characters of two or three bytes, which nearly all are."""
     if position + 4 <= end:
         word = load_32(text + position)  # the first byte is the lowest
         if word & 0xC0E0 == 0x80C0 and word & 0x1E != 0:
@@ -154,7 +154,7 @@ def read_block(
 
 @inlined
 def last_of_white(block: Block, behind: Block) -> np.uint64:
-    """First byte of every white-space character that is followed by something else; the block behind tells its last."""
+    """First byte of every white-space character that is followed by another kind; the next block decides the last."""
     last = block.white & ~(block.white >> ONE | behind.white << TOP_BIT)
     if block.white_tails | behind.white_tails != NOTHING:  # from a character's last byte to its first: 2 bytes at most
         last_behind = behind.white & ~(behind.white >> ONE)
@@ -183,7 +183,7 @@ def contraction(text: int, position: int, end: int) -> int:
 
 @inlined
 def write_places(places: np.uint64, position: int, target: int) -> int:
-    """Write position + the number of every one bit as int64 to the target, and rubbish behind; returns how many."""
+    """Write position + the number of every one bit as int64 to the target, garbage after them; returns how many."""
     count = ones(places)
     done = 0
     while done < count:
@@ -196,14 +196,16 @@ def write_places(places: np.uint64, position: int, target: int) -> int:
 
 @helper
 def scan_gpt2(text: int, position: int, end: int, readable_end: int, scanner: Scanner) -> int:
-    """Write the ends of the pieces from position < end on to scanner.ends; returns how many, at least one. They are all
-    up to end, or about max_pieces; then the next scan begins where the last of them ends."""
+    """Write the ends of the pretokens from position < end on to scanner.ends; returns how many, at least one.
+
+    They are all pretokens up to end, or about max_pretokens; the next scan then begins where the last of them ends.
+    """
     count = 0
-    skipped = ONE  # the first piece starts at the position, which is the end of none
+    skipped = ONE  # the first pretoken starts at the position, which is the end of none
     before_letter = before_number = before_white = before_other = before_blank = NOTHING  # the bit before the block
-    cleared = added = NOTHING  # what contractions of the block before say about this one
+    cleared = added = NOTHING  # starts that contractions of the block before remove and add in this one
     block = read_block(text, position, end, readable_end, scanner, NOTHING, OTHER_KIND)
-    while position < end and count < scanner.max_pieces:
+    while position < end and count < scanner.max_pretokens:
         behind = read_block(text, position + BLOCK_BYTES, end, readable_end, scanner, block.over, block.over_kind)
         letters, numbers, white = block.letters, block.numbers, block.white
         others = ~(letters | numbers | white)

@@ -1,11 +1,10 @@
-"""The numba loops of learning: which pairs of tokens to merge, given the distinct pieces and their counts.
+"""The numba loops of learning: which pairs of tokens to merge, given the distinct pretokens and their counts.
 
-No hash table is kept. Distinct pieces lie one behind the other, a node per byte, linked within a piece; every node
-knows the pair that starts at it. A pair that holds the new token c can only come up in the step that makes c, as no
-later merge makes a c again. So its list of places is complete after that step (one contiguous run, in ascending order),
+There is no hash table. Distinct pretokens are stored one after another, a node per byte, linked within a pretoken;
+every node holds the pair that starts at it. A pair with the new token c can only appear in the step that makes c, as no
+later merge makes c again. So its list of places is complete after that step (one contiguous run, in ascending order),
 its count can only fall from then on (the heap may hold an old count, never one that is too low), and the pairs of one
-step are found in two arrays, by left and by right neighbour. Whether a listed place still holds the pair is one
-comparison with the node's own note.
+step are found in two arrays, by left and by right neighbour. A listed place is valid if its node still holds the pair.
 """
 
 from __future__ import annotations
@@ -31,29 +30,31 @@ from pipeline.tokenizer.kernels.memory import (
 NONE = -1
 NUM_TOKENS, NUM_PAIRS, NUM_PLACES, HEAP_SIZE = 0, 1, 2, 3  # indices of Learner.used
 PREFIX_BYTES = 8
-PREFIX_BITS = np.uint64(24)  # of them in a heap's keys; counts have the other 40
+PREFIX_BITS = np.uint64(24)  # of a key in the heap; counts have the other 40
 PREFETCHED_PLACES = 8
 
-# Fields of a node: together, as a step visits nodes all over memory, and each visit then costs one cache line or two.
+# Fields of a node, stored together: a step visits nodes all over memory, and each visit costs a cache line or two.
 TOKEN = 0  # int32: token that starts at the node
-FOLLOWING = 1  # int32: next node of the piece, NONE at its end
+FOLLOWING = 1  # int32: next node of the pretoken, NONE at its end
 PRECEDING = 2  # int32: the node before, NONE at its start
 PAIR = 3  # int32: pair that starts at the node, NONE where none does
-WEIGHT = 2  # int64: how often the node's piece occurs
+WEIGHT = 2  # int64: how often the node's pretoken occurs
 NODE_BYTES = 24
 
 
 class Learner(NamedTuple):
-    """State of learning, as addresses. N nodes: 256 for the single bytes, then one per byte of the distinct pieces; V
-    tokens. Written as array: type, size, meaning."""
+    """State of learning, as addresses; the comments give type, size and meaning of each array.
+
+    N nodes: 256 for the single bytes, then one per byte of the distinct pretokens. V tokens.
+    """
 
     content: int  # uint8, N: the bytes
     nodes: int  # NODE_BYTES, N: fields of the nodes, TOKEN to WEIGHT
     places: int  # int32, 3 N: nodes, one run per pair; a merge lists 2 places and removes a node
     touched: int  # int32, N: nodes whose pair changed in this step
     token_start: int  # int32, V: a node where the token's bytes can be read
-    token_length: int  # int32, V: 0 while there is no such token
-    prefixes: int  # uint64, V: the token's first 8 bytes, big-endian, zeros behind
+    token_length: int  # int32, V: 0 while the token does not exist
+    prefixes: int  # uint64, V: the token's first 8 bytes, big-endian, padded with zeros
     by_left: int  # int32, V: pair (new token, v) of this step; NONE between steps
     by_right: int  # int32, V: pair (v, new token) of this step; NONE between steps
     used: int  # int64, 4: tokens, pairs, places, heap entries in use
@@ -87,7 +88,7 @@ def set_field(learner: Learner, node: int, which: int, value: int) -> None:
 
 @inlined
 def weight(learner: Learner, node: int) -> int:
-    """How often the node's piece occurs."""
+    """How often the node's pretoken occurs."""
     return get_64(learner.nodes + NODE_BYTES * node, WEIGHT)
 
 
@@ -99,19 +100,19 @@ def in_use(learner: Learner, which: int) -> int:
 
 @kernel
 def prepare(learner: Learner, pairs: Pairs, offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
-    """Fill the state from learner.content, the pieces' offsets in it (the first is 256) and their counts."""
+    """Fill the state from learner.content, the pretokens' offsets in it (the first is 256) and their counts."""
     for byte in range(256):
         set_token(learner, byte, byte, 1)
         set_field(learner, byte, PAIR, NONE)
     put_64(learner.used, NUM_TOKENS, 256)
     pair_of = np.full(1 << 16, NONE, np.int64)
     num_touched = 0
-    for piece in range(counts.size):
-        start, stop = offsets[piece], offsets[piece + 1]
+    for pretoken in range(counts.size):
+        start, stop = offsets[pretoken], offsets[pretoken + 1]
         for node in range(start, stop):
             left = load_byte(learner.content + node)
             set_field(learner, node, TOKEN, left)
-            put_64(learner.nodes + NODE_BYTES * node, WEIGHT, counts[piece])
+            put_64(learner.nodes + NODE_BYTES * node, WEIGHT, counts[pretoken])
             set_field(learner, node, PRECEDING, node - 1 if node > start else NONE)
             set_field(learner, node, FOLLOWING, node + 1 if node + 1 < stop else NONE)
             set_field(learner, node, PAIR, NONE)
