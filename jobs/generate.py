@@ -1,7 +1,7 @@
 """Text from a model: ``python jobs/generate.py --checkpoint runs/demo --prompt "..."``; --help lists the flags.
 
 The model is a checkpoint, a run, an exported folder, hf://OWNER/NAME or models:/... of MLflow. Text appears as it is
-drawn; with --output it goes into a file of JSON lines.
+generated; with --output it is written to a file of JSON lines.
 """
 
 import os
@@ -11,7 +11,6 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import itertools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,43 +20,27 @@ from pipeline.config.inference import GenerateConfig
 
 def main(config: GenerateConfig) -> None:
     from pipeline.generation import generate_job
-    from pipeline.paths import make_output, resolve_path
 
-    texts = itertools.groupby(generate_job.generate_texts(config), key=lambda piece: piece.text_number)
-    if config.output is None:
-        for number, pieces in texts:
-            show(number, pieces, config.num_samples, has_prompts=config.prompts is not None)
+    if config.output is not None:
+        count, output = generate_job.write_texts(config)
+        print(f"generate: {count} texts in {output}")
         return
-    output = resolve_path(config.output)
-    make_output(output.parent)
-    count = 0
-    partial = output.with_name(f".{output.name}.incomplete")
-    with partial.open("w", encoding="utf-8") as file:
-        for _, pieces in texts:
-            count += 1
-            parts = list(pieces)
-            line = {
-                "prompt": parts[0].prompt,
-                "text": "".join(part.piece for part in parts),
-                "tokens": parts[-1].num_tokens,
-                "finish_reason": parts[-1].finished,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    partial.replace(output)
-    print(f"generate: {count} texts in {output}")
+    texts = itertools.groupby(generate_job.generate_texts(config), key=lambda chunk: chunk.text_number)
+    for number, chunks in texts:
+        show(number, chunks, config.num_samples, has_prompts=config.prompts is not None)
 
 
-def show(number: int, pieces: Iterator[Any], num_samples: int, *, has_prompts: bool) -> None:
-    """One text on the terminal, as it comes."""
-    first = next(pieces)
+def show(number: int, chunks: Iterator[Any], num_samples: int, *, has_prompts: bool) -> None:
+    """Print one text chunk by chunk."""
+    first = next(chunks)
     prompt, sample = divmod(number, num_samples)
     heads = [f"prompt {prompt + 1}"] if has_prompts else []
     heads += [f"sample {sample + 1} of {num_samples}"] if num_samples > 1 else []
     if heads:
         print(f"--- {', '.join(heads)}")
     print(first.prompt, end="")
-    for part in itertools.chain([first], pieces):
-        print(part.piece, end="", flush=True)
+    for chunk in itertools.chain([first], chunks):
+        print(chunk.text, end="", flush=True)
     print(flush=True)
 
 

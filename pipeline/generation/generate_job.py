@@ -1,6 +1,6 @@
-"""What jobs/generate.py calls: prompts in, texts out piece by piece, many of them growing at a time.
+"""Generate text for prompts: what jobs/generate.py calls. Several sequences are decoded at a time.
 
-Same model, prompt, settings and seed: same text, alone or among others (model/batching.py).
+The same model, prompt, settings and seed give the same text, alone or in a batch (model/batching.py).
 """
 
 from __future__ import annotations
@@ -17,28 +17,58 @@ from model.decoding import Decoder
 from pipeline.config.inference import GenerateConfig
 from pipeline.distributed.fsdp import join_workers
 from pipeline.errors import UserError
-from pipeline.generation.sampling import TextPieces, decoder_dtype, encode_prompt
-from pipeline.paths import resolve_path
+from pipeline.generation.sampling import Detokenizer, decoder_dtype, encode_prompt
+from pipeline.paths import resolve_output, resolve_path
 from pipeline.pretrained.resolve import open_model, resolve_checkpoint
 from pipeline.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A part of one text, in the order of the texts."""
+class TextChunk:
+    """The next part of one text."""
 
     text_number: int
     """Counted from 0: the samples of the first prompt, then those of the second."""
     prompt: str
-    piece: str
-    finished: Reason | None
-    """Set on the last piece of a text."""
+    text: str
+    finish_reason: Reason | None
+    """Set on the last chunk of a text."""
     num_tokens: int
-    """New ones so far."""
+    """Number of new tokens of the text so far."""
 
 
-def generate_texts(config: GenerateConfig) -> Iterator[Piece]:
-    """The texts that ``config`` asks for, piece by piece, one behind the other; batch_size of them grow at a time.
+def write_texts(config: GenerateConfig) -> tuple[int, str]:
+    """Write prompts and texts as JSON lines to ``config.output``; returns the number of texts and the file's address.
+
+    The file is complete or absent.
+
+    Raises:
+        UserError: as generate_texts, and where the file cannot be written.
+    """
+    parent, slash, name = (config.output or "").rstrip("/").rpartition("/")
+    folder = resolve_output(parent or slash or ".")
+    folder.make()
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for _, group in itertools.groupby(generate_texts(config), key=lambda chunk: chunk.text_number):
+            chunks = list(group)
+            line = {
+                "prompt": chunks[0].prompt,
+                "text": "".join(chunk.text for chunk in chunks),
+                "tokens": chunks[-1].num_tokens,
+                "finish_reason": chunks[-1].finish_reason,
+            }
+            count += 1
+            yield json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+    folder.write(name, lines())
+    return count, f"{folder}/{name}"
+
+
+def generate_texts(config: GenerateConfig) -> Iterator[TextChunk]:
+    """The texts that ``config`` describes, one after another, chunk by chunk; batch_size of them are decoded at a time.
 
     Raises:
         UserError: no such model or file of prompts, a prompt longer than the context.
@@ -46,11 +76,13 @@ def generate_texts(config: GenerateConfig) -> Iterator[Piece]:
     prompts = [config.prompt] if config.prompts is None else read_prompts(config.prompts)
     path = resolve_checkpoint(config.checkpoint)
     device = join_workers(config.device).device
-    found = open_model(path, device)
+    pretrained = open_model(path, device)
     wanted = list(itertools.product(prompts, range(config.num_samples)))
-    encoded = {prompt: encode_prompt(found.tokenizer, prompt, found.config.context_length) for prompt in prompts}
+    encoded = {
+        prompt: encode_prompt(pretrained.tokenizer, prompt, pretrained.config.context_length) for prompt in prompts
+    }
     texts = min(config.batch_size, len(wanted))
-    decoder = Decoder(found.model, dtype=decoder_dtype(config.dtype, device), texts=texts)
+    decoder = Decoder(pretrained.model, dtype=decoder_dtype(config.dtype, device), texts=texts)
     batch = Batch(decoder, max_texts=texts)
     for number, (prompt, sample) in enumerate(wanted):
         request = Request(
@@ -60,38 +92,37 @@ def generate_texts(config: GenerateConfig) -> Iterator[Piece]:
             top_k=config.top_k,
             top_p=config.top_p,
             seed=config.seed + sample,
-            stop_id=found.tokenizer.eot_id,
+            stop_id=pretrained.tokenizer.eot_id,
         )
         batch.add(number, request)
-    yield from _in_order(batch, found.tokenizer, [prompt for prompt, _ in wanted])
+    yield from _in_order(batch, pretrained.tokenizer, [prompt for prompt, _ in wanted])
 
 
-def _in_order(batch: Batch, tokenizer: Tokenizer, prompts: Sequence[str]) -> Iterator[Piece]:
-    """Runs the batch; a text's pieces wait until the texts before it are finished."""
-    texts = [TextPieces(tokenizer) for _ in prompts]
+def _in_order(batch: Batch, tokenizer: Tokenizer, prompts: Sequence[str]) -> Iterator[TextChunk]:
+    """Run the batch; chunks of a text wait until the texts before it are finished."""
+    detokenizers = [Detokenizer(tokenizer) for _ in prompts]
     counts = [0] * len(prompts)
-    waiting: list[list[Piece]] = [[] for _ in prompts]
+    waiting: list[list[TextChunk]] = [[] for _ in prompts]
     turn = 0
     while len(batch):
         for step in batch.step():
             number: Any = step.key
             counts[number] += step.token is not None
-            piece = "" if step.token is None else texts[number].add(step.token)
+            text = "" if step.token is None else detokenizers[number].add(step.token)
             if step.finished:
-                piece += texts[number].end()
-            waiting[number].append(
-                Piece(
-                    text_number=number,
-                    prompt=prompts[number],
-                    piece=piece,
-                    finished=step.finished,
-                    num_tokens=counts[number],
-                )
+                text += detokenizers[number].end()
+            chunk = TextChunk(
+                text_number=number,
+                prompt=prompts[number],
+                text=text,
+                finish_reason=step.finished,
+                num_tokens=counts[number],
             )
+            waiting[number].append(chunk)
         while turn < len(prompts) and waiting[turn]:
-            pieces, waiting[turn] = waiting[turn], []
-            yield from pieces
-            if not pieces[-1].finished:
+            chunks, waiting[turn] = waiting[turn], []
+            yield from chunks
+            if not chunks[-1].finish_reason:
                 break
             turn += 1
 

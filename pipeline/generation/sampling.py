@@ -1,7 +1,7 @@
-"""Text from a network and its tokenizer: the samples of a run, and text as it comes.
+"""Text from a network and its tokenizer: the samples of a run, and token by token.
 
-Bytes of a character may be spread over tokens: TextPieces gives out whole characters only, and never a part of a stop
-string.
+The bytes of a character may be spread over tokens: a Detokenizer returns whole characters only, and never a part of a
+stop string.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pipeline.errors import UserError
 from pipeline.tokenizer.bpe import Tokenizer
 
 
-class TextPieces:
-    """Turns the tokens of one text into characters as they come.
+class Detokenizer:
+    """Turns the tokens of one sequence into text, token by token.
 
     Args:
         stop: the text ends before the first of these strings; what may be the beginning of one is held back.
@@ -31,40 +31,40 @@ class TextPieces:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.is_stopped = False
-        """Whether a stop string came; nothing more comes out then."""
+        """Whether a stop string was found; no more text is returned then."""
 
     def add(self, token: int) -> str:
-        """What can be shown now that it could not before; may be empty."""
-        return self._show(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        """Add a token and return the text that is complete now; it may be empty."""
+        return self._release(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> str:
-        """What was held back; bytes of an unfinished character become U+FFFD."""
-        shown = self._show(self._decoder.decode(b"", final=True))
+        """Return the text that was held back; bytes of an unfinished character become U+FFFD."""
+        released = self._release(self._decoder.decode(b"", final=True))
         if self.is_stopped:
-            return shown
+            return released
         held, self._held = self._held, ""
-        return shown + held
+        return released + held
 
-    def _show(self, text: str) -> str:
+    def _release(self, text: str) -> str:
         if self.is_stopped:
             return ""
         self._held += text
-        found = [position for stop in self._stop if (position := self._held.find(stop)) >= 0]
-        if found:
+        stops = [position for stop in self._stop if (position := self._held.find(stop)) >= 0]
+        if stops:
             self.is_stopped = True
-            return self._held[: min(found)]
+            return self._held[: min(stops)]
         cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of ``text`` that ``stop`` begins with."""
+    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, most_tokens: int) -> list[int]:
-    """Ids of a prompt; an empty one begins a document. UserError where it is longer than ``most_tokens``."""
+    """Ids of a prompt; an empty prompt starts a document. UserError where it is longer than ``most_tokens``."""
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     if len(ids) > most_tokens:
         raise UserError(f"the prompt has {len(ids):,} tokens, the model sees {most_tokens:,}; shorten it")
@@ -72,7 +72,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, most_tokens: int) -> list[i
 
 
 def decoder_dtype(name: Literal["auto", "float32", "bf16"], device: torch.device) -> torch.dtype:
-    """The type of matrix products; auto is bf16 on a GPU, float32 on a CPU."""
+    """Type of the matrix products; auto means bf16 on a GPU and float32 on a CPU."""
     if name == "bf16" or (name == "auto" and device.type == "cuda"):
         return torch.bfloat16
     return torch.float32
@@ -82,10 +82,10 @@ def continue_text(
     model: Transformer, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, seed: int,
     temperature: float = 0.8, top_k: int | None = None, top_p: float | None = 0.9,
 ) -> str:  # fmt: skip
-    """``prompt`` and what the model adds to it, up to <|endoftext|>. Same seed, same text, on every rank.
+    """``prompt`` and its continuation by the model, up to <|endoftext|>; the same seed gives the same text on every rank.
 
-    For models in training, sharded or not: every rank calls. An empty prompt begins a document. A prompt longer than
-    the context is an error.
+    For models in training, sharded or not: every rank calls. An empty prompt starts a document. A prompt longer than
+    the context is a UserError.
     """
     ids = encode_prompt(tokenizer, prompt, model.config.context_length)
     device = next(model.parameters()).device

@@ -1,7 +1,7 @@
-"""One thread that makes texts grow, and asynchronous streams of what it makes: between a web server and the network.
+"""One thread that decodes sequences in a batch, and asynchronous streams of their text: between web server and network.
 
-Requests are taken into the running batch at the next token and leave it when they are finished, so nobody waits for
-another's text to end. A stream that is closed early, by a client that went away, gives its place back.
+Requests enter the running batch at the next token and leave it when they are finished, so that none waits for another
+one's text to end. A stream that is closed early, by a client that disconnected, frees its place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.batching import Batch, Reason, Request, Step
-from pipeline.generation.sampling import TextPieces
+from pipeline.generation.sampling import Detokenizer
 from pipeline.tokenizer.bpe import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -25,23 +25,23 @@ _Queue = asyncio.Queue  # of lists of (index, Step), or of None where the engine
 
 
 class EngineError(RuntimeError):
-    """The thread ended by an error; no text will come."""
+    """The engine's thread failed; no more text is generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Growth:
-    """What was added to one text of a request."""
+class TokenDelta:
+    """The text that one more token added to one sequence of a request."""
 
     index: int
-    """Of the text within its request."""
-    piece: str
+    """Number of the sequence within its request."""
+    text: str
     num_tokens: int
-    """New ones: 0 or 1."""
-    finished: Reason | None
+    """Number of new tokens: 0 or 1."""
+    finish_reason: Reason | None
 
 
 class Engine:
-    """Runs a Batch in a thread of its own; ``grow`` may be called from one event loop at a time."""
+    """Runs a Batch in a thread of its own; ``stream`` may be called from one event loop at a time."""
 
     def __init__(self, batch: Batch, tokenizer: Tokenizer) -> None:
         self._batch = batch
@@ -58,12 +58,12 @@ class Engine:
 
     @property
     def num_texts(self) -> int:
-        """Texts that are not finished: in progress or waiting."""
+        """Number of sequences that are being decoded or wait for a place."""
         with self._condition:
             return len(self._owners)
 
     def check(self) -> None:
-        """Raise EngineError where the thread has ended by an error."""
+        """Raise EngineError where the thread has failed."""
         if self._failure is not None:
             raise EngineError(f"text generation failed: {self._failure!r}")
 
@@ -74,12 +74,12 @@ class Engine:
             self._condition.notify()
         self._thread.join()
 
-    async def grow(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> AsyncIterator[Growth]:
-        """The texts of ``requests`` as they grow, until all are finished. Close the iterator to give up early."""
+    async def stream(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> AsyncIterator[TokenDelta]:
+        """Yield the texts of ``requests`` token by token until all are finished. Close the iterator to cancel them."""
         self.check()
         queue: Any = _Queue()
         keys = self._submit(requests, queue)
-        texts = [TextPieces(self._tokenizer, stop) for _ in requests]
+        detokenizers = [Detokenizer(self._tokenizer, stop) for _ in requests]
         open_keys = set(keys)
         try:
             while open_keys:
@@ -87,14 +87,14 @@ class Engine:
                 if steps is None:
                     self.check()
                 for index, step in steps:
-                    if keys[index] not in open_keys:  # drawn before the stop string was seen
+                    if keys[index] not in open_keys:  # generated before the stop string was found
                         continue
-                    growth = _growth(index, step, texts[index])
-                    if growth.finished:
+                    delta = _delta(index, step, detokenizers[index])
+                    if delta.finish_reason:
                         open_keys.discard(keys[index])
                         if step.finished is None:
                             self._cancel([keys[index]])
-                    yield growth
+                    yield delta
         finally:
             self._cancel(open_keys)
 
@@ -118,7 +118,7 @@ class Engine:
         try:
             while self._take_changes():
                 self._deliver(self._batch.step())
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # whatever it is, waiting requests must be told
             logger.exception("text generation failed")
             self._failure = error
             with self._condition:
@@ -127,7 +127,7 @@ class Engine:
                 loop.call_soon_threadsafe(queue.put_nowait, None)
 
     def _take_changes(self) -> bool:
-        """Wait for work and bring the batch up to date; False when the engine is closed."""
+        """Wait for work, then add and cancel requests in the batch; False when the engine is closed."""
         with self._condition:
             while not (self._added or self._cancelled or len(self._batch) or self._is_closed):
                 self._condition.wait()
@@ -140,7 +140,7 @@ class Engine:
         return not self._is_closed
 
     def _deliver(self, steps: Sequence[Step]) -> None:
-        """One wake-up for each request, whatever the number of its texts."""
+        """Wake each request once, whatever the number of its sequences."""
         grouped: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         targets: dict[int, tuple[asyncio.AbstractEventLoop, Any]] = {}
         with self._condition:
@@ -151,17 +151,17 @@ class Engine:
                     loop, queue, index = owner
                     grouped[id(queue)].append((index, step))
                     targets[id(queue)] = loop, queue
-        for number, found in grouped.items():
+        for number, group in grouped.items():
             loop, queue = targets[number]
             if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, found)
+                loop.call_soon_threadsafe(queue.put_nowait, group)
 
 
-def _growth(index: int, step: Step, text: TextPieces) -> Growth:
-    piece = "" if step.token is None else text.add(step.token)
-    finished = step.finished
-    if finished and not text.is_stopped:
-        piece += text.end()
-    if text.is_stopped:
-        finished = "stop"
-    return Growth(index=index, piece=piece, num_tokens=int(step.token is not None), finished=finished)
+def _delta(index: int, step: Step, detokenizer: Detokenizer) -> TokenDelta:
+    text = "" if step.token is None else detokenizer.add(step.token)
+    reason = step.finished
+    if reason and not detokenizer.is_stopped:
+        text += detokenizer.end()
+    if detokenizer.is_stopped:
+        reason = "stop"
+    return TokenDelta(index=index, text=text, num_tokens=int(step.token is not None), finish_reason=reason)

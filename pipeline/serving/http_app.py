@@ -1,8 +1,8 @@
 """The web application around one Engine: completions, models, health, a page to try prompts. ASGI, by Starlette.
 
-Everything that a request may take is bounded: bytes, seconds, prompts, tokens, requests at a time. Whatever is wrong
-with a request is answered with a status of 4xx and a sentence in OpenAI's shape. The token, where one is asked for, is
-known here by its hash only and compared in constant time.
+Everything that a request can use is bounded: bytes, seconds, prompts, tokens, requests at a time. A faulty request is
+answered with a status of 4xx and a sentence in OpenAI's form. Only the hash of the access token is known here; it is
+compared in constant time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from model.batching import Reason
-from pipeline.serving.engine import Engine, EngineError, Growth
+from pipeline.serving.engine import Engine, EngineError, TokenDelta
 from pipeline.serving.openai_protocol import Answer, Completion, Limits, RequestError, parse, to_json
 from pipeline.tokenizer.bpe import Tokenizer
 
@@ -40,17 +40,17 @@ _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class WebLimits:
-    """What the server bears."""
+    """Limits of the server."""
 
     max_body_bytes: int
     max_waiting: int
-    """Requests at a time."""
+    """Largest number of requests at a time."""
     request_seconds: float
-    """From arrival to the last token."""
+    """Time limit of a request, from its arrival to the last token."""
     only_local: bool
-    """Serve only requests whose host is this machine: a page from elsewhere cannot get in by a DNS trick."""
+    """Refuse requests for another host name: prevents DNS rebinding by a web page from elsewhere."""
     token_sha256: str | None
-    """Hexadecimal; None where no token is asked for."""
+    """SHA-256 of the access token, hexadecimal; None where no token is needed."""
 
 
 class WebApp:
@@ -70,7 +70,7 @@ class WebApp:
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
     def _guarded(self, answer: Callable[[Request], Any], *, needs_token: bool = False) -> Callable[[Request], Any]:
-        """``answer`` behind the checks; what it raises becomes an answer."""
+        """``answer`` with the checks before it; its errors become answers."""
 
         async def guarded(request: Request) -> Response:
             try:
@@ -83,7 +83,7 @@ class WebApp:
             except EngineError as error:
                 return _error_response(RequestError(str(error), status=503))
             except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the client is gone
             return response
 
         return guarded
@@ -147,7 +147,7 @@ class WebApp:
         self._num_requests -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """All of it, unless it is too large or too slow."""
+        """The whole body; RequestError where it is too large or too slow."""
         most = self._web.max_body_bytes
         too_large = RequestError(f"the body has more than {most:,} bytes", status=413)
         declared = request.headers.get("content-length", "")
@@ -168,46 +168,46 @@ class WebApp:
         texts = list(completion.heads)
         reasons: list[Reason | None] = [None] * len(texts)
         num_tokens = 0
-        async for growth in self._growth(completion, deadline):
-            texts[growth.index] += growth.piece
-            reasons[growth.index] = growth.finished
-            num_tokens += growth.num_tokens
+        async for delta in self._deltas(completion, deadline):
+            texts[delta.index] += delta.text
+            reasons[delta.index] = delta.finish_reason
+            num_tokens += delta.num_tokens
             if await request.is_disconnected():
                 raise ClientDisconnect
         return _json(answer.whole(texts, reasons, num_tokens))
 
     async def _events(self, completion: Completion, answer: Answer, deadline: float) -> AsyncIterator[bytes]:
-        """Server-sent events: a chunk for each piece of text, the counts where they are asked for, [DONE]."""
+        """Server-sent events: a chunk for each part of a text, the token counts if requested, [DONE]."""
         num_tokens = 0
         try:
             for index, head in enumerate(completion.heads):
                 if head:
                     yield _event(to_json(answer.chunk(index, head, None)))
-            async for growth in self._growth(completion, deadline):
-                num_tokens += growth.num_tokens
-                if growth.piece or growth.finished:
-                    yield _event(to_json(answer.chunk(growth.index, growth.piece, growth.finished)))
+            async for delta in self._deltas(completion, deadline):
+                num_tokens += delta.num_tokens
+                if delta.text or delta.finish_reason:
+                    yield _event(to_json(answer.chunk(delta.index, delta.text, delta.finish_reason)))
             if completion.include_usage:
                 yield _event(to_json(answer.usage_chunk(num_tokens)))
             yield _event(b"[DONE]")
-        except RequestError as error:  # the status is sent already
+        except RequestError as error:  # the status line has been sent
             yield _event(to_json(error.body))
         except EngineError as error:
             yield _event(to_json(RequestError(str(error), status=503).body))
 
-    async def _growth(self, completion: Completion, deadline: float) -> AsyncIterator[Growth]:
-        """The engine's stream until the deadline; closed whatever happens, so that its texts leave the batch."""
-        async with aclosing(self._engine.grow(completion.requests, completion.stop)) as stream:  # type: ignore[type-var]
+    async def _deltas(self, completion: Completion, deadline: float) -> AsyncIterator[TokenDelta]:
+        """The engine's stream until the deadline; it is closed in any case, so that its sequences leave the batch."""
+        async with aclosing(self._engine.stream(completion.requests, completion.stop)) as stream:  # type: ignore[type-var]
             while True:
                 try:
                     async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                        growth = await anext(stream)
+                        delta = await anext(stream)
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
                     message = f"the text was not finished within {self._web.request_seconds:g} seconds; ask for less"
                     raise RequestError(message, status=408, code="timeout") from None
-                yield growth
+                yield delta
 
     @property
     def _model_entry(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class WebApp:
 
 
 class _Stream(StreamingResponse):
-    """Says when it has ended, even where the client left before the first byte."""
+    """Calls ``on_end`` when it has ended, even where the client left before the first byte."""
 
     def __init__(self, on_end: Callable[[], None], *values: Any, **settings: Any) -> None:
         super().__init__(*values, **settings)

@@ -1,19 +1,20 @@
-"""OpenAI's completions protocol: what a request may say, what is answered. Knows no network and no web server.
+"""OpenAI's completions protocol: requests are checked, answers get its JSON form; independent of network and server.
 
 A request that cannot be served is a RequestError: a status of 4xx and one sentence, in OpenAI's shape. Fields that this
-server would have to ignore are refused by name, so that nobody takes the default for what was asked.
+server would have to ignore are refused by name, so that nobody mistakes the default for the requested value.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.batching import Reason, Request
 from pipeline.errors import UserError
@@ -23,9 +24,7 @@ from pipeline.tokenizer.bpe import Tokenizer
 _MAX_STOPS = 4
 _MAX_STOP_CHARACTERS = 200
 _MAX_TEMPERATURE = 10.0
-_FIELDS = ("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop")
-_ACCEPTED = (*_FIELDS, "seed", "echo", "user")
-# Asked for, they would change the answer; as they stand here they change nothing.
+# Fields of OpenAI's that are not supported, with the values under which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (None, False),
     "suffix": (None, ""),
@@ -37,7 +36,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class RequestError(Exception):
-    """A request that is not served; ``status`` and OpenAI's error object."""
+    """Raised for a request that is not served; has the HTTP ``status`` and OpenAI's error object."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -48,7 +47,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask for."""
+    """Limits of one request."""
 
     model_name: str
     context_length: int
@@ -60,56 +59,80 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A request that is served: its texts, and how to answer."""
+    """A valid request: one generation request for each text, and the form of the answer."""
 
     requests: tuple[Request, ...]
     """The samples of the first prompt, then those of the second, ...: the choices by their index."""
     heads: tuple[str, ...]
-    """What each choice begins with: the prompt where it is to be echoed."""
+    """Beginning of each choice: the prompt if it is echoed, else empty."""
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
-    """A last chunk with the counts, in a stream."""
+    """Whether a stream ends with a chunk that has the token counts."""
     prompt_tokens: int
 
 
-def parse(body: bytes, limits: Limits, tokenizer: Tokenizer) -> Completion:
+Ids = Annotated[list[int], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class _Body(BaseModel):
+    """The fields of a request. Types are strict: neither "5" nor true is a number."""
+
+    model_config = ConfigDict(strict=True)
+
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1)]
+    model: Any = None
+    max_tokens: int = 16
+    temperature: float = Field(1.0, ge=0, le=_MAX_TEMPERATURE, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = 0
+    n: int = 1
+    seed: int = Field(default_factory=lambda: secrets.randbits(48))
+    stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS)] = []
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    echo: bool = False
+    user: Any = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def parse(content: bytes, limits: Limits, tokenizer: Tokenizer) -> Completion:
     """The request in a body; RequestError with a sentence about what is wrong with it."""
-    values = _read(body)
-    _refuse_unknown(values)
-    if "prompt" not in values:
-        raise RequestError("prompt is missing; give a text, or a list of texts", param="prompt")
-    model = values.get("model", limits.model_name)
-    if model != limits.model_name:
-        message = f"model {_shown(model)} is not served here; the model is {limits.model_name!r}"
-        raise RequestError(message, status=404, param="model", code="model_not_found")
-    prompts = _prompts(values["prompt"])
-    count = _whole(values, "n", 1, 1, limits.max_texts)
-    if len(prompts) * count > limits.max_texts:
+    body = _read_body(content, limits)
+    count = body.n
+    if len(body.prompts) * count > limits.max_texts:
         raise RequestError(
-            f"{len(prompts)} prompts times n {count} are more than the {limits.max_texts} texts of one request",
+            f"{len(body.prompts)} prompts times n {count} are more than the {limits.max_texts} texts of one request",
             param="n",
         )
-    stop = _stop(values.get("stop"))
-    encoded = [_encode(prompt, limits, tokenizer) for prompt in prompts]
-    seed = _whole(values, "seed", secrets.randbits(48), -(2**63), 2**63 - limits.max_texts)
+    encoded = [_encode(prompt, limits, tokenizer) for prompt in body.prompts]
     settings: dict[str, Any] = {
-        "max_new_tokens": _whole(values, "max_tokens", 16, 1, limits.max_tokens),
-        "temperature": _number(values, "temperature", 1.0, 0.0, _MAX_TEMPERATURE),
-        "top_p": _top_p(values),
-        "top_k": _whole(values, "top_k", 0, 0, limits.vocab_size) or None,
+        "max_new_tokens": body.max_tokens,
+        "temperature": body.temperature,
+        "top_p": None if body.top_p == 1 else body.top_p,
+        "top_k": body.top_k or None,
         "stop_id": tokenizer.eot_id,
     }
-    echo = _flag(values, "echo")
-    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
+    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in body.prompts]
     return Completion(
         requests=tuple(
-            Request(tokens=ids, seed=seed + sample, **settings) for ids in encoded for sample in range(count)
+            Request(tokens=ids, seed=body.seed + sample, **settings) for ids in encoded for sample in range(count)
         ),
-        heads=tuple(text if echo else "" for text in texts for _ in range(count)),
-        stop=stop,
-        stream=_flag(values, "stream"),
-        include_usage=_include_usage(values.get("stream_options")),
+        heads=tuple(text if body.echo else "" for text in texts for _ in range(count)),
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
+        stream=body.stream,
+        include_usage=body.stream_options.include_usage,
         prompt_tokens=sum(map(len, encoded)),
     )
 
@@ -148,7 +171,7 @@ class Answer:
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
-    """ASCII, because a prompt may hold half a surrogate pair, which UTF-8 cannot write."""
+    """JSON in ASCII, because a prompt may hold half a surrogate pair, which UTF-8 cannot encode."""
     return json.dumps(values, separators=(",", ":")).encode("ascii")
 
 
@@ -156,9 +179,44 @@ def _choice(index: int, text: str, reason: Reason | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
-def _read(body: bytes) -> dict[str, Any]:
+def _read_body(content: bytes, limits: Limits) -> _Body:
+    values = _read_json(content)
+    _refuse_unknown(values)
+    if values.get("model", limits.model_name) != limits.model_name:
+        message = f"model {_shown(values['model'])} is not served here; the model is {limits.model_name!r}"
+        raise RequestError(message, status=404, param="model", code="model_not_found")
     try:
-        values = json.loads(body, parse_constant=_no_constant)
+        body = _Body.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        raise _request_error(error, limits) from error
+    for name, (lowest, highest) in _whole_ranges(limits).items():
+        if not lowest <= (value := getattr(body, name)) <= highest:
+            raise RequestError(f"{name} is {_shown(value)}; it must be {_expected(name, limits)}", param=name)
+    return body
+
+
+def _whole_ranges(limits: Limits) -> dict[str, tuple[int, int]]:
+    return {
+        "max_tokens": (1, limits.max_tokens),
+        "top_k": (0, limits.vocab_size),
+        "n": (1, limits.max_texts),
+        "seed": (-(2**63), 2**63 - limits.max_texts),
+    }
+
+
+def _expected(name: str, limits: Limits) -> str:
+    ranges = _whole_ranges(limits)
+    if name in ranges:
+        lowest, highest = ranges[name]
+        return f"a whole number from {lowest} to {highest}"
+    numbers = {"temperature": f"a number from 0 to {_MAX_TEMPERATURE:g}", "top_p": "a number above 0 and at most 1"}
+    return numbers.get(name, "true or false")
+
+
+def _read_json(content: bytes) -> dict[str, Any]:
+    """json.loads, as pydantic's own reader refuses half a surrogate pair and lets NaN pass."""
+    try:
+        values = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {_shown(str(error), 200)}") from error
     if not isinstance(values, dict):
@@ -166,33 +224,41 @@ def _read(body: bytes) -> dict[str, Any]:
     return values
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
 def _refuse_unknown(values: dict[str, Any]) -> None:
     for name, value in values.items():
-        if name in _ACCEPTED:
+        if name in _Body.model_fields:
             continue
         if name not in _NEUTRAL:
-            near = difflib.get_close_matches(name, _ACCEPTED, n=1)
+            near = difflib.get_close_matches(name, _Body.model_fields, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise RequestError(f"unknown field {_shown(name)}{hint}", param=name[:100])
         if value not in _NEUTRAL[name]:
             raise RequestError(f"{name} is not supported by this server; leave it out", param=name)
 
 
-def _prompts(value: Any) -> list[str | list[int]]:
-    """A text, texts, ids or lists of ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise RequestError("prompt must be a text, a list of texts, or token ids", param="prompt")
-    for item in value:
-        is_ids = isinstance(item, list) and item and all(type(token) is int for token in item)
-        if not isinstance(item, str) and not is_ids:
-            raise RequestError("prompt must be a text, a list of texts, or token ids", param="prompt")
-    return list(value)
+def _request_error(error: ValidationError, limits: Limits) -> RequestError:
+    """The first thing that is wrong with a request, in a sentence."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    name, kind = str(first["loc"][0]), first["type"]
+    if kind == "missing":
+        message = "prompt is missing; give a text, or a list of texts"
+    elif name == "prompt":
+        message = "prompt must be a text, a list of texts, or token ids"
+    elif name == "stop" and any(entry["type"].startswith("string_too") for entry in errors):
+        message = f"a text of stop must have 1 to {_MAX_STOP_CHARACTERS} characters"
+    elif name == "stop":
+        message = f"stop must be a text or a list of at most {_MAX_STOPS} texts"
+    elif name == "stream_options" and kind != "bool_type":
+        message = "stream_options may hold include_usage only"
+    else:
+        name = str(first["loc"][-1])
+        message = f"{name} is {_shown(first['input'])}; it must be {_expected(name, limits)}"
+    return RequestError(message, param=name)
 
 
 def _encode(prompt: str | list[int], limits: Limits, tokenizer: Tokenizer) -> list[int]:
@@ -211,59 +277,6 @@ def _encode(prompt: str | list[int], limits: Limits, tokenizer: Tokenizer) -> li
             f"the prompt has the id {_shown(wrong[0])}; ids are below {tokenizer.vocab_size}", param="prompt"
         )
     return prompt
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > _MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
-        raise RequestError(f"stop must be a text or a list of at most {_MAX_STOPS} texts", param="stop")
-    if any(not 0 < len(stop) <= _MAX_STOP_CHARACTERS for stop in stops):
-        raise RequestError(f"a text of stop must have 1 to {_MAX_STOP_CHARACTERS} characters", param="stop")
-    return tuple(stops)
-
-
-def _include_usage(value: Any) -> bool:
-    if value is None:
-        return False
-    if not isinstance(value, dict) or not set(value) <= {"include_usage"}:
-        raise RequestError("stream_options may hold include_usage only", param="stream_options")
-    return _flag(value, "include_usage")
-
-
-def _flag(values: dict[str, Any], name: str) -> bool:
-    value = values.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{name} is {_shown(value)}; it must be true or false", param=name)
-    return bool(value)
-
-
-def _whole(values: dict[str, Any], name: str, default: int, lowest: int, highest: int) -> int:
-    value = values.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or not lowest <= value <= highest:
-        raise RequestError(
-            f"{name} is {_shown(value)}; it must be a whole number from {lowest} to {highest}", param=name
-        )
-    return value
-
-
-def _number(values: dict[str, Any], name: str, default: float, lowest: float, highest: float) -> float:
-    value = values.get(name)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not lowest <= value <= highest or not math.isfinite(value):
-        raise RequestError(f"{name} is {_shown(value)}; it must be a number from {lowest:g} to {highest:g}", param=name)
-    return float(value)
-
-
-def _top_p(values: dict[str, Any]) -> float | None:
-    top_p = _number(values, "top_p", 1.0, 0.0, 1.0)
-    if top_p == 0:
-        raise RequestError("top_p is 0; it must be above 0 and at most 1", param="top_p")
-    return None if top_p == 1 else top_p
 
 
 def _shown(value: Any, most: int = 60) -> str:

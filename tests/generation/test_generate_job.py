@@ -1,4 +1,4 @@
-"""Prompts in, texts out: in order, whatever grows at a time; files of prompts; mistakes."""
+"""Prompts in, texts out: in order, however many are decoded at a time; files of prompts; mistakes."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(config: GenerateConfig) -> list[str]:
-    groups = itertools.groupby(generate_texts(config), key=lambda piece: piece.text_number)
-    found = [(number, "".join(piece.piece for piece in pieces)) for number, pieces in groups]
-    assert [number for number, _ in found] == list(range(len(found))), "one text behind the other"
+    groups = itertools.groupby(generate_texts(config), key=lambda chunk: chunk.text_number)
+    found = [(number, "".join(chunk.text for chunk in chunks)) for number, chunks in groups]
+    assert [number for number, _ in found] == list(range(len(found))), "one text after another"
     return [text for _, text in found]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model.generation import generate
-from pipeline.generation.sampling import TextPieces
+from pipeline.generation.sampling import Detokenizer
 from pipeline.pretrained import resolve
 from tests.support.models import train
 from tests.support.web_server import WebServer, running
@@ -65,7 +65,7 @@ def test_a_completion_is_the_text_of_generate(server: WebServer, ours: resolve.P
     assert answer["usage"] == {"prompt_tokens": count, "completion_tokens": 20, "total_tokens": count + 20}
 
 
-def test_a_stream_says_the_same_piece_by_piece(server: WebServer) -> None:
+def test_a_stream_says_the_same_chunk_by_chunk(server: WebServer) -> None:
     values: dict[str, Any] = {"prompt": ["def f(", "class A"], "n": 2, "max_tokens": 15, "seed": 3, "echo": True}
     whole = server.complete(**values)
     body = json.dumps(values | {"stream": True, "stream_options": {"include_usage": True}}).encode()
@@ -257,12 +257,12 @@ def test_the_token(checkpoint: Path) -> None:
 def test_characters_come_whole_and_stop_strings_never(ours: resolve.Pretrained) -> None:
     text = "zażółć 日本 🙂 end STOP more"
     ids = ours.tokenizer.encode(text)
-    pieces = TextPieces(ours.tokenizer)
-    parts = [pieces.add(token) for token in ids]
-    assert "".join(parts) + pieces.end() == text and "�" not in "".join(parts)
-    stopping = TextPieces(ours.tokenizer, ["STOP", "x!"])
+    detokenizer = Detokenizer(ours.tokenizer)
+    parts = [detokenizer.add(token) for token in ids]
+    assert "".join(parts) + detokenizer.end() == text and "�" not in "".join(parts)
+    stopping = Detokenizer(ours.tokenizer, ["STOP", "x!"])
     shown = "".join(stopping.add(token) for token in ids) + stopping.end()
     assert shown == "zażółć 日本 🙂 end " and stopping.is_stopped
-    unfinished = TextPieces(ours.tokenizer)
+    unfinished = Detokenizer(ours.tokenizer)
     first = next(token for token in ours.tokenizer.encode("🙂"))
     assert unfinished.add(first) == "" and unfinished.end() == "�"

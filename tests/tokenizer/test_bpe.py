@@ -101,12 +101,12 @@ def test_long_runs(unit: str) -> None:
     ids = gpt2().encode(text)
     assert gpt2().decode(ids) == text
     pretoken = run[:50_000].encode()
-    assert gpt2().encode_bytes(pretoken) == gpt2_tiktoken()._encode_single_pretoken(pretoken)
+    assert gpt2().encode_bytes(pretoken) == gpt2_tiktoken()._encode_single_piece(pretoken)
 
 
 def test_long_white_space() -> None:
     pretoken = b" " * 1_000_000  # the pattern ends tiktoken's process here; its merging takes it
-    assert gpt2().encode_bytes(pretoken) == gpt2_tiktoken()._encode_single_pretoken(pretoken)
+    assert gpt2().encode_bytes(pretoken) == gpt2_tiktoken()._encode_single_piece(pretoken)
     assert gpt2().encode(" " * 100_000 + "x")[-2:] == gpt2().encode("  x")[-2:]
 
 
@@ -143,7 +143,7 @@ bad_bytes = st.lists(
 @example(b"\xf4\x90\x80\x80 \xf5a \xe2\x82")  # beyond Unicode; cut short
 @example(b" \xe2\x80\x80\xe2\x80")
 def test_bad_bytes_are_neither_letter_nor_number_nor_space(data: bytes) -> None:
-    expected = [token for pretoken in pretokens(data) for token in gpt2_tiktoken()._encode_single_pretoken(pretoken)]
+    expected = [token for pretoken in pretokens(data) for token in gpt2_tiktoken()._encode_single_piece(pretoken)]
     assert gpt2().encode_bytes(data) == expected
     assert gpt2().decode_bytes(expected) == data
 

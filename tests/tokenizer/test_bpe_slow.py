@@ -81,7 +81,7 @@ def test_10_000_texts_of_bytes(pattern: Pattern, batch: list[bytes]) -> None:
     for data in batch:
         parts, tokenizer = pretokens(data, pattern), gpt2(pattern)
         ours, theirs = tokenizer.encode_bytes(data), gpt2_tiktoken(pattern)._encode_bytes(data)
-        assert ours == [each for part in parts for each in gpt2_tiktoken(pattern)._encode_single_pretoken(part)]
+        assert ours == [each for part in parts for each in gpt2_tiktoken(pattern)._encode_single_piece(part)]
         token_ends = set(itertools.accumulate(len(tokenizer.decode_bytes([each])) for each in theirs))
         is_cut_alike = token_ends.issuperset(itertools.accumulate(map(len, parts)))
         assert (ours == theirs) == is_cut_alike
