@@ -6,7 +6,7 @@ just before the one or beginning just behind the other, so that a read outside o
 says by which signal and in which case. For both patterns it is checked that
 
 - decoding gives the bytes back, and encoding one by one, with a small cache, or in two threads gives the same ids;
-- pieces, counts and ids are those of a plain-Python splitter and tiktoken's merging (all but the largest cases).
+- pretokens, counts and ids are those of a plain-Python splitter and tiktoken's merging (all but the largest cases).
 
 Every case follows from the seed and its number alone: ``--first`` begins with it. Exit code 0: no difference, else 1.
 """
@@ -38,7 +38,7 @@ import pyarrow as pa
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tokenizer.training import count_pretokens, train_bpe, warm_up
-from tests.support.bpe_references import BAD_BYTES, BOTH, NASTY, as_tiktoken, pieces
+from tests.support.bpe_references import BAD_BYTES, BOTH, NASTY, as_tiktoken, pretokens
 
 VOCAB_SIZE = 2000
 SMALL_CACHE_SLOTS = 4096
@@ -170,24 +170,24 @@ class Subject:
             others = encode(texts)
             if not (np.array_equal(ids, others[0]) and np.array_equal(offsets, others[1])):
                 return f"{name} gives other ids"
-        return self._problem_of_pieces(case, texts, split)
+        return self._problem_of_pretokens(case, texts, split)
 
     def _in_two_threads(self, texts: pa.Array) -> tuple[Any, Any]:
         return self._tokenizer.encode_batch(texts, num_threads=2)
 
-    def _problem_of_pieces(self, case: Case, texts: pa.Array, split: list[list[int]]) -> str:
+    def _problem_of_pretokens(self, case: Case, texts: pa.Array, split: list[list[int]]) -> str:
         pattern = self._tokenizer.pattern
         table = count_pretokens(texts, pattern=pattern).table
         counts = dict(zip(table["pretoken"].to_pylist(), table["count"].to_pylist(), strict=True))
-        if sum(len(piece) * count for piece, count in counts.items()) != sum(map(len, case.documents)):
-            return "the counted pieces are not as many bytes as the documents"
+        if sum(len(pretoken) * count for pretoken, count in counts.items()) != sum(map(len, case.documents)):
+            return "the counted pretokens are not as many bytes as the documents"
         if not case.is_compared:
             return ""
         expected: Counter[bytes] = Counter()
         for document, ids in zip(case.documents, split, strict=True):
-            parts = pieces(document, pattern)
+            parts = pretokens(document, pattern)
             if bpe.pretokenize(document, pattern) != parts:
-                return f"other pieces than the reference has {document!r}"
+                return f"other pretokens than the reference has {document!r}"
             if [each for part in parts for each in self._tiktoken._encode_single_piece(part)] != ids:
                 return f"other ids than tiktoken's merging has {document!r}"
             expected.update(parts)

@@ -82,7 +82,7 @@ def continue_text(
     model: Transformer, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, seed: int,
     temperature: float = 0.8, top_k: int | None = None, top_p: float | None = 0.9,
 ) -> str:  # fmt: skip
-    """``prompt`` and its continuation by the model, up to <|endoftext|>; the same seed gives the same text on every rank.
+    """``prompt`` and its continuation by the model, up to <|endoftext|>; the same on every rank for the same seed.
 
     For models in training, sharded or not: every rank calls. An empty prompt starts a document. A prompt longer than
     the context is a UserError.
