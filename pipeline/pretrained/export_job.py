@@ -1,6 +1,6 @@
-"""What jobs/export.py calls: a checkpoint becomes a Hugging Face folder, complete or absent, and goes to the hub.
+"""Export a checkpoint as a Hugging Face folder, and push it to the hub: what jobs/export.py calls.
 
-Needs no GPU and no cluster, and no more memory than the largest tensor, whoever wrote the checkpoint.
+The folder is complete or absent. Neither a GPU nor a cluster is needed, nor more memory than the largest tensor takes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What was written, and where."""
+    """What was exported, and where it is."""
 
     source: str
     output: str
@@ -41,9 +41,9 @@ class ExportReport:
     files: dict[str, int]
     """Name of every file of weights -> its bytes."""
     hub: str | None = None
-    """hf://OWNER/NAME@COMMIT, where it was pushed."""
+    """hf://OWNER/NAME@COMMIT if it was pushed."""
     mlflow_model: str | None = None
-    """models:/..., where it was logged."""
+    """models:/... if it was logged."""
 
     @property
     def weight_bytes(self) -> int:
@@ -51,7 +51,7 @@ class ExportReport:
 
 
 def export(config: ExportConfig) -> ExportReport:
-    """Write the folder, then push it and log it where the settings say so.
+    """Write the folder, then push it to the hub and log it in MLflow if the settings ask for it.
 
     Raises:
         UserError: no such checkpoint; an output that holds something else; a hub that refuses.
@@ -123,7 +123,7 @@ def _known_run_id(source: ModelSource, uri: str) -> str | None:
 
 
 def _note(run: model_card.Run, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """What the folder says of itself; no paths, it may become public."""
+    """Content of gpt25.json; without paths, as the folder may become public."""
     values: dict[str, Any] = {"format_version": _NOTE_FORMAT, "dtype": dtype}
     if run.info is not None:
         info = run.info
@@ -133,7 +133,7 @@ def _note(run: model_card.Run, tokenizer: Tokenizer, dtype: str) -> dict[str, An
 
 
 def _check_output(output: Path, source: Path) -> None:
-    """An export may be replaced by another; nothing else is ever removed."""
+    """Raise a UserError unless ``output`` is absent, empty or an earlier export: nothing else is ever replaced."""
     if output == source:
         raise UserError(f"output {output} is the checkpoint itself; choose another --output")
     if output.is_dir() and (not any(output.iterdir()) or (output / huggingface.NOTE_FILE).is_file()):
@@ -143,7 +143,7 @@ def _check_output(output: Path, source: Path) -> None:
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Everything on disk, then one rename; an earlier export goes when the new one is complete."""
+    """Flush all files, then rename the folder; an earlier export is removed when the new one is complete."""
     for file in partial.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub: fetch a folder, push a folder, errors in one sentence.
 
-The token comes from HF_TOKEN and nowhere else and is never shown; HF_ENDPOINT names another hub; HF_HOME says where the
-cache lies. What is fetched is data only: configuration, safetensors, tokenizer; no code, no pickle.
+The token is read from HF_TOKEN only and is never shown; HF_ENDPOINT names another hub, HF_HOME the cache folder. Only
+data is fetched: configuration, safetensors, tokenizer; no code and no pickle.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_hub_address(text: str) -> bool:
 
 
 def download(address: str) -> Path:
-    """The folder of ``hf://OWNER/NAME[@REVISION]`` in this machine's cache, fetched unless it is there.
+    """The folder of ``hf://OWNER/NAME[@REVISION]`` in this machine's cache; it is fetched if it is not there.
 
     A slash inside a revision is written %2F.
 
@@ -74,7 +74,7 @@ def download_file(address: str) -> Path:
 
 
 def push(folder: Path, name: str, *, message: str) -> str:
-    """Make the model ``OWNER/NAME``, unless it is there, and commit the folder's files to it; returns its address.
+    """Commit the folder's files to the model ``OWNER/NAME``, which is created if needed; returns its address.
 
     Raises:
         UserError: no HF_TOKEN, a token that may not write there, no network.
@@ -92,7 +92,7 @@ def push(folder: Path, name: str, *, message: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Before anything is exported: UserError on a name or a setting under which the push cannot end well."""
+    """Check before the export: UserError on a name or a setting with which the push would fail."""
     if not _NAME.fullmatch(name):
         raise UserError(f"push_to_hub is {name!r}; it must be OWNER/NAME")
     if not os.environ.get("HF_TOKEN"):

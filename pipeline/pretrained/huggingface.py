@@ -6,9 +6,9 @@
         tokenizer.json                 ours as it is;  tokenizer_config.json: which of its ids are special
         generation_config.json         end of text, the recipe's sampling
         README.md                      model card (model_card.py)
-        gpt25.json                     which run and step it came from; what tells an export from any other folder
+        gpt25.json                     run and step of the weights; marks the folder as an export of this project
 
-The network is Llama's, tensor by tensor, so the export is a renaming; the padding rows of the vocabulary are left out.
+The network is that of Llama, tensor by tensor: the export renames them and leaves out the vocabulary's padding rows.
 One tensor is in memory at a time, whatever the size of the model and the number of ranks that wrote its checkpoint.
 transformers, lm-evaluation-harness and llama.cpp's converter read the folder (tests/pretrained/test_huggingface.py).
 """
@@ -57,12 +57,12 @@ def llama_name(name: str) -> str:
 
 
 def is_exported(path: Path) -> bool:
-    """Whether ``path`` is a Hugging Face folder, ours or another's."""
+    """Whether ``path`` is a Hugging Face folder."""
     return (path / CONFIG_FILE).is_file()
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter; takes no memory."""
+    """Name and shape of every parameter; no memory is allocated for them."""
     with torch.device("meta"):
         model = Transformer(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -127,7 +127,7 @@ def write_weights(
 
 
 def llama_config(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> dict[str, Any]:
-    """config.json: what transformers 4 and 5, vLLM and llama.cpp need to know."""
+    """Content of config.json for transformers 4 and 5, vLLM and llama.cpp."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -155,7 +155,7 @@ def llama_config(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> dic
 
 
 def tokenizer_config(end_of_text: str, context_length: int) -> dict[str, Any]:
-    """tokenizer_config.json. As with our tokenizer, text never turns into a special token by itself."""
+    """Content of tokenizer_config.json. As with our tokenizer, text is never parsed into special tokens."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
@@ -169,12 +169,12 @@ def tokenizer_config(end_of_text: str, context_length: int) -> dict[str, Any]:
 
 
 def generation_config(eot_id: int) -> dict[str, Any]:
-    """generation_config.json: the published sampling, and where a text ends."""
+    """Content of generation_config.json: the published sampling settings and the end-of-text id."""
     return {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What an exported folder says of itself; empty for a folder that others made."""
+    """Content of gpt25.json of an exported folder; empty for the folder of another project."""
     return _read_json(path / NOTE_FILE) if (path / NOTE_FILE).is_file() else {}
 
 
@@ -205,7 +205,7 @@ def _config_from_llama(path: Path, values: dict[str, Any]) -> ModelConfig:
 
 
 def _refuse_other_networks(path: Path, values: dict[str, Any], heads: int, width: int) -> None:
-    """UserError on whatever would make transformers compute something else than we do."""
+    """Raise a UserError for settings under which transformers would compute another network than ours."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     expected: dict[str, tuple[Any, Any]] = {
         "model_type": (values.get("model_type"), "llama"),
@@ -223,7 +223,7 @@ def _refuse_other_networks(path: Path, values: dict[str, Any], heads: int, width
 
 
 def _open_files(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Their name of every tensor -> the open file that has it."""
+    """Hugging Face's name of every tensor -> the open file that holds it."""
     from safetensors import SafetensorError, safe_open
 
     names = [WEIGHTS_FILE]
@@ -265,7 +265,7 @@ def _real_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple
 
 
 def _split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:
-    """Names, in order, in groups of at most ``max_bytes``; a larger tensor has a group of its own."""
+    """Names in order, in groups of at most ``max_bytes``; a larger tensor forms a group of its own."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -287,7 +287,7 @@ def _part_name(number: int, count: int) -> str:
 
 
 def _write_header(file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """The head of a safetensors file: its length (8 bytes, little-endian), then JSON; then comes the data."""
+    """Write the header of a safetensors file: its length (8 bytes, little-endian), then JSON; the data follows."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in shapes.items():

@@ -1,7 +1,7 @@
-"""A model as MLflow knows it: log an exported folder, find one again, answer prompts (mlflow.pyfunc, models serve).
+"""The MLflow flavour of a model: log an exported folder, answer prompts (mlflow.pyfunc, mlflow models serve).
 
-What is logged is the exported folder, this project's code and pyfunc_model.py, which MLflow runs to get a TextModel:
-models from code, so nothing is pickled and nothing unpickled. Beside mlflow_*.py the only file that imports mlflow.
+The exported folder, this project's code and pyfunc_model.py are logged. MLflow runs pyfunc_model.py to get a TextModel
+("models from code"), so nothing is pickled or unpickled.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _MODEL_NAME = "text"
 _MAX_TEXTS = 16
 _REQUIREMENTS = ("torch", "numpy", "numba", "pyarrow", "safetensors", "pyyaml", "psutil", "mlflow")
 PARAMETERS: dict[str, Any] = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.9, "seed": 1337}
-"""What a caller may set, and what holds otherwise; top_k 0 is none."""
+"""Parameters that a caller may set, and their defaults; top_k 0 means no limit."""
 
 
 class TextModel(PythonModel):
-    """Prompts in, prompts with their continuations out; the same prompt, parameters and seed give the same text."""
+    """Returns prompts with their continuations; the same prompt, parameters and seed give the same text."""
 
     def load_context(self, context: Any) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = open_model(Path(context.artifacts[_ARTIFACT]), device)
-        self._tokenizer, self._config = found.tokenizer, found.config
-        self._decoder = Decoder(found.model)
+        pretrained = open_model(Path(context.artifacts[_ARTIFACT]), device)
+        self._tokenizer, self._config = pretrained.tokenizer, pretrained.config
+        self._decoder = Decoder(pretrained.model)
 
     def predict(self, context, model_input, params=None) -> list[str]:  # type: ignore[no-untyped-def]  # see below
         """One text for each prompt.
@@ -51,7 +51,7 @@ class TextModel(PythonModel):
             model_input: a list of strings, or a table whose column ``prompt`` (or only column) has them.
             params: a dictionary, see PARAMETERS.
 
-        MLflow would read annotations as a schema of its own; the signature that is logged says what comes in.
+        There are no annotations, which MLflow would turn into a schema; the logged signature describes the input.
 
         Raises:
             UserError: no text, a prompt longer than the context.
@@ -96,7 +96,7 @@ def _prompts(model_input: Any) -> list[str]:
 
 
 def save_model(folder: Path, path: Path) -> None:
-    """The exported ``folder`` as an MLflow model in the new folder ``path``: for mlflow models serve -m PATH."""
+    """Save the exported ``folder`` as an MLflow model in the new folder ``path``, for mlflow models serve -m PATH."""
     import mlflow
 
     with _without_advice():
@@ -104,10 +104,10 @@ def save_model(folder: Path, path: Path) -> None:
 
 
 def log_model(folder: Path, *, tracking_uri: str, run_id: str | None) -> str:
-    """The exported ``folder`` as a model of the run ``run_id``, or of no run; returns its models:/... address.
+    """Log the exported ``folder`` as a model of the run ``run_id``, or of no run; returns its models:/... address.
 
     Raises:
-        UserError: the store does not take it.
+        UserError: the store refuses it.
     """
     import mlflow
 
@@ -121,7 +121,7 @@ def log_model(folder: Path, *, tracking_uri: str, run_id: str | None) -> str:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """MLflow recommends annotations and an example; the signature says what they would."""
+    """Hide MLflow's advice to add type annotations and an example: the signature holds the same information."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
         yield
@@ -129,7 +129,7 @@ def _without_advice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inside(run_id: str | None) -> Iterator[None]:
-    """What is logged belongs to the run ``run_id``, whose status stays what it was."""
+    """Log to the run ``run_id`` and leave its status unchanged."""
     import mlflow
 
     if run_id is None:

@@ -1,6 +1,6 @@
-"""What a user may call a model: a checkpoint, a run, an exported folder, hf://OWNER/NAME, an MLflow model.
+"""The ways to name a model: a checkpoint, a run, an exported folder, hf://OWNER/NAME, an MLflow model.
 
-Every job that reads a model takes the same words; resolve_model finds the folder, fetched where it lies elsewhere,
+Every job that reads a model accepts all of them; resolve_model finds the folder, fetched where it lies elsewhere,
 and open_model makes a network and its tokenizer of it.
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A network with its weights, and what its ids mean."""
+    """A network with its weights, and its tokenizer."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -86,7 +86,7 @@ def resolve_model(text: str) -> ModelSource:
 
 
 def find_questions(text: str) -> Path:
-    """HellaSwag's questions, a local file or one of the hub; UserError where it is not there."""
+    """The file of HellaSwag's questions, local or fetched from the hub; UserError where there is none."""
     if text.startswith("hf://"):
         return hub_models.download_file(text)
     path = resolve_path(text)
@@ -96,7 +96,7 @@ def find_questions(text: str) -> Path:
 
 
 def copy_questions(path: Path, run: Folder) -> str:
-    """Put HellaSwag's questions into a run's folder, which every worker sees; returns their address."""
+    """Copy HellaSwag's questions into a run's folder, which every worker can read; returns their address."""
     name = f"hellaswag{path.suffix}"
     run.write(name, [path.read_bytes()])
     return f"{run}/{name}"

@@ -1,7 +1,7 @@
-"""A model behind an address: Ray Serve runs replicas of the web application, each with its own network.
+"""Serve a model over HTTP: Ray Serve runs replicas of the web application, each with its own network.
 
-With loopback as the address, the default, only this machine reaches it; any other address needs a token, which comes
-from GPT25_SERVE_TOKEN and leaves this process as a hash only.
+With the default address, loopback, only this machine can connect. Any other address needs an access token, which is
+read from GPT25_SERVE_TOKEN and leaves this process as a hash only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,18 @@ class Address:
     has_token: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSettings:
+    """What a replica needs to know."""
+
+    config: ServeConfig
+    path: Path
+    """Folder of the model, resolved."""
+    model_name: str
+    token_sha256: str | None = field(repr=False)
+    """SHA-256 of the access token, hexadecimal; None where no token is needed."""
+
+
 def start(config: ServeConfig) -> Address:
     """Start the server and return when it answers; it runs until ``stop``.
 
@@ -45,7 +57,7 @@ def start(config: ServeConfig) -> Address:
         UserError: no such model, a port that is taken, an open address without a token, too few CPUs or GPUs.
     """
     path = resolve_checkpoint(config.checkpoint)
-    read_tokenizer(path)  # a broken one is said here and not by a replica
+    read_tokenizer(path)  # a broken one is reported here and not by a replica
     token = os.environ.get(TOKEN_VARIABLE, "")
     if config.host not in _LOOPBACK and not token:
         raise UserError(
@@ -54,20 +66,20 @@ def start(config: ServeConfig) -> Address:
         )
     port = _free_port(config)
     name = config.model_name or Path(config.checkpoint.rstrip("/")).name or "model"
-    settings = {
-        "config": asdict(config),
-        "path": str(path),
-        "model_name": name,
-        "token_sha256": hashlib.sha256(token.encode()).hexdigest() if token else None,
-    }
+    settings = ReplicaSettings(
+        config=config,
+        path=path,
+        model_name=name,
+        token_sha256=hashlib.sha256(token.encode()).hexdigest() if token else None,
+    )
     ray_cluster.connect(num_cpus=max(config.num_replicas, os.cpu_count() or 1))
-    _run(config, port, settings)
+    _run(settings, port)
     shown_host = f"[{config.host}]" if ":" in config.host else config.host
     return Address(url=f"http://{shown_host}:{port}", model_name=name, has_token=bool(token))
 
 
 def stop() -> None:
-    """End the server; a local Ray ends with it."""
+    """End the server, and Ray where it was started here."""
     from ray import serve
 
     serve.shutdown()
@@ -75,18 +87,19 @@ def stop() -> None:
 
 
 def wait() -> None:
-    """Until somebody interrupts or ends this process."""
+    """Wait until this process gets SIGINT or SIGTERM."""
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     ended.wait()
 
 
-def _run(config: ServeConfig, port: int, settings: dict[str, Any]) -> None:
+def _run(settings: ReplicaSettings, port: int) -> None:
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    config = settings.config
     use_gpu = config.device != "cpu" and int(ray.cluster_resources().get("GPU", 0)) >= config.num_replicas
     if config.device == "cuda" and not use_gpu:
         raise UserError("--device cuda was asked for, but the cluster has too few GPUs; use --device cpu or auto")
@@ -104,7 +117,7 @@ def _run(config: ServeConfig, port: int, settings: dict[str, Any]) -> None:
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(serve.ingress(build)(Replica))
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: its own progress
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # hides its progress messages in this process
     serve.start(
         proxy_location="HeadOnly",
         http_options=HTTPOptions(host=config.host, port=port),
@@ -114,7 +127,7 @@ def _run(config: ServeConfig, port: int, settings: dict[str, Any]) -> None:
 
 
 class _WithoutCancelledReads:
-    """A client that leaves while its body arrives is a disconnect; Ray Serve raises an error of its own."""
+    """Turns the error that Ray Serve raises for a client that leaves early into a disconnect, as ASGI has it."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -133,14 +146,14 @@ class _WithoutCancelledReads:
 
 
 class Replica:
-    """What Ray Serve starts; the web application answers."""
+    """The class that Ray Serve starts; the web application answers its requests."""
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica where this raises."""
         self.app.state.engine.check()  # type: ignore[attr-defined]  # Ray Serve's wrapper has it
 
 
-def build_app(settings: dict[str, Any]) -> Any:
+def build_app(settings: ReplicaSettings) -> Any:
     """The ASGI application of one replica, with its network loaded and its engine running."""
     import torch
 
@@ -153,17 +166,17 @@ def build_app(settings: dict[str, Any]) -> Any:
     from pipeline.serving.http_app import WebApp, WebLimits
     from pipeline.serving.openai_protocol import Limits
 
-    config = ServeConfig(**settings["config"])
+    config = settings.config
     device = join_workers(config.device).device
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_replicas))
-    found = open_model(Path(settings["path"]), device)
-    length = found.config.context_length
-    batch = Batch(Decoder(found.model, dtype=decoder_dtype(config.dtype, device)), max_texts=config.max_batch_size)
-    engine = Engine(batch, found.tokenizer)
+    pretrained = open_model(settings.path, device)
+    length = pretrained.config.context_length
+    batch = Batch(Decoder(pretrained.model, dtype=decoder_dtype(config.dtype, device)), max_texts=config.max_batch_size)
+    engine = Engine(batch, pretrained.tokenizer)
     limits = Limits(
-        model_name=settings["model_name"],
+        model_name=settings.model_name,
         context_length=length,
-        vocab_size=found.tokenizer.vocab_size,
+        vocab_size=pretrained.tokenizer.vocab_size,
         max_prompt_tokens=config.max_prompt_tokens or length,
         max_tokens=config.max_tokens,
         max_texts=config.max_texts,
@@ -173,15 +186,15 @@ def build_app(settings: dict[str, Any]) -> Any:
         max_waiting=config.max_waiting,
         request_seconds=config.request_seconds,
         only_local=config.host in _LOOPBACK,
-        token_sha256=settings["token_sha256"],
+        token_sha256=settings.token_sha256,
     )
-    app = WebApp(engine, found.tokenizer, limits, web).app
+    app = WebApp(engine, pretrained.tokenizer, limits, web).app
     app.state.engine = engine
     return app
 
 
 def _free_port(config: ServeConfig) -> int:
-    """The port, or a free one for 0; UserError where it is taken."""
+    """The configured port, or a free one for 0; UserError where it is taken."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

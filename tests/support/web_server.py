@@ -8,14 +8,13 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from pipeline.config.inference import ServeConfig
-from pipeline.serving.serve_job import build_app
+from pipeline.serving.serve_job import ReplicaSettings, build_app
 
 
 class WebServer:
@@ -45,14 +44,14 @@ class WebServer:
         return json.loads(body)
 
     def wait_until_idle(self, seconds: float = 300) -> None:
-        """Until no text grows: those whose clients left must go too."""
+        """Wait until no sequence is decoded: those whose clients left must end too."""
         self.wait_for_texts(0, seconds)
 
     def wait_for_texts(self, count: int, seconds: float = 300) -> None:
-        """Until exactly so many texts grow."""
+        """Wait until exactly so many sequences are being decoded or waiting."""
         end = time.monotonic() + seconds
         while self.engine.num_texts != count:
-            assert time.monotonic() < end, f"{self.engine.num_texts} texts grow, not {count}"
+            assert time.monotonic() < end, f"{self.engine.num_texts} sequences are decoded, not {count}"
             time.sleep(0.05)
 
 
@@ -60,8 +59,7 @@ class WebServer:
 def running(checkpoint: Path, *, token_sha256: str | None = None, **settings: Any) -> Iterator[WebServer]:
     """A server that answers as long as the block runs."""
     config = ServeConfig(device="cpu", **settings)
-    values = {"config": asdict(config), "path": str(checkpoint), "model_name": "tiny", "token_sha256": token_sha256}
-    app = build_app(values)
+    app = build_app(ReplicaSettings(config=config, path=checkpoint, model_name="tiny", token_sha256=token_sha256))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
