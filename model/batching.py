@@ -1,8 +1,8 @@
-"""Text after text from one Decoder: requests of different lengths and settings come and go while others grow.
+"""Continuous batching: requests of different lengths and settings enter and leave one Decoder while others run.
 
-A request gives the same tokens alone and among others, now or later: its draws come from a stream of its own, and the
-network computes each text by itself (up to float32 rounding, which differs with the number of texts by about 1e-7 of a
-logit). Tokens are read back once a step, for all texts together.
+A request gives the same tokens alone and in a batch, now or later: its random numbers are its own, and the network
+computes each sequence by itself (up to float32 rounding, which differs with the number of sequences by about 1e-7 of
+a logit). Tokens are read back once a step, for all sequences together.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from model.decoding import Decoder
 from model.generation import check_sampling, sample_token
 
 PROMPT_TOKENS_AT_ONCE = 2048
-"""Prompts read in one forward pass, filling included: texts that already grow wait for it."""
+"""Prompt tokens in one forward pass, padding included: sequences that are being decoded wait for it."""
 
 Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how to go on from it; ValueError for settings that sample_token rejects."""
+    """A prompt and how to continue it; ValueError for settings that sample_token rejects."""
 
     tokens: Sequence[int]
-    """At least one; of more than context_length the last are read."""
+    """At least one; only the last context_length are used."""
     max_new_tokens: int
     temperature: float = 0.8
     top_k: int | None = None
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step added to one text."""
+    """The result of one step for one sequence."""
 
     key: Hashable
     token: int | None
@@ -66,52 +66,52 @@ class _Text:
 
 
 class Batch:
-    """Requests in progress, up to ``max_texts`` at a time; the others wait, first come, first served."""
+    """Decodes up to ``max_texts`` requests at a time; the others wait, first come, first served."""
 
     def __init__(self, decoder: Decoder, *, max_texts: int) -> None:
         self.decoder = decoder
         self.max_texts = max_texts
         self._waiting: deque[_Text] = deque()
-        self._growing: list[_Text] = []  # in the decoder's rows
+        self._active: list[_Text] = []  # in the decoder's rows
 
     def __len__(self) -> int:
         """Requests that are not finished."""
-        return len(self._waiting) + len(self._growing)
+        return len(self._waiting) + len(self._active)
 
     def add(self, key: Hashable, request: Request) -> None:
-        """Queue a request; ``key`` names it in what step returns."""
+        """Queue a request; ``key`` names it in the results of step."""
         window = list(request.tokens)[-self.decoder.config.context_length :]
         generator = torch.Generator().manual_seed(request.seed)
         self._waiting.append(_Text(key=key, request=request, window=window, generator=generator))
 
     def cancel(self, key: Hashable) -> None:
-        """Forget a request, wherever it is; nothing where it is finished already."""
+        """Remove a request, waiting or being decoded; nothing happens where it is finished already."""
         self._waiting = deque(text for text in self._waiting if text.key != key)
-        for row, text in enumerate(self._growing):
+        for row, text in enumerate(self._active):
             if text.key == key:
                 self._remove(row)
                 return
 
     def step(self) -> list[Step]:
-        """One more token for every text that grows, the first for those that are taken in; nothing when all is done."""
+        """One more token for every sequence being decoded, the first for new ones; empty when all are finished."""
         self._turn_full_windows()
         done: list[Step] = []
-        if self._growing:
-            tokens = torch.tensor([text.window[-1] for text in self._growing], device=self.decoder.device)
-            if _are_greedy(self._growing):
+        if self._active:
+            tokens = torch.tensor([text.window[-1] for text in self._active], device=self.decoder.device)
+            if _are_greedy(self._active):
                 drawn = self.decoder.step_greedy(tokens).tolist()
             else:
-                drawn = _draw(self.decoder.step(tokens), self._growing)
-            done += self._extend(self._growing, drawn)
+                drawn = _draw(self.decoder.step(tokens), self._active)
+            done += self._extend(self._active, drawn)
             self._remove_finished(done)
-        if self._waiting and len(self._growing) < self.max_texts:
+        if self._waiting and len(self._active) < self.max_texts:
             taken = self._take()
             windows = [text.window for text in taken]
             if _are_greedy(taken):
                 drawn = self.decoder.add_greedy(windows).tolist()
             else:
                 drawn = _draw(self.decoder.add(windows), taken)
-            self._growing += taken
+            self._active += taken
             read = self._extend(taken, drawn)
             self._remove_finished(read)
             done += read
@@ -121,7 +121,7 @@ class Batch:
         """The next waiting texts that fit; at least one."""
         longest = 0
         taken: list[_Text] = []
-        while self._waiting and len(self._growing) + len(taken) < self.max_texts:
+        while self._waiting and len(self._active) + len(taken) < self.max_texts:
             longest = max(longest, len(self._waiting[0].window))
             if taken and longest * (len(taken) + 1) > PROMPT_TOKENS_AT_ONCE:
                 break
@@ -129,17 +129,17 @@ class Batch:
         return taken
 
     def _turn_full_windows(self) -> None:
-        """A window that is full goes on with its newer half, read as a fresh prompt: see generation.generate_tokens."""
+        """A full window continues with its newer half, read as a new prompt: see generation.generate_tokens."""
         length = self.decoder.config.context_length
-        for row in reversed(range(len(self._growing))):
-            text = self._growing[row]
+        for row in reversed(range(len(self._active))):
+            text = self._active[row]
             if len(text.window) > length:
                 text.window = text.window[-max(1, length // 2) :]
                 self._remove(row)
                 self._waiting.appendleft(text)
 
     def _extend(self, texts: Sequence[_Text], tokens: Sequence[int]) -> list[Step]:
-        """Put its new token behind each text."""
+        """Append its new token to each sequence."""
         steps = []
         for text, token in zip(texts, tokens, strict=True):
             text.num_new += 1
@@ -153,15 +153,15 @@ class Batch:
 
     def _remove_finished(self, steps: Sequence[Step]) -> None:
         finished = {step.key for step in steps if step.finished}
-        for row in reversed(range(len(self._growing))):
-            if self._growing[row].key in finished:
+        for row in reversed(range(len(self._active))):
+            if self._active[row].key in finished:
                 self._remove(row)
 
     def _remove(self, row: int) -> None:
         self.decoder.remove(row)
-        last = self._growing.pop()
-        if row < len(self._growing):
-            self._growing[row] = last
+        last = self._active.pop()
+        if row < len(self._active):
+            self._active[row] = last
 
 
 def _are_greedy(texts: Sequence[_Text]) -> bool:

@@ -1,4 +1,4 @@
-"""The network once more, for generation alone: several texts of different lengths grow by one token at a time.
+"""The network for generation alone: several sequences of different lengths are decoded, one token of each at a time.
 
 What Transformer computes, with less around it: projections that read the same input are one matrix, positions are
 turned by a table, keys and values lie in one growing block per layer, only the positions that are asked for go through
@@ -32,7 +32,7 @@ TYPICAL_TEXTS = 16
 
 
 class Decoder:
-    """Weights packed for generation, and the keys and values of the texts that are being written.
+    """Weights packed for generation, and the keys and values of the sequences being decoded.
 
     Texts are rows 0 .. num_texts - 1, always without a gap: when one is removed, the last takes its row. The weights
     are copies: later changes of the model are not seen. Not for sharded models, and not to be shared between threads.
@@ -48,7 +48,7 @@ class Decoder:
         self.dtype = dtype
         self.device = model.embedding.weight.device
         self.lengths: list[int] = []
-        """Positions held, text by text."""
+        """Positions held by each text."""
         self._texts = texts
         with torch.no_grad():
             self._embedding = _copy(model.embedding.weight[: config.vocab_size], dtype)  # (V, D)
@@ -68,14 +68,14 @@ class Decoder:
         return len(self.lengths)
 
     def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read prompts into new rows behind the others; returns the logits (B, V), float32, of what follows each.
+        """Read prompts into new rows after the others; returns the logits (B, V), float32, of the token after each.
 
         ValueError where one is empty or longer than the context.
         """
         return self._logits(self._read(prompts))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Put one token (B,) int64 behind each text; returns the logits (B, V), float32, of the next.
+        """Append one token (B,) int64 to each text; returns the logits (B, V), float32, of the next.
 
         ValueError where a text has no room for it.
         """
@@ -91,7 +91,7 @@ class Decoder:
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
-        """Forget a text; the last one moves into its row."""
+        """Remove a text; the last one moves into its row."""
         last = self.num_texts - 1
         if row != last:
             length = self.lengths[row] = self.lengths[last]
@@ -107,7 +107,7 @@ class Decoder:
             raise ValueError(f"prompts of {lengths} tokens; each must have 1 to {self.config.context_length}")
         rows, longest = slice(self.num_texts, self.num_texts + len(prompts)), max(lengths)
         # Shorter prompts are filled up on the right: under the causal mask no real position sees what follows it, and
-        # the keys and values of the filling are hidden until the growing text overwrites them.
+        # the keys and values of the filling are hidden until the text overwrites them.
         tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
         self._make_room(rows.stop, max([longest, *self.lengths]))
         turn = self._turns[:longest, None, None]  # (T, 1, 1, K/2) complex
