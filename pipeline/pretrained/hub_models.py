@@ -1,25 +1,23 @@
-"""Models of the Hugging Face hub: fetch a folder, push a folder, errors in one sentence.
+"""Models of the Hugging Face hub: a folder fetched, a folder pushed.
 
-The token is read from HF_TOKEN only and is never shown; HF_ENDPOINT names another hub, HF_HOME the cache folder. Only
-data is fetched: configuration, safetensors, tokenizer; no code and no pickle.
+The cache lies in HF_HOME; token and endpoint are those of remote/hub_client.py. Only data is fetched: configuration,
+safetensors, tokenizer; no code and no pickle.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 from pipeline.errors import UserError
+from pipeline.remote.hub_client import endpoint, final_hub_errors, token
 
 _ADDRESS = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/?")
 _FILE_ADDRESS = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("config.json", "generation_config.json", "gpt25.json", "tokenizer.json", "tokenizer_config.json")
-_CHECK = "check the network and HF_ENDPOINT, then run the same command again"
 
 
 def is_hub_address(text: str) -> bool:
@@ -41,13 +39,13 @@ def download(address: str) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    with _hub_errors(address):
+    with final_hub_errors(address, kind="name"):
         folder = snapshot_download(
             match["name"],
             revision=unquote(match["revision"] or "main"),
             allow_patterns=["*.safetensors", "model.safetensors.index.json", *_WANTED],
-            endpoint=_endpoint(),
-            token=_token(),
+            endpoint=endpoint(),
+            token=token(),
         )
     return Path(folder)
 
@@ -61,14 +59,14 @@ def download_file(address: str) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    with _hub_errors(address):
+    with final_hub_errors(address, kind="data set"):
         file = hf_hub_download(
             match["name"],
             match["path"],
             repo_type="dataset",
             revision=unquote(match["revision"] or "main"),
-            endpoint=_endpoint(),
-            token=_token(),
+            endpoint=endpoint(),
+            token=token(),
         )
     return Path(file)
 
@@ -84,8 +82,8 @@ def push(folder: Path, name: str, *, message: str) -> str:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    api = HfApi(endpoint=_endpoint(), token=_token())
-    with _hub_errors(name):
+    api = HfApi(endpoint=endpoint(), token=token())
+    with final_hub_errors(name, kind="name"):
         api.create_repo(name, repo_type="model", exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=folder, repo_type="model", commit_message=message)
     return f"hf://{name}@{commit.oid}"
@@ -97,43 +95,3 @@ def check_name(name: str) -> None:
         raise UserError(f"push_to_hub is {name!r}; it must be OWNER/NAME")
     if not os.environ.get("HF_TOKEN"):
         raise UserError(f"pushing to {name} needs a token that may write there; set HF_TOKEN")
-
-
-def _token() -> str | bool:
-    return os.environ.get("HF_TOKEN") or False  # False: do not look for one that somebody logged in with
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-
-
-@contextlib.contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Whatever the hub client raises, as one sentence about ``what``."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise UserError(f"{what}: access is gated; accept its terms on the hub and set HF_TOKEN") from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{what}: the hub has no such revision") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{what}: the hub has no such name, or HF_TOKEN does not open it") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(f"{what}: {_unreachable()}; {_CHECK}") from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(f"{what}: the hub has no such file") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise UserError(f"{what}: the hub refuses it ({status}); is HF_TOKEN right, and may it do this?") from error
-        raise UserError(f"{what}: the hub answered with an error ({status}); try again later") from error
-    except (errors.HTTPError, ConnectionError, TimeoutError) as error:
-        raise UserError(f"{what}: {_unreachable()}; {_CHECK}") from error
-    except errors.HFValidationError as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
-
-
-def _unreachable() -> str:
-    return f"the hub at {_endpoint() or 'https://huggingface.co'} cannot be reached"

@@ -22,7 +22,7 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import globs, hub_datasets
 from pipeline.remote import http as remote_http
 from pipeline.remote.range_reader import RangeFile
-from pipeline.remote.retry import Interrupted, Patience
+from pipeline.remote.retry import Interrupted, RetryState
 from pipeline.storage.object_store import bucket_errors, bucket_store, parse_url
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _fetch_all(file: RemoteFile, origin: Origin, ranges: Sequence[tuple[int, int
         parts = [(spans[0][0], spans[-1][1])]  # one answer, read from the start of the file
     with _pool(min(_SMALL_RANGES_AT_A_TIME, len(parts))) as (pool, stopped):
         running = [pool.submit(_fetch, file, origin, part, stopped) for part in parts]
-        done, _ = wait(running, return_when=FIRST_EXCEPTION)  # one refusal need not wait for the patience of another
+        done, _ = wait(running, return_when=FIRST_EXCEPTION)  # a refusal does not wait for retries
         if errors := [error for future in done if (error := future.exception())]:
             raise errors[0]
         return [(start, future.result()) for (start, _), future in zip(parts, running, strict=True)]
@@ -211,17 +211,17 @@ def _fetch(file: RemoteFile, origin: Origin, part: tuple[int, int], stopped: thr
 
 def _chunks(file: RemoteFile, origin: Origin, start: int, stop: int, stopped: threading.Event) -> Iterator[bytes]:
     """[start, stop), asked for again from where it broke off."""
-    patience = Patience(file.where, stopped=stopped)
+    state = RetryState(file.where, stopped=stopped)
     while start < stop:
         try:
             for chunk in origin.stream(start, stop):
                 start += len(chunk)
-                patience.progress()
+                state.progress()
                 yield chunk
             if start < stop:
                 raise Interrupted("the server ends its answers before all has come")
         except Interrupted as interruption:
-            patience.wait(interruption)
+            state.wait(interruption)
 
 
 def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.remote.retry import RETRIED_STATUS, TRANSFER_TRIES, Interrupted, asked_wait_seconds, patiently
+from pipeline.remote.retry import RETRIED_STATUS, TRANSFER_TRIES, Interrupted, retry, retry_after_seconds
 
 CHANGED = "changed since the plan was made; plan it anew, into another output folder"
 _SILENCE_SECONDS = 60.0  # without a byte, then the connection is given up
@@ -69,7 +69,7 @@ class WebFile:
     def has_ranges(self) -> bool:
         """Whether the server sends parts of the file; asked once."""
         if self._has_ranges is None:
-            self._has_ranges = patiently(self._where, self._ask_for_ranges, tries=TRANSFER_TRIES)
+            self._has_ranges = retry(self._where, self._ask_for_ranges, tries=TRANSFER_TRIES)
         return self._has_ranges
 
     def _ask_for_ranges(self) -> bool:
@@ -124,7 +124,7 @@ def get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
             if response.status_code in RETRIED_STATUS:
                 raise Interrupted(
                     f"the server answered with an error ({response.status_code})",
-                    wait_seconds=asked_wait_seconds(response.headers),
+                    wait_seconds=retry_after_seconds(response.headers),
                 )
             yield response
     except (HTTPError, ConnectionError) as error:  # the text of these may hold the address, which may hold a secret
@@ -155,7 +155,7 @@ def describe(url: str, where: str) -> tuple[int, str]:
             )
         return size_bytes, version
 
-    return patiently(where, attempt)
+    return retry(where, attempt)
 
 
 def version_of(headers: Mapping[str, str]) -> str:

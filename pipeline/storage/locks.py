@@ -15,7 +15,7 @@ from typing import IO
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, node_cache
 
-_PATIENCE_SECONDS = 10.0  # for a job that was told to stop
+_WAIT_SECONDS = 10.0  # for a job that was told to stop
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _wait(output: Folder) -> IO[str]:
     place = os.path.realpath(output.path) if isinstance(output, LocalFolder) else str(output)
     path = node_cache("outputs") / f"{hashlib.sha256(place.encode()).hexdigest()[:20]}.lock"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + _WAIT_SECONDS
     while (file := _hold(path)) is None:
         job = _holder(path)
         if time.monotonic() > deadline:
@@ -62,7 +62,7 @@ def _wait(output: Folder) -> IO[str]:
                 f"{job} is writing to {output}; wait until it has ended, or stop it, or choose another --output"
             )
         logger.info("waiting for %s, which is writing to %s, to end", job, output)
-        time.sleep(_PATIENCE_SECONDS / 4)
+        time.sleep(_WAIT_SECONDS / 4)
     return file
 
 

@@ -1,7 +1,7 @@
 """Buckets, reached through obstore: the store of a bucket, and what its failures mean to the user.
 
 Answers like 503 and 429 and cut connections are retried for two minutes, with growing, random pauses; a wrong setting
-is known after seconds, because the first call for a bucket asks it one question with little patience.
+is known after seconds, because the first call for a bucket asks it one question and is retried for a few seconds only.
 
 Credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; GOOGLE_APPLICATION_CREDENTIALS) or
 from the instance's role. AWS_REGION names the region, AWS_ENDPOINT_URL another store than Amazon's; http:// is allowed
@@ -24,8 +24,8 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, GCSStore, RetryConfig, S3Store
 
-PATIENCE_SECONDS = 120.0  # how long a request is retried; S3 asks to slow down for about a minute at most
-FIRST_PATIENCE_SECONDS = 8.0
+RETRY_SECONDS = 120.0  # how long a request is retried; S3 asks to slow down for about a minute at most
+FIRST_RETRY_SECONDS = 8.0
 _QUESTION = ".tmp-question"  # a key that is not there
 
 _BUCKET_URL = re.compile(r"(?P<scheme>s3|gs)://(?P<bucket>[^/]*)(?:/(?P<key>.*))?", re.DOTALL)
@@ -77,7 +77,7 @@ def bucket_store(url: str) -> tuple[S3Store | GCSStore, str]:
     """The obstore store of the bucket in ``url`` (one per bucket and process) and the key.
 
     The first call for a bucket asks it one question, so that a wrong setting is a UserError after seconds; from then on
-    its requests are retried for ``PATIENCE_SECONDS``.
+    its requests are retried for ``RETRY_SECONDS``.
     """
     scheme, bucket, key = parse_url(url)
     settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT_PREFIXES)))
@@ -139,7 +139,7 @@ def _open_store(scheme: str, bucket: str, _settings: tuple[tuple[str, str], ...]
     import obstore
     from obstore.exceptions import BaseError
 
-    hasty = _make_store(scheme, bucket, patience_seconds=FIRST_PATIENCE_SECONDS, max_retries=8)
+    hasty = _make_store(scheme, bucket, retry_seconds=FIRST_RETRY_SECONDS, max_retries=8)
     try:
         obstore.get(hasty, _QUESTION)
     except FileNotFoundError as error:
@@ -148,17 +148,17 @@ def _open_store(scheme: str, bucket: str, _settings: tuple[tuple[str, str], ...]
     except BaseError as error:
         if not _may_work(str(error)):
             raise explain(f"{scheme}://{bucket}", error) from error
-    return _make_store(scheme, bucket, patience_seconds=PATIENCE_SECONDS, max_retries=30)
+    return _make_store(scheme, bucket, retry_seconds=RETRY_SECONDS, max_retries=30)
 
 
-def _make_store(scheme: str, bucket: str, *, patience_seconds: float, max_retries: int) -> S3Store | GCSStore:
+def _make_store(scheme: str, bucket: str, *, retry_seconds: float, max_retries: int) -> S3Store | GCSStore:
     from obstore.exceptions import BaseError
     from obstore.store import GCSStore, S3Store
 
-    pause = min(10.0, patience_seconds / 4)
+    pause = min(10.0, retry_seconds / 4)
     retry: RetryConfig = {
         "max_retries": max_retries,
-        "retry_timeout": timedelta(seconds=patience_seconds),
+        "retry_timeout": timedelta(seconds=retry_seconds),
         "backoff": {  # a pause is drawn between the first one and base x the last, so it grows by half on average
             "init_backoff": timedelta(milliseconds=100),
             "max_backoff": timedelta(seconds=pause),

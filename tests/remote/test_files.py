@@ -243,28 +243,28 @@ def test_retry_after_is_honoured(http: Place) -> None:
     ],
 )
 def test_wait_that_a_server_asks_for(headers: dict[str, str], expected: float | None) -> None:
-    assert retry.asked_wait_seconds(headers) == expected
+    assert retry.retry_after_seconds(headers) == expected
 
 
 def test_wait_until_a_date() -> None:
     date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=100)
-    asked = retry.asked_wait_seconds({"Retry-After": email.utils.format_datetime(date, usegmt=True)})
+    asked = retry.retry_after_seconds({"Retry-After": email.utils.format_datetime(date, usegmt=True)})
     assert asked is not None and 90 < asked <= 100
 
 
 def test_waits_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPT25_FIRST_WAIT_SECONDS")
-    patience = retry.Patience("a.bin")
+    state = retry.RetryState("a.bin")
     waits: list[float] = []
-    monkeypatch.setattr(patience._stopped, "wait", waits.append)
+    monkeypatch.setattr(state._stopped, "wait", waits.append)
     for _ in range(retry.TRANSFER_TRIES - 1):
-        patience.wait(retry.Interrupted("no answer", advice="look after it"))
+        state.wait(retry.Interrupted("no answer", advice="look after it"))
     assert all(0.25 * 2**i <= seconds <= 0.5 * 2**i for i, seconds in enumerate(waits[:7]))
     assert max(waits) <= 60
     with pytest.raises(UserError, match=r"^a\.bin: no answer; look after it$"):
-        patience.wait(retry.Interrupted("no answer", advice="look after it"))
-    patience.progress()
-    patience.wait(retry.Interrupted("no answer"))
+        state.wait(retry.Interrupted("no answer", advice="look after it"))
+    state.progress()
+    state.wait(retry.Interrupted("no answer"))
     assert 0.25 <= waits[-1] <= 0.5
 
 

@@ -51,8 +51,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Requests are retried for a second, so that what is wrong for good is known sooner."""
-    monkeypatch.setattr(object_store, "PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr(object_store, "FIRST_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(object_store, "RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(object_store, "FIRST_RETRY_SECONDS", 0.5)
     object_store._open_store.cache_clear()
     yield
     object_store._open_store.cache_clear()

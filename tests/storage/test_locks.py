@@ -37,7 +37,7 @@ print("let go", flush=True)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GPT25_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(locks, "_WAIT_SECONDS", 0.4)
     return tmp_path / "cache"
 
 
@@ -80,7 +80,7 @@ def test_a_job_that_is_killed_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_job_that_ends_is_waited_for(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 30.0)
+    monkeypatch.setattr(locks, "_WAIT_SECONDS", 30.0)
     folder = open_folder(str(tmp_path / "out"))
     with another_job(tmp_path / "out") as process:
         assert process.stdin is not None

@@ -1,0 +1,81 @@
+"""The Hugging Face hub as all modules here reach it: endpoint, token, and errors in one sentence.
+
+HF_ENDPOINT names another hub than the public one. The token comes from HF_TOKEN and nowhere else, and is never shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import DamagedInputError, UserError
+from pipeline.remote.retry import RETRIED_STATUS, Interrupted, retry_after_seconds
+
+_CHECK = "check the network and HF_ENDPOINT, then run the same command again"
+
+
+def token() -> str | bool:
+    """The token to send; False, and not None, so that none is sent with which somebody logged in on this machine."""
+    return os.environ.get("HF_TOKEN") or False
+
+
+def endpoint() -> str | None:
+    """The address of the hub; None for the public one."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+@contextlib.contextmanager
+def final_hub_errors(what: str, *, kind: str) -> Iterator[None]:
+    """Like ``hub_errors`` for a request that is not sent again: what might pass is a UserError, too."""
+    try:
+        with hub_errors(what, kind=kind):
+            yield
+    except Interrupted as interruption:
+        raise UserError(f"{what}: {interruption.reason}; {interruption.advice}") from interruption
+
+
+@contextlib.contextmanager
+def hub_errors(what: str, *, kind: str) -> Iterator[None]:
+    """Turn what the hub client raises into one sentence about ``what``, which names a ``kind`` ("data set").
+
+    Raises:
+        DamagedInputError: the hub has no such file.
+        UserError: the hub refuses the request.
+        Interrupted: the hub cannot be reached, or fails for now, so that the request can be sent again.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UserError(f"{what}: access is gated; accept its terms on the hub and set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{what}: the hub has no such revision of this {kind}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"{what}: the hub has no such {kind}, or it is private and HF_TOKEN is not set") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _unreachable() from error
+    except errors.EntryNotFoundError as error:
+        raise DamagedInputError(f"{what}: the hub has no such file") from error
+    except errors.HfHubHTTPError as error:
+        raise _status_error(what, error.response, kind) from error
+    except (errors.HTTPError, ConnectionError, TimeoutError) as error:
+        raise _unreachable() from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _status_error(what: str, response: Any, kind: str) -> Exception:
+    status = response.status_code
+    if status in RETRIED_STATUS:
+        reason = f"the hub answered with an error ({status})"
+        return Interrupted(reason, wait_seconds=retry_after_seconds(response.headers))
+    if status in (401, 403):
+        return UserError(f"{what}: the hub refuses it ({status}); is HF_TOKEN right, and may it read this {kind}?")
+    return UserError(f"{what}: the hub answered with an error ({status}); try again later")
+
+
+def _unreachable() -> Interrupted:
+    return Interrupted(f"the hub at {endpoint() or 'https://huggingface.co'} cannot be reached", advice=_CHECK)
