@@ -83,7 +83,7 @@ def push(folder: Path, name: str, *, message: str) -> str:
 
     disable_progress_bars()
     api = HfApi(endpoint=endpoint(), token=token())
-    with final_hub_errors(name, kind="name"):
+    with final_hub_errors(name, kind="name", action="write there"):
         api.create_repo(name, repo_type="model", exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=folder, repo_type="model", commit_message=message)
     return f"hf://{name}@{commit.oid}"

@@ -27,18 +27,20 @@ def endpoint() -> str | None:
 
 
 @contextlib.contextmanager
-def final_hub_errors(what: str, *, kind: str) -> Iterator[None]:
+def final_hub_errors(what: str, *, kind: str, action: str | None = None) -> Iterator[None]:
     """Like ``hub_errors`` for a request that is not sent again: what might pass is a UserError, too."""
     try:
-        with hub_errors(what, kind=kind):
+        with hub_errors(what, kind=kind, action=action):
             yield
     except Interrupted as interruption:
         raise UserError(f"{what}: {interruption.reason}; {interruption.advice}") from interruption
 
 
 @contextlib.contextmanager
-def hub_errors(what: str, *, kind: str) -> Iterator[None]:
+def hub_errors(what: str, *, kind: str, action: str | None = None) -> Iterator[None]:
     """Turn what the hub client raises into one sentence about ``what``, which names a ``kind`` ("data set").
+
+    action: what is asked of it, "read this ..." unless given.
 
     Raises:
         DamagedInputError: the hub has no such file.
@@ -60,20 +62,20 @@ def hub_errors(what: str, *, kind: str) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise DamagedInputError(f"{what}: the hub has no such file") from error
     except errors.HfHubHTTPError as error:
-        raise _status_error(what, error.response, kind) from error
+        raise _status_error(what, error.response, action or f"read this {kind}") from error
     except (errors.HTTPError, ConnectionError, TimeoutError) as error:
         raise _unreachable() from error
     except errors.HFValidationError as error:
         raise UserError(f"{what}: {' '.join(str(error).split())}") from error
 
 
-def _status_error(what: str, response: Any, kind: str) -> Exception:
+def _status_error(what: str, response: Any, action: str) -> Exception:
     status = response.status_code
     if status in RETRIED_STATUS:
         reason = f"the hub answered with an error ({status})"
         return Interrupted(reason, wait_seconds=retry_after_seconds(response.headers))
     if status in (401, 403):
-        return UserError(f"{what}: the hub refuses it ({status}); is HF_TOKEN right, and may it read this {kind}?")
+        return UserError(f"{what}: the hub refuses it ({status}); is HF_TOKEN right, and may it {action}?")
     return UserError(f"{what}: the hub answered with an error ({status}); try again later")
 
 
