@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.bpe_report import ROOT
 from pipeline.config.data import TokenizeConfig
-from pipeline.dataset import shards
+from pipeline.dataset import verification
 from pipeline.dataset.dataset import save_tokenizer
 from pipeline.preprocessing import stages, tokenization
 from pipeline.sources import plan as plan_module
@@ -82,7 +82,7 @@ def run_job(material: Material, source: Path | str, **settings: Any) -> Run:
         start = time.perf_counter()
         summary = tokenization.tokenize(material.config(source, output, **settings), folder)
         written = time.perf_counter()
-        problems = shards.verify(folder, num_threads=material.num_workers)
+        problems = verification.verify(folder, num_threads=material.num_workers)
         if problems:
             raise SystemExit(f"error: {problems[0]}")
         return Run(

@@ -30,7 +30,8 @@ from benchmarks.results import Results, add_result_arguments
 from model.optimizer import clip_grad_norm
 from model.transformer import Transformer, init_weights
 from pipeline.config.training import PretrainConfig
-from pipeline.dataset.shards import Manifest, ShardEntry, write_shard
+from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.shards import write_shard
 from pipeline.distributed.fsdp import (
     Workers,
     compute_dtype,

@@ -45,7 +45,8 @@ def shared_folder(name: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as jobs/tokenize.py leaves it: two shards per split of source text, a tokenizer of 512 ids."""
-    from pipeline.dataset.shards import Manifest, ShardEntry, write_shard
+    from pipeline.dataset.manifest import Manifest, ShardEntry
+    from pipeline.dataset.shards import write_shard
     from pipeline.tokenizer.training import count_pretokens, train_bpe
 
     folder = tmp_path_factory.mktemp("tiny_data")

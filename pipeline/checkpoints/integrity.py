@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,32 +16,29 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints.metadata import DESCRIPTION_FILE, Description, FileEntry
+from pipeline.checkpoints.metadata import DESCRIPTION_FILE, Description
 from pipeline.errors import UserError
+from pipeline.storage import node_copy
 from pipeline.storage.folders import Folder, LocalFolder, in_threads, node_cache
-from pipeline.storage.locks import only_one_process
+from pipeline.storage.locks import process_lock
+from pipeline.storage.node_copy import FileEntry, Finding, WrongFileError
 
-logger = logging.getLogger(__name__)
-
-SOUND, MISSING, OTHER_SIZE, OTHER_CONTENT = range(4)
-_REASONS = ("", "is missing", "has another size than was written", "has another content than was written (sha256)")
 _AT_ONCE = 4  # files
-_READ_BYTES = 16 << 20
 
 
 def first_damage(files: Sequence[FileEntry], findings: Sequence[int]) -> str:
     """The first damaged file and what is wrong with it; "" where all are sound."""
     both = zip(files, findings, strict=True)
-    return next((f"{file.name} {_REASONS[finding]}" for file, finding in both if finding != SOUND), "")
+    return next((f"{file.name} {Finding(finding).reason}" for file, finding in both if finding), "")
 
 
 def look_at_all(place: LocalFolder, files: Sequence[FileEntry]) -> list[int]:
     """A finding for each file; every rank looks at its share and gets all. Collective where there are several ranks."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    findings = [SOUND] * len(files)
+    findings = [int(Finding.SOUND)] * len(files)
 
     def look(index: int) -> None:
-        findings[index] = _look(place, files[index])
+        findings[index] = node_copy.compare(place, files[index])
 
     with _shared(findings):
         in_threads(look, range(rank, len(files), world_size), _AT_ONCE)
@@ -52,7 +48,7 @@ def look_at_all(place: LocalFolder, files: Sequence[FileEntry]) -> list[int]:
 def fetch_together(place: Folder, description: Description) -> tuple[Path, list[int]]:
     """One rank of each node fetches. The folder of the copy and, on every rank, the findings about the origin.
     Collective where there are several ranks."""
-    findings = [SOUND] * len(description.files)
+    findings = [int(Finding.SOUND)] * len(description.files)
     with _shared(findings):
         if _is_first_of_node():
             _, findings[:] = fetch(place, description)
@@ -64,25 +60,14 @@ def fetch(place: Folder, description: Description) -> tuple[Path, list[int]]:
     path = _copy_path(place, description)
     copy = LocalFolder(url=str(path))
     copy.make()
-    findings = [SOUND] * len(description.files)
-
-    def fetch_file(index: int) -> None:
-        file = description.files[index]
-        if _look(copy, file) == SOUND:
-            return
+    findings = [int(Finding.SOUND)] * len(description.files)
+    with process_lock(path.parent / f"{path.name}.lock"):
         try:
-            copy.write(file.name, _verified(place, file), flush="nothing")
-        except _DifferentError as error:
-            findings[index] = error.finding
-
-    with only_one_process(path.parent / f"{path.name}.lock"):
-        copy.remove_leftovers()
-        logger.info("fetching checkpoint %s to %s", place, path)
-        in_threads(fetch_file, range(len(findings)), _AT_ONCE)
-        if any(findings):
-            shutil.rmtree(path)
-        else:
+            node_copy.fetch(place, copy, description.files, what="checkpoint files", flush="nothing")
             copy.write(DESCRIPTION_FILE, [description.content])
+        except WrongFileError as error:
+            findings[description.files.index(error.file)] = error.finding
+            shutil.rmtree(path)
     return path, findings
 
 
@@ -90,43 +75,6 @@ def forget_copy(path: Path) -> None:
     """Remove a fetched checkpoint that no rank of this node reads any more."""
     if _is_first_of_node():
         shutil.rmtree(path, ignore_errors=True)
-
-
-class _DifferentError(Exception):
-    """A file in a bucket is not what was written."""
-
-    def __init__(self, finding: int) -> None:
-        super().__init__(_REASONS[finding])
-        self.finding = finding
-
-
-def _verified(place: Folder, file: FileEntry) -> Iterator[bytes]:
-    """The content, range by range; raises at its end, before it gets its name, where it is not what it must be."""
-    size = place.size(file.name)
-    if size != file.num_bytes:
-        raise _DifferentError(MISSING if size is None else OTHER_SIZE)
-    digest = hashlib.sha256()
-    for start in range(0, file.num_bytes, _READ_BYTES):
-        part = place.read_range(file.name, start, min(start + _READ_BYTES, file.num_bytes))
-        digest.update(part)
-        yield part
-    if file.sha256 not in (None, digest.hexdigest()):
-        raise _DifferentError(OTHER_CONTENT)
-
-
-def _look(place: LocalFolder, file: FileEntry) -> int:
-    size = place.size(file.name)
-    if size != file.num_bytes:
-        return MISSING if size is None else OTHER_SIZE
-    return SOUND if file.sha256 in (None, _sha256(place.path / file.name)) else OTHER_CONTENT
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @contextlib.contextmanager

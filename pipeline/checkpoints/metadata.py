@@ -17,6 +17,7 @@ import torch
 
 from model.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.storage.node_copy import FileEntry
 from pipeline.versions import commit
 
 FORMAT_VERSION = 2
@@ -56,16 +57,6 @@ class CheckpointInfo:
     @property
     def model_config(self) -> ModelConfig:
         return ModelConfig(**self.model)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """A file of a checkpoint and what it must be."""
-
-    name: str
-    num_bytes: int
-    sha256: str | None
-    """Hexadecimal; None in a checkpoint of format version 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,12 +29,11 @@ from pipeline.checkpoints.metadata import (
     CheckpointInfo,
     DamagedError,
     Description,
-    FileEntry,
 )
-from pipeline.dataset.manifest import as_folder
 from pipeline.distributed.fsdp import Workers
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, LocalFolder, open_folder
+from pipeline.storage.folders import Folder, LocalFolder, as_folder, open_folder
+from pipeline.storage.node_copy import FileEntry
 
 logger = logging.getLogger(__name__)
 

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from model.transformer import Transformer
 from pipeline.checkpoints import directory as checkpoint_directory
-from pipeline.checkpoints.metadata import DESCRIPTION_FILE, TOKENIZER_FILE, CheckpointInfo, FileEntry, to_bytes
+from pipeline.checkpoints.metadata import DESCRIPTION_FILE, TOKENIZER_FILE, CheckpointInfo, to_bytes
 from pipeline.checkpoints.staging import StagedState
-from pipeline.dataset.manifest import as_folder
 from pipeline.distributed.fsdp import Workers
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, LocalFolder, in_threads, node_cache, write_error
+from pipeline.storage.folders import Folder, LocalFolder, as_folder, in_threads, node_cache, write_error
+from pipeline.storage.node_copy import FileEntry
 
 logger = logging.getLogger(__name__)
 

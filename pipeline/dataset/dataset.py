@@ -1,12 +1,29 @@
-"""The tokenizer of a folder, which may lie in a bucket."""
+"""A data set: a folder, which may be in a bucket, with the shards, their manifest and their tokenizer."""
 
 from __future__ import annotations
 
+from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer.bpe import Tokenizer
 
 TOKENIZER_NAME = "tokenizer.json"
+
+
+def open_data(folder: Folder) -> tuple[Tokenizer, Manifest]:
+    """Tokenizer and manifest of a folder of shards, checked against each other.
+
+    Raises:
+        UserError: no such data, or shards that another tokenizer made.
+    """
+    manifest = Manifest.load(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"the shards in {folder} were made with another tokenizer than its tokenizer.json (fingerprint "
+            f"{manifest.tokenizer_fingerprint[:12]} against {tokenizer.fingerprint[:12]}); tokenize again"
+        )
+    return tokenizer, manifest
 
 
 def load_tokenizer(folder: Folder) -> Tokenizer:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, LocalFolder, open_folder
+from pipeline.storage.folders import Folder, LocalFolder, as_folder
 
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
@@ -118,11 +118,6 @@ class Manifest:
 
     def _total(self, split: str, name: str) -> int:
         return sum(getattr(entry, name) for entry in self.shards if entry.split == split)
-
-
-def as_folder(folder: Folder | Path) -> Folder:
-    """A path as a folder."""
-    return open_folder(folder) if isinstance(folder, Path) else folder
 
 
 def _to_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The files of token ids between tokenization and training: shards, their memory-mapped reader, their verification.
+"""The files of token ids between tokenization and training: shards and their memory-mapped reader.
 
 A shard is the ``.bin`` of llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520, version 1, number of
 tokens, zeros), then the tokens as uint16. Vocabularies of more than 65,536 ids take magic 20240801, version 7, uint32.
@@ -9,24 +9,22 @@ on the node (storage/node_copy.py).
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import resource
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, as_folder
+from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, LocalFolder, in_threads, write_atomically
-from pipeline.storage.node_copy import WantedFile, fetch
-
-__all__ = ["MANIFEST_NAME", "SPLITS", "Manifest", "ShardEntry"]  # of manifest.py, where they used to be
+from pipeline.storage.folders import Folder, LocalFolder, as_folder, in_threads, node_cache, write_atomically
+from pipeline.storage.locks import process_lock
+from pipeline.storage.node_copy import FileEntry, Finding, WrongFileError, fetch
 
 Tokens: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -40,8 +38,7 @@ _MAX_TOKENS = 2**31 - 1  # the header counts in int32
 
 _MOST_MAPS = 4096  # at a time; a process may have some 65,000, and each takes a file descriptor
 _STATS_AT_ONCE = 16
-_MEND = "put it back, or delete what is left of it and run jobs/tokenize.py again, which makes the same bytes"
-_VERIFIED_BYTES = 8 << 20  # read at a time
+MEND = "put it back, or delete what is left of it and run jobs/tokenize.py again, which makes the same bytes"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -91,11 +88,12 @@ def open_shard(path: Path, *, headerless: bool = False) -> Tokens:
         if size_bytes % 2:
             raise UserError(f"{path} has {size_bytes:,} bytes, an odd number, so it does not hold bare uint16 tokens")
         return np.memmap(path, dtype="<u2", mode="r")
-    dtype, num_tokens = _parse_header(str(path), header, size_bytes)
+    dtype, num_tokens = parse_header(str(path), header, size_bytes)
     return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
 
 
-def _parse_header(path: str, header: npt.NDArray[np.uint8], size_bytes: int) -> tuple[np.dtype[Any], int]:
+def parse_header(path: str, header: npt.NDArray[np.uint8], size_bytes: int) -> tuple[np.dtype[Any], int]:
+    """The dtype and number of tokens that the first bytes of a shard state; UserError where they cannot be right."""
     if size_bytes < HEADER_BYTES:
         raise UserError(f"shard {path} is truncated: {size_bytes:,} bytes are less than its header of {HEADER_BYTES:,}")
     magic, version, num_tokens = (int(value) for value in header.view("<i4")[:3])
@@ -110,6 +108,11 @@ def _parse_header(path: str, header: npt.NDArray[np.uint8], size_bytes: int) -> 
             f"but the file has {size_bytes:,}; write it again"
         )
     return dtype, num_tokens
+
+
+def other_sha256(found: str, expected: str) -> str:
+    """The part of a message that says how two checksums differ."""
+    return f"its sha256 is {found[:16]}..., the manifest says {expected[:16]}..."
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -174,6 +177,14 @@ class ShardFiles:
         """The file's name in its folder."""
         return self._entries[index].name
 
+    def path(self, index: int) -> Path:
+        """Where the file is on this node."""
+        return self._folder / self._entries[index].name
+
+    def sha256(self, index: int) -> str:
+        """What the manifest says of the file, hexadecimal."""
+        return self._entries[index].sha256
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each, as the manifest has them."""
@@ -205,32 +216,9 @@ class ShardFiles:
 
         in_threads(check, self._entries, _STATS_AT_ONCE)
 
-    def verify(self, index: int, is_over: Callable[[], bool]) -> bool:
-        """Read one file from end to end and compare its sha256; UserError where it differs. False if cut short.
-
-        Args:
-            is_over: asked before every piece of a file whether to leave off.
-        """
-        entry = self._entries[index]
-        path, digest = self._folder / entry.name, hashlib.sha256()
-        try:
-            with path.open("rb", buffering=0) as file:
-                while piece := file.read(_VERIFIED_BYTES):
-                    digest.update(piece)
-                    if is_over():
-                        return False
-        except OSError as error:
-            raise UserError(f"shard {path} cannot be read any more ({error.strerror}); {_MEND}") from error
-        if digest.hexdigest() != entry.sha256:
-            raise UserError(
-                f"shard {path} is damaged: its sha256 is {digest.hexdigest()[:16]}..., the manifest says "
-                f"{entry.sha256[:16]}...; {_MEND}"
-            )
-        return True
-
     def _open(self, entry: ShardEntry) -> Tokens:
         if not (self._folder / entry.name).is_file():
-            raise UserError(f"shard {self._folder / entry.name} is missing; {_MEND}")
+            raise UserError(f"shard {self._folder / entry.name} is missing; {MEND}")
         shard = open_shard(self._folder / entry.name)
         width = token_dtype(self._vocab_size).itemsize
         if len(shard) != entry.tokens or shard.dtype.itemsize != width:
@@ -250,10 +238,7 @@ def open_split(folder: Folder | Path, split: str) -> TokenStream:
     folder = as_folder(folder)
     manifest = Manifest.load(folder)
     entries = [entry for entry in manifest.shards if entry.split == split]
-    if isinstance(folder, LocalFolder):
-        path = folder.path
-    else:
-        path = fetch(folder, manifest.fingerprint, [_wanted(entry, manifest.vocab_size) for entry in entries])
+    path = folder.path if isinstance(folder, LocalFolder) else _copy_to_node(folder, manifest, entries)
     most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     max_maps = max(16, min(_MOST_MAPS, most_files // 4 if most_files > 0 else _MOST_MAPS))
     shards = ShardFiles(path, entries, vocab_size=manifest.vocab_size, max_maps=max_maps)
@@ -270,95 +255,26 @@ def open_files(paths: Sequence[Path], *, vocab_size: int, headerless: bool = Fal
     return TokenStream(shards, vocab_size=vocab_size)
 
 
-def _wanted(entry: ShardEntry, vocab_size: int) -> WantedFile:
-    return WantedFile(name=entry.name, size_bytes=shard_bytes(entry.tokens, vocab_size), sha256=entry.sha256)
+def _copy_to_node(folder: Folder, manifest: Manifest, entries: Sequence[ShardEntry]) -> Path:
+    """Fetch the shards of a bucket to this node, those that are not there yet; returns the folder of the copies.
 
-
-# ---- verification ----------------------------------------------------------------------------------------------------
-
-
-def verify(folder: Folder | Path, *, num_threads: int = 8, progress: Callable[[int], None] | None = None) -> list[str]:
-    """Read every shard again: a sentence for everything that is not as the manifest says; empty where all is well.
-
-    Looked at are size, header, sha256, the range of the ids, and the number of documents. Memory: some 25 MB a thread.
-
-    Args:
-        progress: called with 1 after each shard, by one thread at a time.
-
-    Raises:
-        UserError: there is no manifest to compare with, or it is damaged.
+    The copies stay: the next run on this node starts at once.
     """
-    folder = as_folder(folder)
-    manifest = Manifest.load(folder)
-    problems: dict[str, list[str]] = {}
-    lock = threading.Lock()
-
-    def check(entry: ShardEntry) -> None:
-        found = _problems(folder, entry, manifest)
-        with lock:
-            if found:
-                problems[entry.name] = found
-            if progress is not None:
-                progress(1)
-
-    in_threads(check, manifest.shards, num_threads)
-    times = Counter(entry.name for entry in manifest.shards)
-    twice = [f"shard {folder}/{name} is {number} times in the manifest" for name, number in times.items() if number > 1]
-    unknown = [name for name in folder.names() if name.endswith(".bin") and "/" not in name and name not in times]
-    found = [sentence for name in times for sentence in problems.get(name, ())]
-    return [*found, *twice, *(f"shard {folder}/{name} is not in the manifest" for name in unknown)]
-
-
-def _problems(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
-    where = f"{folder}/{entry.name}"
-    expected_bytes = shard_bytes(entry.tokens, manifest.vocab_size)
+    copy = LocalFolder(url=str(node_cache(f"shards-{manifest.fingerprint[:20]}")))
+    copy.make()
+    wanted = [
+        FileEntry(name=entry.name, num_bytes=shard_bytes(entry.tokens, manifest.vocab_size), sha256=entry.sha256)
+        for entry in entries
+    ]
     try:
-        size_bytes = folder.size(entry.name)
-        if size_bytes is None:
-            return [f"shard {where} is missing"]
-        if size_bytes != expected_bytes:
-            return [f"shard {where} has {size_bytes:,} bytes, but its {entry.tokens:,} tokens take {expected_bytes:,}"]
-        return _problems_of_content(folder, entry, manifest)
-    except FileNotFoundError:
-        return [f"shard {where} is missing"]
-    except UserError as error:
-        return [str(error)]
-
-
-def _problems_of_content(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
-    where = f"{folder}/{entry.name}"
-    dtype = token_dtype(manifest.vocab_size)
-    header = folder.read_range(entry.name, 0, HEADER_BYTES)
-    digest = hashlib.sha256(header)
-    largest, num_documents, first = 0, 0, None
-    stop = shard_bytes(entry.tokens, manifest.vocab_size)
-    for start in range(HEADER_BYTES, stop, _VERIFIED_BYTES):
-        content = folder.read_range(entry.name, start, min(start + _VERIFIED_BYTES, stop))
-        if len(content) < min(_VERIFIED_BYTES, stop - start):
-            return [f"shard {where} became shorter while it was read"]
-        digest.update(content)
-        ids = np.frombuffer(content, dtype=dtype.newbyteorder("<"))
-        first = int(ids[0]) if first is None else first
-        largest = max(largest, int(ids.max()))
-        num_documents += int(np.count_nonzero(ids == manifest.eot_id))
-    found = _problems_of_header(where, header, stop, dtype)
-    if digest.hexdigest() != entry.sha256:
-        digests = f"{digest.hexdigest()[:16]}..., the manifest says {entry.sha256[:16]}..."
-        found.append(f"shard {where} is damaged: its sha256 is {digests}")
-    if largest >= manifest.vocab_size:
-        found.append(f"shard {where} holds the id {largest:,}, but ids are below {manifest.vocab_size:,}")
-    if num_documents != entry.documents:
-        found.append(f"shard {where} holds {num_documents:,} documents, but the manifest says {entry.documents:,}")
-    if first != manifest.eot_id:
-        found.append(f"shard {where} begins with the id {first}, not with {manifest.eot_id}, as every document does")
-    return found
-
-
-def _problems_of_header(where: str, header: bytes, size_bytes: int, dtype: np.dtype[Any]) -> list[str]:
-    try:
-        found_dtype, _ = _parse_header(where, np.frombuffer(header, dtype="u1"), size_bytes)
-    except UserError as error:
-        return [str(error)]
-    if found_dtype != dtype:
-        return [f"shard {where} has tokens of {found_dtype.itemsize} bytes, but the manifest says {dtype.itemsize}"]
-    return []
+        with process_lock(copy.path / ".lock"):
+            fetch(folder, copy, wanted, what="shards", trust_sizes=True)
+    except WrongFileError as error:
+        shard, file = f"shard {folder}/{error.file.name}", error.file
+        if error.finding == Finding.MISSING:
+            raise UserError(f"{shard} is missing; run jobs/tokenize.py again") from error
+        difference = f"it {error.finding.reason}"
+        if file.sha256 and error.sha256:
+            difference = other_sha256(error.sha256, file.sha256)
+        raise UserError(f"{shard} is damaged: {difference}; delete it and run jobs/tokenize.py again") from error
+    return copy.path

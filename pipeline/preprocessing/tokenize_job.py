@@ -18,7 +18,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config.data import TokenizeConfig
 from pipeline.config.settings import to_dict
 from pipeline.console import CountProgress
-from pipeline.dataset import shards
+from pipeline.dataset import verification
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.paths import resolve_output, resolve_path, working_folder
@@ -26,7 +26,7 @@ from pipeline.preprocessing import tokenization
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
-from pipeline.storage.locks import only_writer
+from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.tracker import RunInput
@@ -59,7 +59,7 @@ class DataReport:
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
     """Make the shards, or find them made; returns figures, MLflow run, and whether they were there already."""
     output = resolve_output(config.output)
-    with only_writer(output):
+    with exclusive_output(output):
         return _tokenize(_with_absolute_inputs(config), output)
 
 
@@ -91,7 +91,7 @@ def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:
     output = resolve_output(config.output)
     manifest = Manifest.load(output)
     with CountProgress("verify", "shards", len(manifest.shards)) as progress:
-        return manifest, shards.verify(output, progress=progress.add)
+        return manifest, verification.verify(output, progress=progress.add)
 
 
 def _read_report(output: Folder) -> DataReport | None:

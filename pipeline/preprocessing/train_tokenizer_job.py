@@ -28,7 +28,7 @@ from pipeline.preprocessing.tokenizer_training import learn
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
-from pipeline.storage.locks import only_writer
+from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.tracker import RunInput
@@ -67,7 +67,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
     """
     output = resolve_output(config.output)
     config = dataclasses.replace(config, source=resolve_source(config.source))
-    with only_writer(output):
+    with exclusive_output(output):
         return _train_tokenizer(config, output)
 
 

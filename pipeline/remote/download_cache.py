@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
 from pipeline.remote.files import RemoteFile
 from pipeline.storage.folders import write_error
+from pipeline.storage.locks import process_lock
 
 _NAME = re.compile(r"[0-9a-f]{32}-(?P<size>\d+)(?:\..*)?")
 _LOCK_NAME = ".lock"
@@ -83,20 +83,9 @@ class Cache:
                 _logger.warning("waiting for room for %s in the cache %s", file.where, self.folder)
             time.sleep(_LOOK_SECONDS)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Alone in the folder; for moments only."""
-        lock = self.folder / _LOCK_NAME
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise write_error(lock, error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """The folder, held for a moment against all other processes and threads."""
+        return process_lock(self.folder / _LOCK_NAME)
 
     def _try_to_take(self, file: RemoteFile) -> _Slot | None:
         """None where somebody else reads the file, or there is no room for it now."""

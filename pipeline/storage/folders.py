@@ -93,6 +93,11 @@ def open_folder(url: str | Path) -> Folder:
     return BucketFolder(url=f"{scheme}://{bucket}/{prefix}".rstrip("/"))
 
 
+def as_folder(folder: Folder | Path) -> Folder:
+    """``folder`` itself, or the folder at a path."""
+    return open_folder(folder) if isinstance(folder, Path) else folder
+
+
 def node_cache(name: str) -> Path:
     """The folder ``name`` for large files of this node that can be fetched again: below $GPT25_CACHE, which may lie on
     another disk, else below ~/.cache/gpt-2.5."""

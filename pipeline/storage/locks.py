@@ -1,4 +1,8 @@
-"""What one process of this machine does at a time; a lock is let go when its process ends, however it ends."""
+"""Locks between the processes of this machine; a lock ends with its process, however that ends.
+
+The lock of an output folder is written by hand, because filelock does not say which process holds a lock, and because
+its file must go when the job has ended.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +16,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import filelock
+
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, LocalFolder, node_cache
+from pipeline.storage.folders import Folder, LocalFolder, node_cache, write_error
 
 _WAIT_SECONDS = 10.0  # for a job that was told to stop
+_POLL_SECONDS = 0.02
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def only_one_process(path: Path) -> Iterator[None]:
-    """Hold the lock file of a folder that is fetched to, waiting for whoever has it."""
-    with path.open("w") as file:
-        if not _take(file):
-            logger.info("waiting for the process that fetches to %s", path.parent)
-            fcntl.flock(file, fcntl.LOCK_EX)
+def process_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file against the other processes and threads of this machine, waiting for whoever has it.
+
+    Raises UserError where the file cannot be made. The file stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path, mode=0o666)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            logger.debug("waiting for the process that holds %s", path)
+            lock.acquire(poll_interval=_POLL_SECONDS)
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
-def only_writer(output: Folder) -> Iterator[None]:
-    """Hold an output folder against other jobs, whose unfinished files a job would remove.
+def exclusive_output(output: Folder) -> Iterator[None]:
+    """Hold an output folder against other jobs, which would remove this job's unfinished files.
 
-    It holds against jobs of this user on this machine, where the drivers of submitted jobs are, too. Raises UserError
-    where another one has the folder and does not end in time.
+    The lock is seen by the jobs of this user on this machine, where the drivers of submitted jobs run, too. Raises
+    UserError where another job holds the folder and does not end within ten seconds.
     """
     try:
         file = _wait(output)
@@ -55,7 +74,7 @@ def _wait(output: Folder) -> IO[str]:
     path = node_cache("outputs") / f"{hashlib.sha256(place.encode()).hexdigest()[:20]}.lock"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     deadline = time.monotonic() + _WAIT_SECONDS
-    while (file := _hold(path)) is None:
+    while (file := _try_to_hold(path)) is None:
         job = _holder(path)
         if time.monotonic() > deadline:
             raise UserError(
@@ -73,19 +92,19 @@ def _holder(path: Path) -> str:
         return "another job"
 
 
-def _hold(path: Path) -> IO[str] | None:
-    """The lock file, held, with this process's number in it; None where another process holds it."""
+def _try_to_hold(path: Path) -> IO[str] | None:
+    """The lock file, held, with the id of this process in it; None where another process holds it."""
     while True:
         file = path.open("a")
         if not _take(file):
             file.close()
             return None
-        if _has_name(file, path):
+        if _is_at(file, path):
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             return file
-        file.close()  # its last holder took the name away after we had opened it
+        file.close()  # its last holder removed the file after it was opened here
 
 
 def _take(file: IO[str]) -> bool:
@@ -96,7 +115,7 @@ def _take(file: IO[str]) -> bool:
     return True
 
 
-def _has_name(file: IO[str], path: Path) -> bool:
+def _is_at(file: IO[str], path: Path) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

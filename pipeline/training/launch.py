@@ -30,7 +30,7 @@ from pipeline.errors import RunStopped, UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
 from pipeline.storage.folders import Folder, in_bucket, open_folder
-from pipeline.storage.locks import only_writer
+from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker, send_waiting
 from pipeline.tracking.ray_metrics import RayMetrics
@@ -53,7 +53,7 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
         UserError: what the user can mend, from the driver or from any worker.
     """
     data, output = resolve_output(config.data), resolve_output(config.output)
-    with only_writer(output):
+    with exclusive_output(output):
         return _pretrain_alone(config, data, output)
 
 

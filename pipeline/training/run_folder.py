@@ -10,12 +10,11 @@ from pathlib import Path
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.checkpoints.reader import check_shape, newest_info
 from pipeline.config.training import PretrainConfig
-from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer
-from pipeline.dataset.manifest import Manifest, as_folder
+from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
+from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.run_files import BEST_FILE, CHECKPOINTS_FOLDER, SUMMARY_FILE
-from pipeline.storage.folders import Folder, open_folder
-from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.storage.folders import Folder, as_folder, open_folder
 from pipeline.tracking.tracker import RunInput
 
 _ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
@@ -73,22 +72,6 @@ def read_best(output: Folder) -> Best | None:
 
 def write_best(output: Folder, best: Best) -> None:
     output.write(BEST_FILE, [json.dumps(asdict(best)).encode()])
-
-
-def open_data(folder: Folder) -> tuple[Tokenizer, Manifest]:
-    """Tokenizer and manifest of a folder of shards, checked against each other.
-
-    Raises:
-        UserError: no such data, or shards that another tokenizer made.
-    """
-    manifest = Manifest.load(folder)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(
-            f"the shards in {folder} were made with another tokenizer than its tokenizer.json (fingerprint "
-            f"{manifest.tokenizer_fingerprint[:12]} against {tokenizer.fingerprint[:12]}); tokenize again"
-        )
-    return tokenizer, manifest
 
 
 def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:

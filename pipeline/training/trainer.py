@@ -25,8 +25,7 @@ from pipeline.checkpoints.writer import CheckpointWriter, training_state
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchLoader, BatchOrder, MicroBatch
-from pipeline.dataset.dataset import TOKENIZER_NAME
-from pipeline.dataset.manifest import as_folder
+from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
 from pipeline.dataset.shards import open_split
 from pipeline.distributed import determinism
 from pipeline.distributed.fsdp import (
@@ -44,7 +43,7 @@ from pipeline.distributed.signals import Interruptions
 from pipeline.distributed.startup_timer import StartUp
 from pipeline.errors import RunStopped, UserError
 from pipeline.pretrained import weights
-from pipeline.storage.folders import Folder, in_bucket, open_folder
+from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.batch_size import out_of_memory_told
@@ -55,7 +54,7 @@ from pipeline.training.optimizer import build_optimizer, compiles
 from pipeline.training.outcomes import Outcome
 from pipeline.training.periodic_evaluation import RunEvaluation
 from pipeline.training.profiling import StepProfiler
-from pipeline.training.run_folder import RunSummary, check_resumable, open_data, run_inputs, write_summary
+from pipeline.training.run_folder import RunSummary, check_resumable, run_inputs, write_summary
 from pipeline.training.step_guard import Guard
 from pipeline.training.throughput import Clock
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import shards
+from pipeline.dataset import verification
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import (
     ShardFiles,
@@ -30,12 +30,12 @@ from pipeline.dataset.shards import (
     open_split,
     shard_parts,
     token_dtype,
-    verify,
     write_shard,
 )
+from pipeline.dataset.verification import verify
 from pipeline.errors import UserError
 from pipeline.storage import node_copy
-from pipeline.storage.folders import Folder, LocalFolder, in_threads, open_folder, write_atomically
+from pipeline.storage.folders import Folder, in_threads, open_folder, write_atomically
 from tests.support.s3_server import S3, Fault, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,7 +252,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_verification_names_everything_that_is_wrong(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_VERIFIED_BYTES", 8)  # four ids at a time
+    monkeypatch.setattr(verification, "_READ_BYTES", 8)  # four ids at a time
     names = [f"train_{index:06d}.bin" for index in range(9)]
     content = [0, 1, 2, 0, 4, 5, 6, 7, 8, 0, 10]
     manifest = save_folder(folder, dict.fromkeys(names, content) | {"val_000000.bin": [0]}, vocab_size=20)
@@ -454,16 +454,16 @@ def test_copying_is_verified(bucket: Folder, s3: S3, tmp_path: Path) -> None:
 
 def test_copying_to_a_full_disk(bucket: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3000))
-    with pytest.raises(
-        UserError, match=rf"the shards of {bucket} take 0\.00 GB, but the disk of .*set GPT25_CACHE to a"
-    ):
-        open_split(bucket, "train")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3000))
+        with pytest.raises(
+            UserError, match=rf"the shards of {bucket} take 0\.00 GB, but the disk of .*set GPT25_CACHE to a"
+        ):
+            open_split(bucket, "train")
     monkeypatch.setenv("GPT25_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=f"folder {tmp_path}/file/shards-.* cannot be made"):
-        node_copy.fetch(LocalFolder(url=str(tmp_path)), "f" * 64, [])
+        open_split(bucket, "train")
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------

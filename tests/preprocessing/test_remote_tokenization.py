@@ -13,7 +13,8 @@ import pytest
 import ray
 
 from pipeline.config.data import TokenizeConfig
-from pipeline.dataset.shards import Manifest, verify
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.verification import verify
 from pipeline.errors import UserError
 from pipeline.preprocessing import tokenization
 from pipeline.storage.folders import open_folder

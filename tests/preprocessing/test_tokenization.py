@@ -20,7 +20,9 @@ import ray
 import xxhash
 
 from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
-from pipeline.dataset.shards import Manifest, open_shard, open_split, verify
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import open_shard, open_split
+from pipeline.dataset.verification import verify
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.preprocessing import ray_dataflow, resume_state, stages, tokenization, train_tokenizer_job
 from pipeline.preprocessing.encode_documents import split_by_hash

@@ -22,7 +22,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.config.data import TokenizeConfig
-from pipeline.dataset.shards import verify
+from pipeline.dataset.verification import verify
 from pipeline.preprocessing import resume_state, stages, tokenization
 from pipeline.preprocessing.progress import ItemProgress
 from pipeline.preprocessing.rows import ItemRow

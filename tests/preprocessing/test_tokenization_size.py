@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.data import TokenizeConfig
-from pipeline.dataset.shards import verify
+from pipeline.dataset.verification import verify
 from pipeline.preprocessing import tokenization
 from pipeline.storage.folders import open_folder
 from pipeline.tokenizer.bpe import Tokenizer

@@ -19,15 +19,15 @@ from pipeline.errors import UserError
 from pipeline.preprocessing import tokenize_job, train_tokenizer_job
 from pipeline.storage import locks
 from pipeline.storage.folders import open_folder
-from pipeline.storage.locks import only_writer
+from pipeline.storage.locks import exclusive_output
 from pipeline.training import launch
 
 HOLD = """
 import sys
-from pipeline.storage.locks import only_writer
+from pipeline.storage.locks import exclusive_output
 from pipeline.storage.folders import open_folder
 
-with only_writer(open_folder(sys.argv[1])):
+with exclusive_output(open_folder(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
 print("let go", flush=True)
@@ -58,8 +58,8 @@ def test_a_second_job_is_refused(output: str) -> None:
     folder = open_folder(output)
     with another_job(output) as process:
         with pytest.raises(UserError, match=rf"another job \(process {process.pid}\) is writing to {output};"):
-            only_writer(folder).__enter__()
-        with only_writer(open_folder(output + "-2")):
+            exclusive_output(folder).__enter__()
+        with exclusive_output(open_folder(output + "-2")):
             pass
 
 
@@ -67,7 +67,7 @@ def test_a_link_to_the_folder_is_the_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with another_job(tmp_path / "out"), pytest.raises(UserError, match="another job"):
-        only_writer(open_folder(str(tmp_path / "link"))).__enter__()
+        exclusive_output(open_folder(str(tmp_path / "link"))).__enter__()
 
 
 def test_a_job_that_is_killed_holds_nothing(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_job_that_is_killed_holds_nothing(tmp_path: Path) -> None:
     with another_job(tmp_path / "out") as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with only_writer(folder):
+        with exclusive_output(folder):
             pass
 
 
@@ -87,7 +87,7 @@ def test_a_job_that_ends_is_waited_for(tmp_path: Path, cache: Path, monkeypatch:
         timer = threading.Timer(0.5, process.stdin.close)
         timer.start()
         start = time.monotonic()
-        with only_writer(folder):
+        with exclusive_output(folder):
             assert time.monotonic() - start >= 0.5
         timer.join()
     assert [path for path in cache.rglob("*") if path.is_file()] == []
@@ -95,17 +95,17 @@ def test_a_job_that_ends_is_waited_for(tmp_path: Path, cache: Path, monkeypatch:
 
 def test_the_next_job_of_this_process(tmp_path: Path) -> None:
     folder = open_folder(str(tmp_path / "out"))
-    with pytest.raises(ZeroDivisionError), only_writer(folder):
+    with pytest.raises(ZeroDivisionError), exclusive_output(folder):
         _ = 1 / 0
-    with only_writer(folder), pytest.raises(UserError, match="another job"):
-        only_writer(folder).__enter__()
-    with only_writer(folder):
+    with exclusive_output(folder), pytest.raises(UserError, match="another job"):
+        exclusive_output(folder).__enter__()
+    with exclusive_output(folder):
         pass
 
 
 def test_no_lock_can_be_made(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.write_text("no folder")
-    with only_writer(open_folder(str(tmp_path / "out"))):
+    with exclusive_output(open_folder(str(tmp_path / "out"))):
         assert "no lock can be made" in caplog.text
 
 

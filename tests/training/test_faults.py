@@ -20,11 +20,11 @@ from model.transformer import Transformer, init_weights
 from pipeline.checkpoints.reader import list_checkpoints
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchOrder, micro_batches
+from pipeline.dataset.dataset import open_data
 from pipeline.dataset.shards import open_split
 from pipeline.distributed.watchdog import EXIT_CODE
 from pipeline.storage.folders import open_folder
 from pipeline.training.optimizer import build_optimizer
-from pipeline.training.run_folder import open_data
 from pipeline.training.trainer import Trainer
 from tests.training.test_trainer import ALONE, CONFIG, STEPS
 

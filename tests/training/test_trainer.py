@@ -21,7 +21,8 @@ from model.optimizer import warmup_cosine
 from model.transformer import Transformer, init_weights
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchOrder, permute
-from pipeline.dataset.shards import Manifest, open_split
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import open_split
 from pipeline.distributed.fsdp import Workers, join_workers
 from pipeline.errors import UserError
 from pipeline.tracking.tracker import MemoryTracker
