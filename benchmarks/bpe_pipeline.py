@@ -176,10 +176,7 @@ def _timed_job(items: Sequence[WorkItem], job: stages.EncodeJob) -> tuple[Stopwa
     with watch.patched():
         for item in items:
             with watch.running(JOINING):  # what the stages do besides the functions that are patched
-                rows = [
-                    ItemRow.from_table(table)
-                    for table in ray_dataflow.in_turn(ItemRow(item=item.to_json()).to_table(), steps)
-                ]
+                rows = [ItemRow.from_table(table) for table in ray_dataflow.in_turn(ItemRow.of(item).to_table(), steps)]
             for row in rows:
                 if row.error is not None:
                     raise SystemExit(f"error: {row.error}")

@@ -17,6 +17,7 @@ from benchmarks.bpe_report import ROOT, Row, Section, Spread, Target, quotients
 from benchmarks.data_material import Material, make_job, run_job, running_ray
 from pipeline.preprocessing import ray_dataflow, stages
 from pipeline.preprocessing.rows import ItemRow
+from pipeline.sources.work_items import WorkItem
 from pipeline.tokenizer.bpe import Tokenizer
 
 SHARE_OF_ONE_TASK = 0.8  # the least share of one task's speed that the graph has to keep
@@ -75,10 +76,10 @@ def _one_task(material: Material, source: Path) -> float:
     """MB/s of ray.remote functions, one per item, as many at a time as there are workers."""
     import ray
 
-    def work(item: str, job: stages.EncodeJob) -> int:
+    def work(item: WorkItem, job: stages.EncodeJob) -> int:
         num_bytes = 0
         steps: ray_dataflow.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
-        for table in ray_dataflow.in_turn(ItemRow(item=item).to_table(), steps):
+        for table in ray_dataflow.in_turn(ItemRow.of(item).to_table(), steps):
             row = ItemRow.from_table(table)
             row.raise_error()
             num_bytes += row.figures["text_bytes"]
@@ -90,7 +91,7 @@ def _one_task(material: Material, source: Path) -> float:
         job = dataclasses.replace(job, tokenizer=ray_dataflow.share(job.tokenizer))
         task = ray.remote(num_cpus=1)(work)
         start = time.perf_counter()
-        num_bytes = sum(ray.get([task.remote(item.to_json(), job) for item in items]))
+        num_bytes = sum(ray.get([task.remote(item, job) for item in items]))
         return num_bytes / 1e6 / (time.perf_counter() - start)
 
 

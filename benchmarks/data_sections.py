@@ -158,7 +158,7 @@ def _without_ray(material: Material, source: Path) -> float:
         steps: ray_dataflow.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
         start = time.perf_counter()
         for item in work:
-            for table in ray_dataflow.in_turn(ItemRow(item=item.to_json()).to_table(), steps):
+            for table in ray_dataflow.in_turn(ItemRow.of(item).to_table(), steps):
                 ItemRow.from_table(table).raise_error()
         return time.perf_counter() - start
 

@@ -22,7 +22,7 @@ class ItemProgress:
 
         self._title, self._num_items = title, len(items)
         self._sizes = {item.index: item.size_bytes for item in items}
-        self._files = {item.index: {piece.where for piece in item.pieces} for item in items}
+        self._files = {item.index: {file_slice.where for file_slice in item.slices} for item in items}
         self._items_of_file = Counter(path for paths in self._files.values() for path in paths)
         self._num_files = len(self._items_of_file)
         self._total_bytes = sum(self._sizes.values())

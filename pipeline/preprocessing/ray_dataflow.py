@@ -20,7 +20,7 @@ from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
 from pipeline.preprocessing import stages
 from pipeline.preprocessing.progress import ItemProgress
 from pipeline.preprocessing.rows import ItemRow
-from pipeline.sources import plan as plan_module
+from pipeline.sources.plan import fetch_units
 from pipeline.sources.work_items import WorkItem
 
 if TYPE_CHECKING:
@@ -87,19 +87,18 @@ def run_rows(
     rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], parallelism: Parallelism
 ) -> None:
     """One stage over anything that a string names; raises the first mistake."""
-    for row in _execute(_blocks([[row] for row in rows]), [(stage, arguments)], parallelism.slots):
+    for row in _execute([[ItemRow(item=row)] for row in rows], [(stage, arguments)], parallelism.slots):
         row.raise_error()
 
 
 def _run(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism) -> Iterator[ItemRow]:
     slots = parallelism.slots
-    if not any(piece.file for item in items for piece in item.pieces):
-        rows = [item.to_json() for item in items]
+    if not any(file_slice.file for item in items for file_slice in item.slices):
+        rows = [ItemRow.of(item) for item in items]
         size = _items_per_block(items, slots)
         blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return _execute(_blocks(blocks), steps, slots)
-    units = [plan_module.save_plan(unit).decode() for unit in plan_module.fetch_units(items)]
-    return _execute(_blocks([[unit] for unit in units]), steps, slots, download=parallelism)
+        return _execute(blocks, steps, slots)
+    return _execute([[ItemRow.of(*unit)] for unit in fetch_units(items)], steps, slots, download=parallelism)
 
 
 def _items_per_block(items: Sequence[WorkItem], slots: int) -> int:
@@ -109,17 +108,15 @@ def _items_per_block(items: Sequence[WorkItem], slots: int) -> int:
     return max(1, min(wanted, len(items) // (slots * _BLOCKS_PER_SLOT)))
 
 
-def _blocks(groups: Sequence[Sequence[str]]) -> list[pa.Table]:
-    return [pa.concat_tables([ItemRow(item=row).to_table() for row in group]) for group in groups]
-
-
 def _execute(
-    blocks: list[pa.Table], steps: Stages, num_workers: int, download: Parallelism | None = None
+    blocks: Sequence[Sequence[ItemRow]], steps: Stages, num_workers: int, download: Parallelism | None = None
 ) -> Iterator[ItemRow]:
     import ray
 
     _quiet_ray_data()
-    dataset: ray.data.Dataset = ray.data.from_arrow(blocks)
+    dataset: ray.data.Dataset = ray.data.from_arrow(
+        [pa.concat_tables([row.to_table() for row in rows]) for rows in blocks]
+    )
     options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     if download is not None:
         dataset = dataset.map_batches(

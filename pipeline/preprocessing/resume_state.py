@@ -113,7 +113,7 @@ def is_complete(folder: Folder, source: str, settings: dict[str, Any], *, names:
     if any(folder.size(name) is None for name in names):
         return False
     if record.pinned is None or record.source != source:
-        _require_same_inputs(folder, record, find(source).inputs())
+        _require_same_inputs(folder, record, find(source).inputs)
     return True
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.sources.plan import load_plan, save_plan
 from pipeline.sources.work_items import WorkItem
 
 
@@ -23,13 +24,18 @@ class ItemRow:
     """One row of a table between two stages: an item, its figures, arrays, or the mistake that was met."""
 
     item: str
-    """JSON."""
+    """A plan of one work item, or of several that are fetched together (plan.save_plan)."""
     figures: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     """Arrow arrays, handed on without a copy."""
     error: str | None = None
     is_damage: bool = False
     """Whether the error is a DamagedInputError."""
+
+    @classmethod
+    def of(cls, *items: WorkItem, **values: Any) -> ItemRow:
+        """The row of one work item, or of several that are fetched together."""
+        return cls(item=save_plan(items).decode(), **values)
 
     def to_table(self) -> pa.Table:
         """A table of one row; an array becomes one list, because Ray may cut a table between rows only."""
@@ -54,7 +60,7 @@ class ItemRow:
 
     @property
     def work_item(self) -> WorkItem:
-        return WorkItem.from_json(self.item)
+        return load_plan(self.item.encode())[0]
 
     def raise_error(self) -> None:
         if self.error is not None:
@@ -83,13 +89,13 @@ def stage_of(
                     result.arrays = empty | result.arrays
                     yield result.to_table()
             except UserError as error:
-                yield mistake(row.item, error, empty).to_table()
+                yield ItemRow(item=row.item, arrays=empty, **error_values(error)).to_table()
 
         return stage
 
     return decorate
 
 
-def mistake(item: str, error: UserError, arrays: dict[str, Any]) -> ItemRow:
-    """The row that carries an error on to the driver."""
-    return ItemRow(item=item, arrays=arrays, error=str(error), is_damage=isinstance(error, DamagedInputError))
+def error_values(error: UserError) -> dict[str, Any]:
+    """The fields of a row that carries an error on to the driver."""
+    return {"error": str(error), "is_damage": isinstance(error, DamagedInputError)}

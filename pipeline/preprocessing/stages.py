@@ -23,13 +23,13 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.preprocessing import deduplication, resume_state
 from pipeline.preprocessing.encode_documents import EncodedPart, encode_parts, in_groups, split_by_hash, text_bytes
 from pipeline.preprocessing.resume_state import ItemRecord
-from pipeline.preprocessing.rows import ItemRow, mistake, stage_of
+from pipeline.preprocessing.rows import ItemRow, error_values, stage_of
 from pipeline.remote import files as remote_files
 from pipeline.remote.download_cache import Cache
-from pipeline.sources import plan as plan_module
-from pipeline.sources.column_chunks import gather, needed_bytes
+from pipeline.sources.column_chunks import fetch_column_chunks, needed_bytes
+from pipeline.sources.plan import load_plan
 from pipeline.sources.readers import read_item
-from pipeline.sources.work_items import Piece, WorkItem
+from pipeline.sources.work_items import FileSlice, WorkItem
 from pipeline.storage.folders import Folder, node_cache, open_folder
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer import training as bpe_training
@@ -78,45 +78,45 @@ class EncodeJob:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-@stage_of(lambda arguments: {"piece": pa.int32(), "start": pa.int64(), "data": pa.large_binary()})
+@stage_of(lambda arguments: {"slice": pa.int32(), "start": pa.int64(), "data": pa.large_binary()})
 def download(row: ItemRow, cache_bytes: int) -> Iterator[ItemRow]:
     """The items of a fetch unit, each with the bytes that it needs of remote files."""
-    items = plan_module.load_plan(row.item.encode())
+    items = load_plan(row.item.encode())
     num_fetched = 0
     try:
         for fetched in _fetch(items, Cache(node_cache("downloads"), cache_bytes)):
             yield fetched
             num_fetched += 1
     except UserError as error:  # of a file that the others share
-        yield from (mistake(item.to_json(), error, {}) for item in items[num_fetched:])
+        yield from (ItemRow.of(item, **error_values(error)) for item in items[num_fetched:])
 
 
 def _fetch(items: list[WorkItem], cache: Cache) -> Iterator[ItemRow]:
-    file = items[0].pieces[0].file
-    is_one_file = file is not None and all(piece.file == file for item in items for piece in item.pieces)
+    file = items[0].slices[0].file
+    is_one_file = file is not None and all(file_slice.file == file for item in items for file_slice in item.slices)
     if not is_one_file or file is None:
-        yield from (_gathered(item, functools.partial(_open_cached, cache)) for item in items)
+        yield from (_fetched(item, functools.partial(_open_cached, cache)) for item in items)
     elif needed_bytes(items, _open_remote) < _WHOLE_FILE_SHARE * file.size_bytes:
-        yield from (_gathered(item, _open_remote) for item in items)
+        yield from (_fetched(item, _open_remote) for item in items)
     else:
         with cache.file(file) as path:
-            yield from (_gathered(item, lambda _: path.open("rb")) for item in items)
+            yield from (_fetched(item, lambda _: path.open("rb")) for item in items)
 
 
-def _gathered(item: WorkItem, open_file: Callable[[Piece], BinaryIO]) -> ItemRow:
-    segments = gather(item, open_file)
-    arrays = {name: segments[name].combine_chunks() for name in segments.column_names}
-    return ItemRow(item=item.to_json(), arrays=arrays)
+def _fetched(item: WorkItem, open_file: Callable[[FileSlice], BinaryIO]) -> ItemRow:
+    fetched = fetch_column_chunks(item, open_file)
+    arrays = {name: fetched[name].combine_chunks() for name in fetched.column_names}
+    return ItemRow.of(item, arrays=arrays)
 
 
-def _open_remote(piece: Piece) -> BinaryIO:
-    assert piece.file is not None
-    return remote_files.open_file(piece.file)
+def _open_remote(file_slice: FileSlice) -> BinaryIO:
+    assert file_slice.file is not None
+    return remote_files.open_file(file_slice.file)
 
 
-def _open_cached(cache: Cache, piece: Piece) -> BinaryIO:
-    assert piece.file is not None
-    with cache.file(piece.file) as path:
+def _open_cached(cache: Cache, file_slice: FileSlice) -> BinaryIO:
+    assert file_slice.file is not None
+    with cache.file(file_slice.file) as path:
         return path.open("rb")  # stays readable when the cache removes its name
 
 
@@ -134,7 +134,7 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
     try:
         row.raise_error()
         _begin_attempt(folder, "encode", item)
-        arrays = read_item(item, skipped, _segments(row), damaged if job.skip_damaged else None)
+        arrays = read_item(item, skipped, _fetched_table(row), damaged if job.skip_damaged else None)
         if job.partitions:
             rows = _duplicates(folder, job, item.index)
             skipped["duplicate"] += len(rows)
@@ -240,7 +240,7 @@ def _texts(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip_
     try:
         row.raise_error()
         _begin_attempt(folder, verb, row.work_item)
-        yield from read_item(row.work_item, skipped, _segments(row), [] if skip_damaged else None)
+        yield from read_item(row.work_item, skipped, _fetched_table(row), [] if skip_damaged else None)
     except DamagedInputError:
         if not skip_damaged:
             raise
@@ -274,9 +274,9 @@ def search_duplicates(row: ItemRow, output: str, num_items: int, partitions: int
 # ---- what the stages share -------------------------------------------------------------------------------------------
 
 
-def _segments(row: ItemRow) -> pa.Table | None:
+def _fetched_table(row: ItemRow) -> pa.Table | None:
     """What the download stage fetched; None of local items."""
-    return pa.table(row.arrays) if "piece" in row.arrays else None
+    return pa.table(row.arrays) if "slice" in row.arrays else None
 
 
 def _begin_attempt(folder: Folder, verb: str, item: WorkItem) -> None:
@@ -313,7 +313,7 @@ def use_system_memory() -> None:
 
 @functools.lru_cache(maxsize=1)
 def get_tokenizer(tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]) -> bpe.Tokenizer:
-    """The same one for all items that a worker process encodes, as it keeps the pieces that it has met."""
+    """The same one for all items that a worker process encodes, as it keeps the slices that it has met."""
     if isinstance(tokenizer, bpe.Tokenizer):
         return tokenizer
     import ray

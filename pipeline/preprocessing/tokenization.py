@@ -75,7 +75,7 @@ def tokenize(config: TokenizeConfig, output: Folder) -> Summary:
     given = bpe.Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
     source = resume_state.find_source(config.source, output)
-    run = RunRecord(source=config.source, pinned=source.pinned, settings=settings, inputs=tuple(source.inputs()))
+    run = RunRecord(source=config.source, pinned=source.pinned, settings=settings, inputs=tuple(source.inputs))
     resume_state.claim(output, run)
     items = _plan(config, source, output)
     tokenizer = _prepare_tokenizer(config, given, source, output)
@@ -193,7 +193,7 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
         vocab_size=tokenizer.vocab_size,
         eot_id=tokenizer.eot_id,
         settings=run.settings,
-        inputs=tuple(entry.describe() for entry in run.inputs),
+        inputs=tuple(entry.manifest_entry() for entry in run.inputs),
         shards=tuple(entry for record in records for entry in record.shards),
         skipped=skipped,
         damaged=(*resume_state.read_plan_damage(output), *(entry for record in records for entry in record.damaged)),

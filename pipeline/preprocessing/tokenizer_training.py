@@ -70,7 +70,7 @@ def read_layouts(source: Source, text_column: str, damage: Damage | None) -> lis
 
     damage: where files that cannot be read are noted; None: they are an error.
     """
-    with CountProgress("plan", "files", len(source.inputs())) as progress:
+    with CountProgress("plan", "files", len(source.inputs)) as progress:
         return list(source.layouts(text_column, progress.add, damage))
 
 

@@ -99,7 +99,7 @@ def train_into(config: TrainTokenizerConfig, output: Folder) -> tuple[TrainingRe
     """Train, and write both files to ``output``. Ray must be initialised by the caller."""
     source = resume_state.find_source(config.source, output)
     record = RunRecord(
-        source=config.source, pinned=source.pinned, settings=_settings_of(config), inputs=tuple(source.inputs())
+        source=config.source, pinned=source.pinned, settings=_settings_of(config), inputs=tuple(source.inputs)
     )
     resume_state.claim(output, record)
     for name in (SUMMARY_FILE, TOKENIZER_NAME):
@@ -131,7 +131,7 @@ def _settings_of(config: TrainTokenizerConfig) -> dict[str, Any]:
 def _track(
     config: TrainTokenizerConfig, run: MLflowRun, output: Folder, report: TrainingReport, record: RunRecord
 ) -> None:
-    inputs = json.dumps([entry.describe() for entry in record.inputs], sort_keys=True)
+    inputs = json.dumps([entry.manifest_entry() for entry in record.inputs], sort_keys=True)
     tracker = MLflowTracker(run)
     tracker.log_params(to_dict(config))
     tracker.log_inputs(

@@ -1,4 +1,4 @@
-"""A seekable file over two ways to fetch bytes: a range at once, or everything from a place on, in order."""
+"""Seekable files that are no files of a disk: one over ranges of bytes and streams, and what such files share."""
 
 from __future__ import annotations
 
@@ -10,27 +10,13 @@ _LEAST_BYTES = 64 << 10  # of one request
 _IN_ORDER_BYTES = 1 << 20  # of the request before a stream is opened
 
 
-class RangeFile(io.RawIOBase):
-    """Asks for what is read and little more; once two requests went on where the last one ended, a stream is opened.
+class ReadOnlyFile(io.RawIOBase):
+    """A seekable file of a known size, with a position; a subclass says what ``read`` gives."""
 
-    ``read(n)`` returns n bytes unless the file ends. For one thread at a time.
-    """
-
-    def __init__(
-        self,
-        size_bytes: int,
-        fetch: Callable[[int, int], bytes],
-        stream: Callable[[int], Generator[bytes, None, None]],
-    ) -> None:
+    def __init__(self, size_bytes: int) -> None:
         super().__init__()
         self._size_bytes = size_bytes
-        self._fetch = fetch
-        self._open_stream = stream
-        self._stream: Generator[bytes, None, None] | None = None
         self._position = 0
-        self._block = b""
-        self._block_start = -1
-        self._reads_in_order = 0
 
     def readable(self) -> bool:
         return True
@@ -48,9 +34,34 @@ class RangeFile(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def bytes_ahead(self, size: int | None) -> int:
+        """How many bytes ``read(size)`` gives: no more than are left."""
         left = max(0, self._size_bytes - self._position)
-        return b"".join(self._pieces(left if size is None or size < 0 else min(size, left)))
+        return left if size is None or size < 0 else min(size, left)
+
+
+class RangeFile(ReadOnlyFile):
+    """Fetches what is read and little more; after two requests that continue where the last one ended, opens a stream.
+
+    ``read(n)`` returns n bytes unless the file ends. For one thread at a time.
+    """
+
+    def __init__(
+        self,
+        size_bytes: int,
+        fetch: Callable[[int, int], bytes],
+        stream: Callable[[int], Generator[bytes, None, None]],
+    ) -> None:
+        super().__init__(size_bytes)
+        self._fetch = fetch
+        self._open_stream = stream
+        self._stream: Generator[bytes, None, None] | None = None
+        self._block = b""
+        self._block_start = -1
+        self._reads_in_order = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return b"".join(self._blocks(self.bytes_ahead(size)))
 
     def readall(self) -> bytes:
         return self.read()
@@ -58,9 +69,9 @@ class RangeFile(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")
         filled = 0
-        for piece in self._pieces(min(len(view), max(0, self._size_bytes - self._position))):
-            view[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        for block in self._blocks(self.bytes_ahead(len(view))):
+            view[filled : filled + len(block)] = block
+            filled += len(block)
         return filled
 
     def close(self) -> None:
@@ -68,7 +79,7 @@ class RangeFile(io.RawIOBase):
         self._block = b""
         super().close()
 
-    def _pieces(self, num_bytes: int) -> Iterator[memoryview]:
+    def _blocks(self, num_bytes: int) -> Iterator[memoryview]:
         """The next ``num_bytes``, which the file has."""
         if self.closed:
             raise ValueError("I/O operation on closed file")
@@ -76,10 +87,10 @@ class RangeFile(io.RawIOBase):
             offset = self._position - self._block_start
             if not 0 <= offset < len(self._block):
                 self._block, self._block_start, offset = self._next_block(num_bytes), self._position, 0
-            piece = memoryview(self._block)[offset : offset + num_bytes]
-            self._position += len(piece)
-            num_bytes -= len(piece)
-            yield piece
+            block = memoryview(self._block)[offset : offset + num_bytes]
+            self._position += len(block)
+            num_bytes -= len(block)
+            yield block
 
     def _next_block(self, num_bytes: int) -> bytes:
         """Bytes from the position on, at least one."""

@@ -1,7 +1,7 @@
-"""What a work item needs of remote files, as bytes in a table: fetched in one task, read in another.
+"""The bytes that a work item needs of remote files, in a table: fetched in one task, read in another.
 
-Of a parquet file that is the footer and the text column's chunks of the row groups, of plain JSON lines those that
-begin in the range, of any other file all of it. A piece above 1 GB stays out: readers.py streams it.
+Of a parquet file that is the footer and the text column's chunks of the row groups, of plain JSON lines the lines that
+begin in the range, of any other file all of it. A slice above 1 GB is left out: readers.py streams it.
 """
 
 from __future__ import annotations
@@ -17,72 +17,58 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError
+from pipeline.remote.range_reader import ReadOnlyFile
 from pipeline.sources import json_lines
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.work_items import Piece, WorkItem, reading
+from pipeline.sources.work_items import FileSlice, WorkItem, reading
 
-SCHEMA = pa.schema([("piece", pa.int32()), ("start", pa.int64()), ("data", pa.large_binary())])
-"""Which piece of the item; where in the file, or DAMAGED; what stands there, or why it cannot be read."""
+SCHEMA = pa.schema([("slice", pa.int32()), ("start", pa.int64()), ("data", pa.large_binary())])
+"""Number of the slice in the item; position in the file, or DAMAGED; the bytes, or why they cannot be read."""
 DAMAGED = -1
 
-_MAX_PIECE_BYTES = 1_000_000_000
+_MAX_SLICE_BYTES = 1_000_000_000
 _READ_BYTES = 1 << 26  # at a time
-_GAP_BYTES = 1 << 20  # between two chunks of a column, read rather than asked for twice
-_TAIL_BYTES = 1 << 16  # of a parquet file, which is what Arrow reads first to find the footer
+_GAP_BYTES = 1 << 20  # between two chunks of a column that one read covers
+_TAIL_BYTES = 1 << 16  # of a parquet file, where the footer is
 _PADDING_BYTES = 100  # that Arrow reads behind a chunk in files of old writers
 
-Segment = tuple[int, bytes | bytearray | memoryview]
-OpenFile = Callable[[Piece], BinaryIO]
+FetchedRange = tuple[int, bytes | bytearray | memoryview]
+OpenFile = Callable[[FileSlice], BinaryIO]
 
 
-class SegmentFile(io.RawIOBase):
-    """A file of which some parts are there; reading anything else is an OSError."""
+class SparseFile(ReadOnlyFile):
+    """A file of which some ranges are there; reading anything else is an OSError."""
 
-    def __init__(self, segments: Sequence[tuple[int, Any]]) -> None:
-        ordered = sorted(segments, key=lambda segment: segment[0])
+    def __init__(self, fetched: Sequence[tuple[int, Any]]) -> None:
+        ordered = sorted(fetched, key=lambda part: part[0])
         self._starts = [start for start, _ in ordered]
         self._parts = [memoryview(data) for _, data in ordered]
-        self._size = max(start + len(part) for start, part in zip(self._starts, self._parts, strict=True))
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
+        super().__init__(max(start + len(part) for start, part in zip(self._starts, self._parts, strict=True)))
 
     def read(self, size: int | None = -1) -> bytes:
-        stop = self._size if size is None or size < 0 else min(self._position + size, self._size)
-        if stop <= self._position:
+        if not (num_bytes := self.bytes_ahead(size)):
             return b""
         number = bisect.bisect_right(self._starts, self._position) - 1
         begin = self._position - self._starts[number]
-        if number < 0 or stop - self._starts[number] > len(self._parts[number]):
-            raise OSError(f"bytes {self._position}-{stop} were not fetched")
-        self._position = stop
-        return bytes(self._parts[number][begin : stop - self._starts[number]])
+        if number < 0 or begin + num_bytes > len(self._parts[number]):
+            raise OSError(f"bytes {self._position}-{self._position + num_bytes} were not fetched")
+        self._position += num_bytes
+        return bytes(self._parts[number][begin : begin + num_bytes])
 
 
-def gather(item: WorkItem, open_file: OpenFile) -> pa.Table:
-    """What reading ``item`` takes of its remote files, ordered by piece and place; see SCHEMA.
+def fetch_column_chunks(item: WorkItem, open_file: OpenFile) -> pa.Table:
+    """Fetch what reading ``item`` takes of its remote files: a table of SCHEMA, ordered by slice and position.
 
-    ``open_file`` gives a file of a piece, from a cache or over the network; reads are few and large. What is wrong with
-    a file is told in the table, for ``readers.read_item`` to raise.
+    ``open_file`` opens the file of a slice, from a cache or over the network; reads are few and large. An error of a
+    file is a row of the table, which ``readers.read_item`` raises.
     """
     rows: list[tuple[int, int, Any]] = []
-    for number, piece in enumerate(item.pieces):
-        if piece.file is None:
+    for number, file_slice in enumerate(item.slices):
+        if file_slice.file is None:
             continue
         try:
-            with reading(piece.where), open_file(piece) as file:
-                rows += [(number, start, data) for start, data in _segments(piece, item.text_column, file)]
+            with reading(file_slice.where), open_file(file_slice) as file:
+                rows += [(number, start, data) for start, data in _fetched_ranges(file_slice, item.text_column, file)]
         except DamagedInputError as error:
             rows.append((number, DAMAGED, str(error).encode()))
     data = pa.chunked_array([_as_array(data) for _, _, data in rows], pa.large_binary())  # not one array: no copy
@@ -91,34 +77,35 @@ def gather(item: WorkItem, open_file: OpenFile) -> pa.Table:
 
 
 def needed_bytes(items: Sequence[WorkItem], open_file: OpenFile) -> int:
-    """What ``gather`` would read for all of them, about; takes the footers of parquet files.
+    """Estimate what ``fetch_column_chunks`` would read for all items; reads the footers of parquet files.
 
-    Tells, beside the size of the file, whether to fetch it whole. Raises DamagedInputError for a bad footer.
+    Compared with the size of the file, it tells whether to fetch the file whole. Raises DamagedInputError for a bad
+    footer.
     """
     total = 0
     footers: dict[str, Any] = {}
     for item in items:
-        for piece in item.pieces:
-            if piece.kind == "parquet":
-                if piece.where not in footers:
-                    with reading(piece.where), open_file(piece) as file:
-                        footers[piece.where] = pq.read_metadata(SegmentFile([_read_tail(file)]))
-                groups = range(piece.start, piece.stop)
-                with reading(piece.where):
-                    chunks = text_chunks(footers[piece.where], item.text_column, groups)
+        for file_slice in item.slices:
+            if file_slice.kind == "parquet":
+                if file_slice.where not in footers:
+                    with reading(file_slice.where), open_file(file_slice) as file:
+                        footers[file_slice.where] = pq.read_metadata(SparseFile([_read_tail(file)]))
+                groups = range(file_slice.start, file_slice.stop)
+                with reading(file_slice.where):
+                    chunks = text_chunks(footers[file_slice.where], item.text_column, groups)
                 total += sum(chunk.total_compressed_size for chunk in chunks)
-            elif piece.file is not None:
-                total += piece.stop - piece.start if piece.is_range else piece.file.size_bytes
+            elif file_slice.file is not None:
+                total += file_slice.stop - file_slice.start if file_slice.is_range else file_slice.file.size_bytes
     return total + sum(footer.serialized_size for footer in footers.values())
 
 
-def by_piece(gathered: pa.Table) -> dict[int, list[tuple[int, pa.Buffer]]]:
-    """(start, data) of every piece that was not left out. The data is not copied, as scalars would be."""
+def by_slice(fetched: pa.Table) -> dict[int, list[tuple[int, pa.Buffer]]]:
+    """(start, data) of every slice that was not left out, without a copy of the data."""
     found: dict[int, list[tuple[int, pa.Buffer]]] = {}
-    rows = itertools.chain.from_iterable(_buffers(chunk) for chunk in gathered["data"].chunks)
-    pieces, starts = gathered["piece"].to_pylist(), gathered["start"].to_pylist()
-    for piece, start, data in zip(pieces, starts, rows, strict=True):
-        found.setdefault(piece, []).append((start, data))
+    rows = itertools.chain.from_iterable(_buffers(chunk) for chunk in fetched["data"].chunks)
+    slices, starts = fetched["slice"].to_pylist(), fetched["start"].to_pylist()
+    for file_slice, start, data in zip(slices, starts, rows, strict=True):
+        found.setdefault(file_slice, []).append((start, data))
     return found
 
 
@@ -134,24 +121,26 @@ def _as_array(data: Any) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)])
 
 
-def _segments(piece: Piece, text_column: str, file: BinaryIO) -> list[Segment]:
-    if piece.kind == "parquet":
-        return list(_parquet_segments(piece, text_column, file))
-    if piece.is_range:
-        return _line_segments(piece, file)
-    size_bytes = piece.file.size_bytes if piece.file else 0
-    return [] if size_bytes > _MAX_PIECE_BYTES else [(0, _read(file, 0, size_bytes))]
+def _fetched_ranges(file_slice: FileSlice, text_column: str, file: BinaryIO) -> list[FetchedRange]:
+    if file_slice.kind == "parquet":
+        return list(_parquet_ranges(file_slice, text_column, file))
+    if file_slice.is_range:
+        return _line_ranges(file_slice, file)
+    size_bytes = file_slice.file.size_bytes if file_slice.file else 0
+    return [] if size_bytes > _MAX_SLICE_BYTES else [(0, _read(file, 0, size_bytes))]
 
 
-def _parquet_segments(piece: Piece, text_column: str, file: BinaryIO) -> Iterator[Segment]:
+def _parquet_ranges(file_slice: FileSlice, text_column: str, file: BinaryIO) -> Iterator[FetchedRange]:
     tail = _read_tail(file)
-    metadata = pq.read_metadata(SegmentFile([tail]))
-    ranges = [_chunk_range(chunk) for chunk in text_chunks(metadata, text_column, range(piece.start, piece.stop))]
+    metadata = pq.read_metadata(SparseFile([tail]))
+    ranges = [
+        _chunk_range(chunk) for chunk in text_chunks(metadata, text_column, range(file_slice.start, file_slice.stop))
+    ]
     file_bytes = tail[0] + len(tail[1])
     for start, stop in ranges:
         if not 0 <= start <= stop <= file_bytes:
             raise OSError(f"its footer names bytes {start}-{stop} of {file_bytes}")
-    if sum(stop - start for start, stop in ranges) + len(tail[1]) > _MAX_PIECE_BYTES:
+    if sum(stop - start for start, stop in ranges) + len(tail[1]) > _MAX_SLICE_BYTES:
         return
     for group in _near(sorted((start, min(stop + _PADDING_BYTES, file_bytes)) for start, stop in ranges)):
         first, last = group[0][0], max(stop for _, stop in group)
@@ -161,7 +150,7 @@ def _parquet_segments(piece: Piece, text_column: str, file: BinaryIO) -> Iterato
     yield tail
 
 
-def _read_tail(file: BinaryIO) -> Segment:
+def _read_tail(file: BinaryIO) -> FetchedRange:
     """The end of a parquet file, footer included."""
     size_bytes = file.seek(0, io.SEEK_END)
     start = max(0, size_bytes - _TAIL_BYTES)
@@ -192,17 +181,17 @@ def _near(ranges: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         yield group
 
 
-def _line_segments(piece: Piece, file: BinaryIO) -> list[Segment]:
-    """The lines that begin in the range, as one segment that starts with the first of them."""
-    start = json_lines.seek_first_line(file, piece.start, piece.stop)
+def _line_ranges(file_slice: FileSlice, file: BinaryIO) -> list[FetchedRange]:
+    """The lines that begin in the range, as one range that starts with the first of them."""
+    start = json_lines.seek_first_line(file, file_slice.start, file_slice.stop)
     content = bytearray()
-    if start < piece.stop <= start + _MAX_PIECE_BYTES:
-        content = _read(file, start, piece.stop)
-        while len(content) <= _MAX_PIECE_BYTES and not content.endswith(b"\n"):  # the last line, to its end
+    if start < file_slice.stop <= start + _MAX_SLICE_BYTES:
+        content = _read(file, start, file_slice.stop)
+        while len(content) <= _MAX_SLICE_BYTES and not content.endswith(b"\n"):  # the last line, to its end
             if not (chunk := file.read(_GAP_BYTES)):
                 break
             content += chunk[: chunk.find(b"\n") + 1 or None]
-    return [] if max(piece.stop - start, len(content)) > _MAX_PIECE_BYTES else [(start, content)]
+    return [] if max(file_slice.stop - start, len(content)) > _MAX_SLICE_BYTES else [(start, content)]
 
 
 def _read(file: BinaryIO, start: int, stop: int) -> bytearray:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipeline.remote.range_reader import ReadOnlyFile
 
 
 def text_chunks(metadata: pq.FileMetaData, text_column: str, groups: Iterable[int]) -> list[Any]:
@@ -33,7 +34,7 @@ def _require_sound(metadata: pq.FileMetaData, leaf: int, groups: list[int]) -> N
     if any(group >= metadata.num_row_groups for group in groups):
         raise pa.ArrowInvalid(f"it has {metadata.num_row_groups} row groups, not {groups[-1] + 1}")
     try:
-        with pq.ParquetFile(_NoContent(), metadata=metadata, pre_buffer=True) as parquet:
+        with pq.ParquetFile(_NoContent(1 << 60), metadata=metadata, pre_buffer=True) as parquet:
             parquet.reader.read_row_groups(groups, column_indices=[leaf], use_threads=False)
     except _ContentAskedForError:
         pass
@@ -43,26 +44,8 @@ class _ContentAskedForError(Exception):
     """All footers have been looked at."""
 
 
-class _NoContent(io.RawIOBase):
+class _NoContent(ReadOnlyFile):
     """A file of any size, of which nothing can be read."""
 
-    _SIZE = 1 << 60
-
-    def __init__(self) -> None:
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._SIZE}[whence] + offset
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         raise _ContentAskedForError

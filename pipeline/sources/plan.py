@@ -19,9 +19,11 @@ from pipeline.errors import UserError
 from pipeline.remote.files import RemoteFile
 from pipeline.sources import json_lines
 from pipeline.sources.sources import Layout
-from pipeline.sources.work_items import Piece, WorkItem, open_piece, reading, unpacked
+from pipeline.sources.work_items import FileSlice, WorkItem, open_slice, reading, unpacked
 
 _FORMAT = "gpt-2.5 plan 1"
+_FILE_FIELDS = ("name", "path", "kind", "version")  # of a slice, the same for all slices of a file
+_RANGE_FIELDS = ("start", "stop", "size_bytes", "max_documents")
 _PRECISION = 128  # parts of a file are made equal to a 128th of their size
 
 
@@ -75,8 +77,8 @@ def fetch_units(items: Iterable[WorkItem]) -> list[list[WorkItem]]:
     """Neighbouring items that read the same remote file, together; any other item alone."""
     units: list[list[WorkItem]] = []
     for item in items:
-        file = item.pieces[0].file
-        if file is not None and units and units[-1][-1].pieces[-1].file == file:
+        file = item.slices[0].file
+        if file is not None and units and units[-1][-1].slices[-1].file == file:
             units[-1].append(item)
         else:
             units.append([item])
@@ -87,29 +89,29 @@ def fetch_units(items: Iterable[WorkItem]) -> list[list[WorkItem]]:
 
 
 def save_plan(items: Sequence[WorkItem]) -> bytes:
-    """A head, then a line for every file where it is first read and a line for every item."""
+    """The plan as lines of JSON: a head, a line for every file where it is first read, and a line for every item."""
     text_columns = {item.text_column for item in items}
     if len(text_columns) > 1:
         raise ValueError(f"items of one plan have one text column, not {', '.join(sorted(text_columns))}")
     lines = [_compact({"format": _FORMAT, "text_column": "".join(text_columns), "items": len(items)})]
     numbers: dict[Any, int] = {}
     for item in items:
-        pieces: list[int | None] = []
-        for piece in item.pieces:
-            file = (piece.name, piece.path, piece.kind, piece.version, piece.file)
-            if file not in numbers:
-                numbers[file] = len(numbers)
-                remote_file = dataclasses.astuple(piece.file) if piece.file else None
-                lines.append(_compact({"file": [*file[:4], remote_file]}))
-            pieces += [numbers[file], piece.start, piece.stop, piece.size_bytes, piece.max_documents]
-        lines.append(_compact([item.index, *pieces]))
+        values = [item.index]
+        for file_slice in item.slices:
+            file = tuple(getattr(file_slice, name) for name in _FILE_FIELDS)
+            if (file, file_slice.file) not in numbers:
+                numbers[file, file_slice.file] = len(numbers)
+                remote_file = dataclasses.astuple(file_slice.file) if file_slice.file else None
+                lines.append(_compact({"file": [*file, remote_file]}))
+            values += [numbers[file, file_slice.file], *(getattr(file_slice, name) for name in _RANGE_FIELDS)]
+        lines.append(_compact(values))
     return "".join(f"{line}\n" for line in lines).encode()
 
 
 def load_plan(content: bytes) -> list[WorkItem]:
     """What was saved; raises UserError where that is no plan of this version, or not whole."""
-    names = [field.name for field in dataclasses.fields(RemoteFile)]
-    files: list[tuple[str, str, str, str, RemoteFile | None]] = []
+    remote_fields = [field.name for field in dataclasses.fields(RemoteFile)]
+    files: list[dict[str, Any]] = []
     items: list[WorkItem] = []
     lines = content.splitlines()
     try:
@@ -118,11 +120,14 @@ def load_plan(content: bytes) -> list[WorkItem]:
             values = json.loads(line)
             if isinstance(values, dict):
                 *plain, remote_file = values["file"]
-                file = RemoteFile(**dict(zip(names, remote_file, strict=True))) if remote_file else None
-                files.append((*plain, file))
+                file = RemoteFile(**dict(zip(remote_fields, remote_file, strict=True))) if remote_file else None
+                files.append(dict(zip(_FILE_FIELDS, plain, strict=True)) | {"file": file})
             else:
-                pieces = tuple(_piece(files, values[at : at + 5]) for at in range(1, len(values), 5))
-                items.append(WorkItem(index=values[0], pieces=pieces, text_column=head["text_column"]))
+                slices = tuple(
+                    FileSlice(**files[values[at]], **dict(zip(_RANGE_FIELDS, values[at + 1 : at + 5], strict=True)))
+                    for at in range(1, len(values), 5)
+                )
+                items.append(WorkItem(index=values[0], slices=slices, text_column=head["text_column"]))
         if head["format"] != _FORMAT or head["items"] != len(items):
             raise ValueError(f"{head['format']}, {len(items)} of {head['items']} items")
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -134,22 +139,6 @@ def _compact(values: Any) -> str:
     return json.dumps(values, separators=(",", ":"))
 
 
-def _piece(files: list[tuple[str, str, str, str, RemoteFile | None]], values: list[Any]) -> Piece:
-    number, start, stop, size_bytes, max_documents = values
-    name, path, kind, version, file = files[number]
-    return Piece(
-        name=name,
-        path=path,
-        kind=kind,
-        version=version,
-        start=start,
-        stop=stop,
-        size_bytes=size_bytes,
-        max_documents=max_documents,
-        file=file,
-    )
-
-
 # ---- dividing --------------------------------------------------------------------------------------------------------
 
 
@@ -158,15 +147,15 @@ class _Groups:
 
     def __init__(self, item_bytes: int) -> None:
         self._item_bytes = item_bytes
-        self._groups: list[tuple[Piece, ...]] = []
-        self._files: list[Piece] = []  # that wait for more
+        self._groups: list[tuple[FileSlice, ...]] = []
+        self._files: list[FileSlice] = []  # that wait for more
         self._free_bytes = item_bytes
 
-    def add(self, parts: Iterable[Piece]) -> None:
+    def add(self, parts: Iterable[FileSlice]) -> None:
         self._close()
         self._groups.append(tuple(parts))
 
-    def add_file(self, file: Piece) -> None:
+    def add_file(self, file: FileSlice) -> None:
         if file.size_bytes > self._free_bytes:
             self._close()
         self._files.append(file)
@@ -174,10 +163,10 @@ class _Groups:
 
     def items(self, text_column: str) -> list[WorkItem]:
         self._close()
-        if not any(piece.size_bytes for group in self._groups for piece in group):
+        if not any(file_slice.size_bytes for group in self._groups for file_slice in group):
             raise UserError("the source holds no text")
         return [
-            WorkItem(index=index, pieces=group, text_column=text_column) for index, group in enumerate(self._groups)
+            WorkItem(index=index, slices=group, text_column=text_column) for index, group in enumerate(self._groups)
         ]
 
     def _close(self) -> None:
@@ -221,7 +210,7 @@ def _runs(units: list[int]) -> list[tuple[int, int]]:
     return [(units[begin], units[end - 1] + 1) for begin, end in itertools.pairwise([0, *breaks, len(units)])]
 
 
-def _parts(layout: Layout, edges: Sequence[int]) -> Iterator[Piece]:
+def _parts(layout: Layout, edges: Sequence[int]) -> Iterator[FileSlice]:
     """The units between every two edges; the last of a file that a limit cuts knows how many records it has."""
     whole = layout.whole
     for begin, end in itertools.pairwise(edges):
@@ -286,7 +275,7 @@ def _first_lines(layout: Layout, limit: int) -> tuple[Layout, int]:
     """The same for lines: a plain file ends behind the last one, a compressed one knows their number."""
     whole = layout.whole
     stop = int(layout.bounds[-1])
-    with reading(whole.where), open_piece(whole) as file:
+    with reading(whole.where), open_slice(whole) as file:
         records, end = json_lines.count_records(unpacked(file, whole.name), limit, stop if whole.is_range else None)
     if records < limit:
         return layout, records

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.sources import docstrings, json_lines
-from pipeline.sources.column_chunks import DAMAGED, SegmentFile, by_piece
+from pipeline.sources.column_chunks import DAMAGED, SparseFile, by_slice
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.work_items import COMPRESSIONS, Damage, Piece, WorkItem, open_piece, reading, unpacked
+from pipeline.sources.work_items import COMPRESSIONS, Damage, FileSlice, WorkItem, open_slice, reading, unpacked
 
 _ARRAY_BYTES = 2_000_000  # of text in an array: what is read stays in the processor's cache until it is encoded
 _ROWS = 4096  # of parquet at a time, at most
@@ -29,78 +29,80 @@ _DICTIONARY_BYTES = 64_000_000  # that such rows may have, if the dictionary is 
 _PAGE_BYTES = 1 << 20  # of a column chunk read at a time
 _CHUNK_BYTES = 1 << 20  # of a compressed text file
 
-Segments = list[tuple[int, pa.Buffer]]
+FetchedRanges = list[tuple[int, pa.Buffer]]
 
 
 def read_item(
-    item: WorkItem, skipped: Counter[str], segments: pa.Table | None = None, damaged: Damage | None = None
+    item: WorkItem, skipped: Counter[str], fetched: pa.Table | None = None, damaged: Damage | None = None
 ) -> Iterator[pa.Array]:
     """The texts of an item, in order, as large_string arrays of at most about 2 MB without nulls or blank texts.
 
-    A larger document has an array to itself. What is left out is counted in ``skipped`` by reason. ``segments``: what
-    ``segments.gather`` made of the remote files; a piece that is not in it is read where it lies. ``damaged``: what
-    cannot be read of a piece, which is what comes after the first damage, is noted there and left out.
+    A larger document has an array to itself. What is left out is counted in ``skipped`` by reason. ``fetched``: what
+    ``fetch_column_chunks`` made of the remote files; a slice that is not in it is read from its file. ``damaged`` takes
+    a note of every slice that cannot be read whole; the part behind the first damage is left out.
 
     Raises:
         DamagedInputError: where ``damaged`` is not given.
         UserError: no text under the name of the item's text column; an unreachable file.
     """
-    arrays = _pieces(item, skipped, segments, damaged)
+    arrays = _slices(item, skipped, fetched, damaged)
     for array in _joined(part for whole in arrays for part in _divided(whole)):
         texts = _without_blanks(array, skipped)
         if len(texts):
             yield texts
 
 
-def _pieces(
-    item: WorkItem, skipped: Counter[str], segments: pa.Table | None, damaged: Damage | None
+def _slices(
+    item: WorkItem, skipped: Counter[str], fetched: pa.Table | None, damaged: Damage | None
 ) -> Iterator[pa.Array]:
-    gathered = {} if segments is None else by_piece(segments)
-    for number, piece in enumerate(item.pieces):
+    ranges = {} if fetched is None else by_slice(fetched)
+    for number, file_slice in enumerate(item.slices):
         try:
-            yield from _piece(piece, item.text_column, skipped, gathered.get(number, []))
+            yield from _slice(file_slice, item.text_column, skipped, ranges.get(number, []))
         except DamagedInputError as error:
             if damaged is None:
                 raise
-            damaged.append({"name": piece.label, "reason": str(error)})
+            damaged.append({"name": file_slice.label, "reason": str(error)})
 
 
-def _piece(piece: Piece, text_column: str, skipped: Counter[str], segments: Segments) -> Iterator[pa.Array]:
-    if segments and segments[0][0] == DAMAGED:
-        raise DamagedInputError(segments[0][1].to_pybytes().decode())
-    with reading(piece.where), _open(piece, segments) as file:
-        if piece.kind == "parquet":
-            yield from _parquet(piece, text_column, file)
-        elif piece.kind == "jsonl":
-            yield from _json(piece, text_column, file, skipped, segments[0][0] if segments else None)
-        elif piece.kind == "txt":
-            yield _text(unpacked(file, piece.name), piece)
+def _slice(
+    file_slice: FileSlice, text_column: str, skipped: Counter[str], fetched: FetchedRanges
+) -> Iterator[pa.Array]:
+    if fetched and fetched[0][0] == DAMAGED:
+        raise DamagedInputError(fetched[0][1].to_pybytes().decode())
+    with reading(file_slice.where), _open(file_slice, fetched) as file:
+        if file_slice.kind == "parquet":
+            yield from _parquet(file_slice, text_column, file)
+        elif file_slice.kind == "jsonl":
+            yield from _json(file_slice, text_column, file, skipped, fetched[0][0] if fetched else None)
+        elif file_slice.kind == "txt":
+            yield _text(unpacked(file, file_slice.name), file_slice)
         else:
-            yield from _module(piece, file, skipped)
+            yield from _module(file_slice, file, skipped)
 
 
-def _open(piece: Piece, segments: Segments) -> Any:
-    if not segments:
-        return open_piece(piece)
-    return SegmentFile(segments) if piece.kind == "parquet" else pa.BufferReader(segments[0][1])
+def _open(file_slice: FileSlice, fetched: FetchedRanges) -> Any:
+    if not fetched:
+        return open_slice(file_slice)
+    return SparseFile(fetched) if file_slice.kind == "parquet" else pa.BufferReader(fetched[0][1])
 
 
 # ---- kinds of files --------------------------------------------------------------------------------------------------
 
 
-def _parquet(piece: Piece, text_column: str, file: Any) -> Iterator[pa.Array]:
-    left = piece.max_documents
+def _parquet(file_slice: FileSlice, text_column: str, file: Any) -> Iterator[pa.Array]:
+    left = file_slice.max_documents
     # with pre_buffer, the default, whole column chunks are read ahead
     options = {"buffer_size": _PAGE_BYTES, "pre_buffer": False, "page_checksum_verification": True}
     with pq.ParquetFile(file, **options) as parquet:
-        first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
-        groups = range(piece.start, piece.stop)
+        first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(file_slice.start))
+        groups = range(file_slice.start, file_slice.stop)
         for group, chunk in zip(groups, text_chunks(parquet.metadata, text_column, groups), strict=True):
             row = first_row
             for batch in parquet.iter_batches(_rows_at_a_time(chunk), [group], [text_column], use_threads=False):
                 texts: Any = batch.column(0)[:left]
                 texts = texts.cast(pa.large_string())  # strings of 32 bits, dictionaries, views
-                _require_utf8(texts, piece, row)
+                _require_utf8(texts, file_slice, row)
                 yield texts
                 row += len(texts)
                 if left is not None and (left := left - len(texts)) == 0:
@@ -119,13 +121,13 @@ def _rows_at_a_time(chunk: Any) -> int:
     return max(1, rows)
 
 
-def _require_utf8(texts: pa.Array, piece: Piece, first_row: int) -> None:
+def _require_utf8(texts: pa.Array, file_slice: FileSlice, first_row: int) -> None:
     """Arrow reads any bytes as strings; only a full validation (4 GB/s) looks at them."""
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid:
         for row, value in enumerate(texts.cast(pa.large_binary()), first_row):
-            _decode(value.as_buffer() if value.is_valid else b"", f"row {row} of {piece.where}")
+            _decode(value.as_buffer() if value.is_valid else b"", f"row {row} of {file_slice.where}")
         raise
 
 
@@ -138,50 +140,54 @@ def _decode(content: Any, where: str) -> None:
 
 
 def _json(
-    piece: Piece, text_column: str, file: Any, skipped: Counter[str], gathered_from: int | None
+    file_slice: FileSlice, text_column: str, file: Any, skipped: Counter[str], fetched_from: int | None
 ) -> Iterator[pa.Array]:
-    """``gathered_from``: where in the whole file ``file`` begins, if it is a segment."""
-    if not piece.is_range:
-        lines = json_lines.read_lines(unpacked(file, piece.name), 0, None)
-    elif gathered_from is not None:
-        lines = json_lines.read_lines(file, gathered_from, piece.stop)
+    """``fetched_from``: the position in the whole file where ``file`` begins, if it is a fetched range of it."""
+    if not file_slice.is_range:
+        lines = json_lines.read_lines(unpacked(file, file_slice.name), 0, None)
+    elif fetched_from is not None:
+        lines = json_lines.read_lines(file, fetched_from, file_slice.stop)
     else:
-        lines = json_lines.read_lines(file, json_lines.seek_first_line(file, piece.start, piece.stop), piece.stop)
-    yield from _batches(_json_texts(piece, text_column, lines, skipped))
+        lines = json_lines.read_lines(
+            file, json_lines.seek_first_line(file, file_slice.start, file_slice.stop), file_slice.stop
+        )
+    yield from _batches(_json_texts(file_slice, text_column, lines, skipped))
 
 
 def _json_texts(
-    piece: Piece, key: str, lines: Iterable[tuple[int, json_lines.Line]], skipped: Counter[str]
+    file_slice: FileSlice, key: str, lines: Iterable[tuple[int, json_lines.Line]], skipped: Counter[str]
 ) -> Iterator[bytes | pa.Array]:
     records = 0
-    with reading(piece.where):
+    with reading(file_slice.where):
         for number, (position, line) in enumerate(lines, 1):
             if json_lines.is_blank(line):
                 continue
-            if records == piece.max_documents:
+            if records == file_slice.max_documents:
                 return
             records += 1
             try:
                 text = json_lines.text_of(line, key)
             except ValueError as error:
-                raise DamagedInputError(f"{_place(piece, number, position)} {error}") from error
+                raise DamagedInputError(f"{_place(file_slice, number, position)} {error}") from error
             except LookupError as error:
-                raise UserError(f"{_place(piece, number, position)} {error.args[0]}") from error
+                raise UserError(f"{_place(file_slice, number, position)} {error.args[0]}") from error
             if text is None:
                 skipped["null"] += 1
             else:
                 yield text
 
 
-def _place(piece: Piece, number: int, position: int) -> str:
+def _place(file_slice: FileSlice, number: int, position: int) -> str:
     """Lines are counted from 1 where all before this one were read."""
-    is_counted = piece.start == 0 or not piece.is_range
-    return f"line {number} of {piece.where}" if is_counted else f"the line at byte {position:,} of {piece.where}"
+    is_counted = file_slice.start == 0 or not file_slice.is_range
+    return (
+        f"line {number} of {file_slice.where}" if is_counted else f"the line at byte {position:,} of {file_slice.where}"
+    )
 
 
-def _text(file: Any, piece: Piece) -> pa.Array:
+def _text(file: Any, file_slice: FileSlice) -> pa.Array:
     """A file as one document; takes its size once."""
-    if piece.name.endswith(COMPRESSIONS):
+    if file_slice.name.endswith(COMPRESSIONS):
         content = bytearray()
         while chunk := file.read(_CHUNK_BYTES):
             content += chunk
@@ -192,14 +198,14 @@ def _text(file: Any, piece: Piece) -> pa.Array:
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
-        _decode(memoryview(content)[start:], piece.where)
+        _decode(memoryview(content)[start:], file_slice.where)
         raise
     return text
 
 
-def _module(piece: Piece, file: Any, skipped: Counter[str]) -> Iterator[pa.Array]:
+def _module(file_slice: FileSlice, file: Any, skipped: Counter[str]) -> Iterator[pa.Array]:
     try:
-        document = docstrings.module_document(piece.name, file.read())
+        document = docstrings.module_document(file_slice.name, file.read())
     except ValueError:  # UnicodeDecodeError too
         skipped["module that cannot be parsed"] += 1
         return

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,14 @@ from pipeline.remote import files as remote_files
 from pipeline.remote.files import RemoteFile
 from pipeline.sources import docstrings
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.work_items import COMPRESSIONS, Damage, Piece, local_version, open_piece, reading
+from pipeline.sources.work_items import COMPRESSIONS, Damage, FileSlice, local_version, open_slice, reading
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 INSTALLED_DOCS = "installed-docs"
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
+_KNOWN_SUFFIXES = ".parquet, .jsonl or .txt (the last two also .gz or .zst)"
 _RANGE_BYTES = 4_000_000  # plain .jsonl files can be divided this finely
 _COMPRESSED_TO_TEXT = 3  # text per byte of .gz or .zst, roughly; plans only
 _LOCAL_READERS = 8  # footers wait for the disk, which may be a network's
@@ -45,13 +49,13 @@ class Input:
     name: str
     """Relative to the source."""
     version: str = ""
-    """What pins its content: hash or ETag of a remote file, version of a package; empty for local files."""
+    """Hash or ETag of a remote file, or version of a package, which pins the content; empty for local files."""
     size_bytes: int | None = None
     mtime_ns: int | None = None
-    """Of a local file: tells on this machine that it changed; stays out of the manifest."""
+    """Time of change of a local file, by which this machine sees that it changed; not in the manifest."""
 
-    def describe(self) -> dict[str, Any]:
-        """What is the same on every machine."""
+    def manifest_entry(self) -> dict[str, Any]:
+        """The values that are the same on every machine."""
         return {"name": self.name, "version": self.version, "size_bytes": self.size_bytes}
 
 
@@ -59,7 +63,7 @@ class Input:
 class Layout:
     """One file and where it can be divided; n units, 24 bytes each."""
 
-    whole: Piece
+    whole: FileSlice
     bounds: npt.NDArray[np.int64]
     """(n + 1,) unit i is [bounds[i], bounds[i + 1]): one row group, a range of bytes, or the whole file."""
     sizes: npt.NDArray[np.int64]
@@ -68,7 +72,7 @@ class Layout:
     """(n,) records; None where only reading would tell."""
 
     @classmethod
-    def undivided(cls, whole: Piece, *, documents: int | None = None) -> Layout:
+    def undivided(cls, whole: FileSlice, *, documents: int | None = None) -> Layout:
         """A file that is read whole."""
         return cls(
             whole=whole,
@@ -78,151 +82,134 @@ class Layout:
         )
 
 
-class Source(Protocol):
-    """Where texts come from."""
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The files that a name stands for, as they were when they were listed."""
 
-    @property
-    def pinned(self) -> str | None:
-        """The source with what may move fixed, or None where nothing fixes it."""
-
-    def inputs(self) -> list[Input]:
-        """What is read, in order; cheap, opens no file."""
+    inputs: list[Input]
+    """What is read, in order; no file has been opened for it."""
+    whole_files: Callable[[], Iterable[FileSlice]]
+    """Lists every file as one slice, in the order of reading."""
+    num_threads: int
+    """Threads that read footers."""
+    pinned: str | None = None
+    """The source with what may move (a branch on the hub) fixed; None where nothing fixes it."""
 
     def layouts(
         self, text_column: str, progress: Callable[[], None] | None = None, damaged: Damage | None = None
     ) -> Iterator[Layout]:
-        """The files in the same order; footers are read in threads a little ahead of the caller, who may stop.
+        """The files in order; footers are read in threads a little ahead of the caller, who may stop.
 
-        ``progress`` is called once per file. A file whose footer cannot be read is left out and noted in ``damaged``;
-        where that is not given, it is a DamagedInputError. No text in ``text_column`` is a UserError.
+        Args:
+            text_column: the column of parquet files that holds the text.
+            progress: called once per file.
+            damaged: takes a note of every file whose footer cannot be read, which is then left out.
+
+        Raises:
+            DamagedInputError: a footer cannot be read, and ``damaged`` is not given.
+            UserError: a file has no text in ``text_column``.
         """
+
+        def layout(whole: FileSlice) -> Layout | DamagedInputError:
+            try:
+                return _row_groups(whole, text_column) if whole.kind == "parquet" else _ranges(whole)
+            except DamagedInputError as error:
+                return error
+
+        for whole, result in _ahead(layout, self.whole_files(), self.num_threads):
+            if progress:
+                progress()
+            if isinstance(result, Layout):
+                yield result
+            elif damaged is None:
+                raise result
+            else:
+                damaged.append({"name": whole.name, "reason": str(result)})
 
 
 def find(source: str) -> Source:
     """The source that ``source`` names; raises UserError where there is nothing of that name."""
     if source == INSTALLED_DOCS:
-        return InstalledDocs()
+        return _installed_docs()
     if remote_files.is_remote(source):
-        return RemoteFiles.find(source)
+        return _remote_source(source)
     if "://" in source:
         raise UserError(
             f"source {source} is none that can be read: a local path, hf://datasets/..., s3://..., gs://..., "
             f"https://... or {INSTALLED_DOCS}"
         )
-    return LocalFiles.find(source)
+    return _local_source(source)
 
 
-@dataclass(frozen=True)
-class LocalFiles:
-    """A file, the files of a folder and its subfolders, or those that match a glob."""
-
-    source: str
-    files: tuple[tuple[str, Path, os.stat_result], ...]
-    """Name relative to the source, path, state when it was listed; sorted by name."""
-
-    @property
-    def pinned(self) -> None:
-        return None
-
-    @classmethod
-    def find(cls, source: str) -> LocalFiles:
-        path = Path(source).expanduser()
-        if path.is_file():
-            if kind_of(path.name) is None:
-                raise UserError(f"source {source} is no {_known_suffixes()} file")
-            return cls(source, ((path.name, path.absolute(), path.stat()),))
-        if path.is_dir():
-            base, matches = path, path.rglob("*")
-            problem = f"source folder {source} holds no {_known_suffixes()} file"
-        elif glob.has_magic(source):
-            base = _fixed_part(path)
-            matches = base.glob(path.relative_to(base).as_posix())
-            problem = f"no {_known_suffixes()} file matches the source {source}"
-        else:
-            raise UserError(f"source {source} does not exist (looked for {path.absolute()})")
-        named = sorted((match.relative_to(base).as_posix(), match.absolute()) for match in matches)
-        files = [(name, file) for name, file in named if kind_of(name) and not _is_hidden(name) and file.is_file()]
-        if not files:
-            raise UserError(problem)
-        return cls(source, tuple((name, file, file.stat()) for name, file in files))
-
-    def inputs(self) -> list[Input]:
-        return [
-            Input(name=name, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns) for name, _path, stat in self.files
-        ]
-
-    def layouts(
-        self, text_column: str, progress: Callable[[], None] | None = None, damaged: Damage | None = None
-    ) -> Iterator[Layout]:
-        pieces = (
-            Piece(
-                name=name,
-                path=str(path),
-                kind=kind_of(name) or "",
-                version=local_version(stat),
-                size_bytes=stat.st_size,
-            )
-            for name, path, stat in self.files
-        )
-        return _layouts(pieces, text_column, progress, damaged, num_threads=_LOCAL_READERS)
+def resolve_source(source: str) -> str:
+    """Return a source as every worker finds it: relative paths become absolute, addresses and installed-docs stay."""
+    return source if source == INSTALLED_DOCS else in_bucket(source) or str(resolve_path(source))
 
 
-@dataclass(frozen=True)
-class RemoteFiles:
-    """Files of the hub, of a bucket or of a web server, each at the version it had when it was listed."""
-
-    source: str
-    pinned: str | None
-    files: tuple[RemoteFile, ...]
-
-    @classmethod
-    def find(cls, source: str) -> RemoteFiles:
-        pinned, files = remote_files.list_files(source)
-        files = [file for file in files if kind_of(file.name) is not None]
-        if not files:
-            raise UserError(f"no {_known_suffixes()} file matches the source {source}")
-        return cls(source, pinned, tuple(files))
-
-    def inputs(self) -> list[Input]:
-        commit = f"{self.pinned.partition('@')[2].partition('/')[0]} " if self.pinned else ""
-        return [Input(name=file.name, version=commit + file.version, size_bytes=file.size_bytes) for file in self.files]
-
-    def layouts(
-        self, text_column: str, progress: Callable[[], None] | None = None, damaged: Damage | None = None
-    ) -> Iterator[Layout]:
-        pieces = (
-            Piece(
-                name=file.name,
-                path="",
-                kind=kind_of(file.name) or "",
-                version=file.version or f"{file.size_bytes} bytes",
-                size_bytes=file.size_bytes,
-                file=file,
-            )
-            for file in self.files
-        )
-        return _layouts(pieces, text_column, progress, damaged, num_threads=_REMOTE_READERS)
+def _local_source(source: str) -> Source:
+    """A file, the files of a folder and its subfolders, or those that match a glob; names are relative to it."""
+    files = [(name, path, path.stat()) for name, path in _local_files(source)]
+    return Source(
+        inputs=[Input(name=name, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns) for name, _, stat in files],
+        whole_files=lambda: (_local_file(name, path, stat, kind_of(name) or "") for name, path, stat in files),
+        num_threads=_LOCAL_READERS,
+    )
 
 
-@dataclass(frozen=True)
-class InstalledDocs:
+def _local_files(source: str) -> list[tuple[str, Path]]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        if kind_of(path.name) is None:
+            raise UserError(f"source {source} is no {_KNOWN_SUFFIXES} file")
+        return [(path.name, path.absolute())]
+    if path.is_dir():
+        base, matches = path, path.rglob("*")
+        problem = f"source folder {source} holds no {_KNOWN_SUFFIXES} file"
+    elif glob.has_magic(source):
+        base = _fixed_part(path)
+        matches = base.glob(path.relative_to(base).as_posix())
+        problem = f"no {_KNOWN_SUFFIXES} file matches the source {source}"
+    else:
+        raise UserError(f"source {source} does not exist (looked for {path.absolute()})")
+    named = sorted((match.relative_to(base).as_posix(), match.absolute()) for match in matches)
+    files = [(name, file) for name, file in named if kind_of(name) and not _is_hidden(name) and file.is_file()]
+    if not files:
+        raise UserError(problem)
+    return files
+
+
+def _remote_source(source: str) -> Source:
+    """Files of the hub, of a bucket or of a web server, each at the version that it has now."""
+    pinned, files = remote_files.list_files(source)
+    files = [file for file in files if kind_of(file.name) is not None]
+    if not files:
+        raise UserError(f"no {_KNOWN_SUFFIXES} file matches the source {source}")
+    commit = f"{pinned.partition('@')[2].partition('/')[0]} " if pinned else ""
+    return Source(
+        inputs=[Input(name=file.name, version=commit + file.version, size_bytes=file.size_bytes) for file in files],
+        whole_files=lambda: map(_remote_file, files),
+        num_threads=_REMOTE_READERS,
+        pinned=pinned,
+    )
+
+
+def _installed_docs() -> Source:
     """The docstrings of the Python packages installed here (see docstrings.py)."""
+    return Source(
+        inputs=[Input(name=name, version=version) for name, version in docstrings.versions().items()],
+        whole_files=lambda: (_local_file(*file, "py") for file in docstrings.find_files()),
+        num_threads=1,
+    )
 
-    @property
-    def pinned(self) -> None:
-        return None
 
-    def inputs(self) -> list[Input]:
-        return [Input(name=name, version=version) for name, version in docstrings.versions().items()]
+def _local_file(name: str, path: Path, stat: os.stat_result, kind: str) -> FileSlice:
+    return FileSlice(name=name, path=str(path), kind=kind, version=local_version(stat), size_bytes=stat.st_size)
 
-    def layouts(
-        self, text_column: str, progress: Callable[[], None] | None = None, damaged: Damage | None = None
-    ) -> Iterator[Layout]:
-        pieces = (
-            Piece(name=name, path=str(path), kind="py", version=local_version(stat), size_bytes=stat.st_size)
-            for name, path, stat in docstrings.find_files()
-        )
-        return _layouts(pieces, text_column, progress, damaged, num_threads=1)
+
+def _remote_file(file: RemoteFile) -> FileSlice:
+    version = file.version or f"{file.size_bytes} bytes"
+    kind = kind_of(file.name) or ""
+    return FileSlice(name=file.name, path="", kind=kind, version=version, size_bytes=file.size_bytes, file=file)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -246,47 +233,24 @@ def is_text(arrow_type: pa.DataType) -> bool:
     )
 
 
-def _layouts(
-    pieces: Iterable[Piece],
-    text_column: str,
-    progress: Callable[[], None] | None,
-    damaged: Damage | None,
-    *,
-    num_threads: int,
-) -> Iterator[Layout]:
-    def layout(piece: Piece) -> Layout | DamagedInputError:
-        try:
-            return _row_groups(piece, text_column) if piece.kind == "parquet" else _ranges(piece)
-        except DamagedInputError as error:
-            return error
-
-    def results() -> Iterator[tuple[Piece, Layout | DamagedInputError]]:
-        pool = ThreadPoolExecutor(num_threads)
-        waiting: deque[tuple[Piece, Future[Layout | DamagedInputError]]] = deque()
-        try:
-            for piece in pieces:
-                waiting.append((piece, pool.submit(layout, piece)))
-                if len(waiting) > 4 * num_threads:
-                    yield waiting[0][0], waiting.popleft()[1].result()
-            while waiting:
+def _ahead(function: Callable[[A], B], items: Iterable[A], num_threads: int) -> Iterator[tuple[A, B]]:
+    """(item, function of item) in order, computed by threads four items a thread ahead of the caller."""
+    waiting: deque[tuple[A, Future[B]]] = deque()
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > 4 * num_threads:
                 yield waiting[0][0], waiting.popleft()[1].result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    for piece, result in results():
-        if progress:
-            progress()
-        if isinstance(result, Layout):
-            yield result
-        elif damaged is None:
-            raise result
-        else:
-            damaged.append({"name": piece.name, "reason": str(result)})
+        while waiting:
+            yield waiting[0][0], waiting.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _row_groups(whole: Piece, text_column: str) -> Layout:
+def _row_groups(whole: FileSlice, text_column: str) -> Layout:
     """One unit per row group, after a look at the schema."""
-    with reading(whole.where), open_piece(whole) as file:
+    with reading(whole.where), open_slice(whole) as file:
         metadata = pq.read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
     if text_column not in schema.names:
@@ -308,7 +272,7 @@ def _row_groups(whole: Piece, text_column: str) -> Layout:
     )
 
 
-def _ranges(whole: Piece) -> Layout:
+def _ranges(whole: FileSlice) -> Layout:
     """Byte ranges of a plain .jsonl file; anything else is read whole."""
     if whole.is_range:
         bounds = np.append(np.arange(0, whole.size_bytes, _RANGE_BYTES), whole.size_bytes)
@@ -328,12 +292,3 @@ def _fixed_part(pattern: Path) -> Path:
     while glob.has_magic(str(pattern)):
         pattern = pattern.parent
     return pattern
-
-
-def _known_suffixes() -> str:
-    return ".parquet, .jsonl or .txt (the last two also .gz or .zst)"
-
-
-def resolve_source(source: str) -> str:
-    """Return a source as every worker finds it: relative paths become absolute, addresses and installed-docs stay."""
-    return source if source == INSTALLED_DOCS else in_bucket(source) or str(resolve_path(source))

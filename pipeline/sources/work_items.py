@@ -1,13 +1,12 @@
-"""A piece is a part of one file that can be read on its own; a work item is what one task reads, one piece or more.
+"""A file slice is a part of one file that can be read on its own; a work item is what one task reads: slices.
 
-Both are plain values that any machine can be told. A file is opened here, and only if it is still what was planned;
+Both are plain values that can be sent to any machine. A file is opened here, and only if it is still what was planned;
 whatever goes wrong with it becomes one sentence here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -25,27 +24,27 @@ from pipeline.remote.files import RemoteFile
 COMPRESSIONS = (".gz", ".zst")
 
 Damage = list[dict[str, str]]
-"""What could not be read: {"name": which part of which file, "reason": a sentence}."""
+"""Everything that could not be read: {"name": the part of the file, "reason": a sentence}."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class FileSlice:
     """A part of one file that can be read on its own."""
 
     name: str
     path: str
-    """On this machine; empty for a remote file."""
+    """Path on this machine; empty for a remote file."""
     kind: str
     """parquet, jsonl, txt or py."""
     version: str
-    """What pins its content, here: hash or ETag of a remote file, or size and time of change of a local one."""
+    """Hash or ETag of a remote file, or size and time of change of a local one, which pins the content."""
     start: int = 0
     stop: int = 1
     """Row groups [start, stop) of parquet, lines that begin in bytes [start, stop) of plain JSON lines."""
     size_bytes: int
-    """Text in it, about."""
+    """Approximate bytes of text in it."""
     max_documents: int | None = None
-    """Records read at most: rows, lines that are not blank, files. Not given: all."""
+    """Largest number of records to read: rows, lines that are not blank, files. None: all."""
     file: RemoteFile | None = None
 
     @property
@@ -55,7 +54,7 @@ class Piece:
 
     @property
     def label(self) -> str:
-        """The same words on every machine."""
+        """Its name for records and messages, the same on every machine."""
         if self.kind == "parquet":
             return f"{self.name} row groups {self.start}-{self.stop}"
         return f"{self.name} bytes {self.start}-{self.stop}" if self.is_range else self.name
@@ -68,54 +67,45 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkItem:
-    """What one tokenization task reads, a part of one file or whole small files; plain values all through."""
+    """The slices that one tokenization task reads: parts of one file, or whole small files."""
 
     index: int
-    pieces: tuple[Piece, ...]
+    slices: tuple[FileSlice, ...]
     text_column: str
 
     @property
     def size_bytes(self) -> int:
-        """Text in it, about."""
-        return sum(piece.size_bytes for piece in self.pieces)
+        """Approximate bytes of text in it."""
+        return sum(file_slice.size_bytes for file_slice in self.slices)
 
     @property
     def label(self) -> str:
-        """The same words on every machine."""
-        first, last = self.pieces[0], self.pieces[-1]
+        """Its name for records and messages, the same on every machine."""
+        first, last = self.slices[0], self.slices[-1]
         return first.label if first is last else f"{first.label} to {last.label}"
 
     @property
     def key(self) -> str:
         """Hash of what is read, free of this machine's paths."""
-        parts = [(piece.name, piece.start, piece.stop, piece.version, piece.max_documents) for piece in self.pieces]
+        parts = [
+            (file_slice.name, file_slice.start, file_slice.stop, file_slice.version, file_slice.max_documents)
+            for file_slice in self.slices
+        ]
         return hashlib.sha256(json.dumps([self.index, self.text_column, parts]).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> WorkItem:
-        values = json.loads(text)
-        pieces = []
-        for piece in values.pop("pieces"):
-            file = piece.pop("file")
-            pieces.append(Piece(**piece, file=RemoteFile(**file) if file else None))
-        return cls(**values, pieces=tuple(pieces))
 
 
 def local_version(stat: os.stat_result) -> str:
     return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}"
 
 
-def open_piece(piece: Piece) -> BinaryIO:
-    """The file of a piece, for reading at any place; raises DamagedInputError where it is not what was planned."""
-    if piece.file is not None:
-        return remote_files.open_file(piece.file)
-    path = Path(piece.path)
-    if piece.kind != "py" and local_version(path.stat()) != piece.version:
-        raise DamagedInputError(  # modules are let pass: every machine of a cluster installs its own, at its own time
-            f"{piece.where} has changed since the plan was made; plan it anew, into another output folder"
+def open_slice(file_slice: FileSlice) -> BinaryIO:
+    """Open the file of a slice, to be read from any position; DamagedInputError where it is not what was planned."""
+    if file_slice.file is not None:
+        return remote_files.open_file(file_slice.file)
+    path = Path(file_slice.path)
+    if file_slice.kind != "py" and local_version(path.stat()) != file_slice.version:
+        raise DamagedInputError(  # not for modules, which every machine of a cluster installs at another time
+            f"{file_slice.where} has changed since the plan was made; plan it anew, into another output folder"
         )
     return path.open("rb")
 
@@ -129,7 +119,7 @@ def unpacked(file: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Whatever Arrow or the system raises about the file ``where``, as one sentence."""
+    """Turn whatever Arrow or the system raises about the file ``where`` into one sentence."""
     try:
         yield
     except FileNotFoundError as error:

@@ -144,7 +144,7 @@ def test_stages_of_an_item_are_one_task() -> None:
         tasks = {**row.figures.get("tasks", {}), name: ray.get_runtime_context().get_task_id()}
         yield ItemRow(item=row.item, figures={"text_bytes": 1, "tokens": 1, "is_last": True, "tasks": tasks}).to_table()
 
-    items = [WorkItem(index=index, pieces=(), text_column="text") for index in range(4)]
+    items = [WorkItem(index=index, slices=(), text_column="text") for index in range(4)]
     steps: ray_dataflow.Stages = [(tell_task, {"name": name}) for name in ("first", "second", "third")]
     parallelism = ray_dataflow.Parallelism(num_workers=2, download_workers=None, cache_bytes=1)
     tasks = [
@@ -164,7 +164,7 @@ def test_no_more_items_at_a_time_than_workers(num_workers: int) -> None:
         figures = {"text_bytes": 1, "tokens": 1, "is_last": True, "times": [start, time.time()]}
         yield ItemRow(item=row.item, figures=figures).to_table()
 
-    items = [WorkItem(index=index, pieces=(), text_column="text") for index in range(6)]
+    items = [WorkItem(index=index, slices=(), text_column="text") for index in range(6)]
     parallelism = ray_dataflow.Parallelism(num_workers=num_workers, download_workers=None, cache_bytes=1)
     times = [
         row.figures["times"] for row in ray_dataflow.run_items(items, [(note_times, {})], parallelism, title="test")

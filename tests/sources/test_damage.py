@@ -33,14 +33,14 @@ def damaged(content: bytes, kind: str) -> bytes:
 
 
 def read_what_is_left(source: Path, *, item_bytes: int = 1_000_000) -> tuple[list[str], list[dict[str, str]]]:
-    """Texts before the damage and the notes of it; the same from files and from what was gathered."""
+    """Texts before the damage and the notes of it; the same from files and from what was fetched."""
     outcomes = []
     for remote in (False, True):
         notes: list[dict[str, str]] = []
         texts: list[str] = []
         items = items_of(source, item_bytes=item_bytes)
         for item in as_remote(items) if remote else items:
-            table = column_chunks.gather(item, open_local) if remote else None
+            table = column_chunks.fetch_column_chunks(item, open_local) if remote else None
             for array in read_item(item, Counter(), table, notes):
                 texts += array.to_pylist()
         reasons = [{**note, "reason": note["reason"].replace("s3://", "")} for note in notes]
@@ -160,41 +160,41 @@ def test_any_damage_of_a_footer_is_a_text_or_a_sentence(tmp_path: Path, seed: in
 
 
 def outcome(source: Path) -> str:
-    """Of reading the file, and what was gathered of it."""
+    """Of reading the file, and what was fetched of it."""
     try:
         items = items_of(source)
         read_items(items)
         for item in as_remote(items):
-            list(read_item(item, Counter(), column_chunks.gather(item, open_local)))
+            list(read_item(item, Counter(), column_chunks.fetch_column_chunks(item, open_local)))
         column_chunks.needed_bytes(as_remote(items), open_local)
     except UserError:
         return "sentence"
     return "read"
 
 
-def test_a_footer_that_is_wrong_when_it_is_gathered(tmp_path: Path) -> None:
+def test_a_footer_that_is_wrong_when_it_is_fetched(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, [*RANDOM_TEXTS])
     (tmp_path / "b.txt").write_text("the next")
     (item,) = as_remote(items_of(tmp_path))
     for content in (b"nonsense", b"", path.read_bytes()[:-10], b"PAR1" + (10**9).to_bytes(4, "little") + b"PAR1"):
         path.write_bytes(content)
-        table = column_chunks.gather(item, open_local)
+        table = column_chunks.fetch_column_chunks(item, open_local)
         assert table["start"].to_pylist() == [column_chunks.DAMAGED, 0]
         with pytest.raises(DamagedInputError, match=r"a\.parquet cannot be read"):
             list(read_item(item, Counter(), table))
         notes: list[dict[str, str]] = []
         assert [array.to_pylist() for array in read_item(item, Counter(), table, notes)] == [["the next"]]
-        assert [note["name"] for note in notes] == [item.pieces[0].label]
+        assert [note["name"] for note in notes] == [item.slices[0].label]
 
 
-def test_a_file_that_ends_early_when_it_is_gathered(tmp_path: Path) -> None:
+def test_a_file_that_ends_early_when_it_is_fetched(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a text")
     (tmp_path / "b.jsonl").write_bytes(json_lines(["one", "two"]))
     (item,) = as_remote(items_of(tmp_path))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.jsonl").write_bytes(json_lines(["one"]))
-    reasons = [data.decode() for data in column_chunks.gather(item, open_local)["data"].to_pylist()]
+    reasons = [data.decode() for data in column_chunks.fetch_column_chunks(item, open_local)["data"].to_pylist()]
     assert "a.txt cannot be read, it may be damaged or truncated: it ends at byte 1, not 6" in reasons[0]
     assert "b.jsonl cannot be read" in reasons[1]
 
@@ -205,16 +205,18 @@ def test_files_that_vanish_or_are_closed_to_us(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(DamagedInputError, match=r"a\.parquet is missing"):
         list(read_item(item, Counter()))
-    assert column_chunks.gather(as_remote_unseen(item), open_local)["start"].to_pylist() == [column_chunks.DAMAGED]
+    assert column_chunks.fetch_column_chunks(as_remote_unseen(item), open_local)["start"].to_pylist() == [
+        column_chunks.DAMAGED
+    ]
     with pytest.raises(UserError, match="may not be read by this user") as raised, sources.reading("a.parquet"):
         raise PermissionError("no")
     assert not isinstance(raised.value, DamagedInputError)
 
 
 def as_remote_unseen(item: Any) -> Any:
-    Path(item.pieces[0].path).write_bytes(b"")
+    Path(item.slices[0].path).write_bytes(b"")
     moved = as_remote([item])[0]
-    Path(item.pieces[0].path).unlink()
+    Path(item.slices[0].path).unlink()
     return moved
 
 

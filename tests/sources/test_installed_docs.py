@@ -89,7 +89,7 @@ def test_installed_docs_on_a_made_up_environment(tmp_path: Path, monkeypatch: py
     assert [document.split("\n")[0] for document in documents] == ["pkg", "pkg.shapes", "shapes"]
     assert documents[1] == DOCUMENT
     assert skipped == {"module that cannot be parsed": 2, "module with little documentation": 2}
-    assert {entry.name: entry.version for entry in find("installed-docs").inputs()}["pkg"] == "1.5"
+    assert {entry.name: entry.version for entry in find("installed-docs").inputs}["pkg"] == "1.5"
 
 
 def test_installed_docs_here() -> None:

@@ -21,7 +21,7 @@ from pipeline.remote.files import RemoteFile
 from pipeline.sources import sources
 from pipeline.sources.plan import fetch_units, load_plan, make_plan, sample_plan, save_plan
 from pipeline.sources.sources import Layout, find
-from pipeline.sources.work_items import Piece, WorkItem
+from pipeline.sources.work_items import FileSlice, WorkItem
 from tests.support.texts import TEXTS, items_of, json_lines, read_items, write_parquet, zstd
 
 Sizes = list[list[tuple[int, int]]]
@@ -38,7 +38,7 @@ def layout_of(name: str, units: list[tuple[int, int]]) -> Layout:
     file = RemoteFile(url=f"s3://bucket/{name}", name=name, size_bytes=1000, version=f"etag:{name}")
     total = sum(size for size, _ in units)
     return Layout(
-        whole=Piece(name=name, path="", kind="parquet", version="v", size_bytes=total, file=file),
+        whole=FileSlice(name=name, path="", kind="parquet", version="v", size_bytes=total, file=file),
         bounds=np.arange(len(units) + 1),
         sizes=np.array([size for size, _ in units], np.int64),
         documents=np.array([rows for _, rows in units], np.int64),
@@ -52,10 +52,10 @@ def plan_of(files: Sizes, item_bytes: int, **limits: int) -> list[WorkItem]:
 def units_of(items: list[WorkItem]) -> list[tuple[int, int]]:
     """(file, row group) of every row group read."""
     return [
-        (int(piece.name[:2]), group)
+        (int(file_slice.name[:2]), group)
         for item in items
-        for piece in item.pieces
-        for group in range(piece.start, piece.stop)
+        for file_slice in item.slices
+        for group in range(file_slice.start, file_slice.stop)
     ]
 
 
@@ -76,7 +76,11 @@ def test_every_row_group_is_in_one_item_in_order(files: Sizes, item_bytes: int) 
     assert units_of(items) == all_units(files)
     assert [item.index for item in items] == list(range(len(items)))
     for item in items:
-        sizes = [size for piece in item.pieces for size, _ in files[int(piece.name[:2])][piece.start : piece.stop]]
+        sizes = [
+            size
+            for file_slice in item.slices
+            for size, _ in files[int(file_slice.name[:2])][file_slice.start : file_slice.stop]
+        ]
         assert item.size_bytes == sum(sizes)
         assert item.size_bytes <= item_bytes or len(sizes) == 1
 
@@ -85,12 +89,13 @@ def test_every_row_group_is_in_one_item_in_order(files: Sizes, item_bytes: int) 
 def test_an_item_is_a_part_of_one_file_or_whole_files(files: Sizes, item_bytes: int) -> None:
     items = plan_of(files, item_bytes)
     whole = [
-        all(piece.stop - piece.start == len(files[int(piece.name[:2])]) for piece in item.pieces) for item in items
+        all(file_slice.stop - file_slice.start == len(files[int(file_slice.name[:2])]) for file_slice in item.slices)
+        for item in items
     ]
-    assert all(is_whole or len(item.pieces) == 1 for is_whole, item in zip(whole, items, strict=True))
+    assert all(is_whole or len(item.slices) == 1 for is_whole, item in zip(whole, items, strict=True))
     for (is_whole, item), (is_next_whole, next_item) in itertools.pairwise(zip(whole, items, strict=True)):
         if is_whole and is_next_whole:  # they would not have fitted together
-            assert item.size_bytes + next_item.pieces[0].size_bytes > item_bytes
+            assert item.size_bytes + next_item.slices[0].size_bytes > item_bytes
 
 
 def fewest_parts(sizes: list[int], limit: int) -> tuple[int, int]:
@@ -140,10 +145,10 @@ def test_a_source_without_text() -> None:
 
 def records_of(items: list[WorkItem], files: Sizes) -> int:
     total = 0
-    for piece in (piece for item in items for piece in item.pieces):
-        rows = sum(rows for _, rows in files[int(piece.name[:2])][piece.start : piece.stop])
-        assert piece.max_documents is None or piece.max_documents < rows  # given only where it cuts something
-        total += rows if piece.max_documents is None else piece.max_documents
+    for file_slice in (file_slice for item in items for file_slice in item.slices):
+        rows = sum(rows for _, rows in files[int(file_slice.name[:2])][file_slice.start : file_slice.stop])
+        assert file_slice.max_documents is None or file_slice.max_documents < rows  # given only where it cuts something
+        total += rows if file_slice.max_documents is None else file_slice.max_documents
     return total
 
 
@@ -158,7 +163,9 @@ def test_limit_documents_is_exact(files: Sizes, item_bytes: int, limit: int) -> 
         pytest.fail("a limit never leaves nothing")
     assert records_of(items, files) == min(limit, sum(rows for units in files for _, rows in units))
     assert units_of(items) == all_units(files)[: len(units_of(items))]
-    cut = [piece.max_documents for item in items for piece in item.pieces if piece.max_documents is not None]
+    cut = [
+        file_slice.max_documents for item in items for file_slice in item.slices if file_slice.max_documents is not None
+    ]
     assert len(cut) <= 1
 
 
@@ -244,11 +251,11 @@ def test_samples_are_bounded(files: Sizes, item_bytes: int, sample_bytes: int) -
     assert units == sorted(set(units))
     assert sum(item.size_bytes for item in items) <= sample_bytes or len(units) == 1
     for item in items:
-        num_units = sum(piece.stop - piece.start for piece in item.pieces)
+        num_units = sum(file_slice.stop - file_slice.start for file_slice in item.slices)
         assert item.size_bytes <= item_bytes or num_units == 1
-        names = {piece.name for piece in item.pieces}
+        names = {file_slice.name for file_slice in item.slices}
         assert len(names) == 1 or all(
-            piece.stop - piece.start == len(files[int(piece.name[:2])]) for piece in item.pieces
+            file_slice.stop - file_slice.start == len(files[int(file_slice.name[:2])]) for file_slice in item.slices
         )
     if sum(size for file in files for size, _ in file) <= sample_bytes:
         assert items == plan_of(files, item_bytes)
@@ -259,7 +266,7 @@ def test_samples_are_spread_over_the_whole_source() -> None:
     items = sample_plan(layouts_of(files), text_column="text", item_bytes=1000, sample_bytes=50)
     assert units_of(items) == [(1, 99), (3, 99), (5, 99), (7, 99), (9, 99)]
     items = sample_plan(layouts_of(files), text_column="text", item_bytes=1000, sample_bytes=1000)
-    assert [len(item.pieces) for item in items] == [10] * 10  # an item per file, however far apart its parts are
+    assert [len(item.slices) for item in items] == [10] * 10  # an item per file, however far apart its parts are
 
 
 # ---- plans on disk and keys ------------------------------------------------------------------------------------------
@@ -275,8 +282,10 @@ def test_a_plan_survives_its_file(files: Sizes, item_bytes: int, limit: int | No
     content = save_plan(items)
     assert load_plan(content) == items
     assert load_plan(save_plan(items[1:])) == items[1:]
-    assert all(WorkItem.from_json(item.to_json()) == item for item in items)
-    assert len(content.splitlines()) == 1 + len(items) + len({piece.name for item in items for piece in item.pieces})
+    assert all(load_plan(save_plan([item])) == [item] for item in items)
+    assert len(content.splitlines()) == 1 + len(items) + len(
+        {file_slice.name for item in items for file_slice in item.slices}
+    )
 
 
 def test_a_plan_of_local_files_survives_its_file(tmp_path: Path) -> None:
@@ -310,10 +319,10 @@ def test_a_plan_is_the_same_on_every_machine_but_knows_changes(tmp_path: Path) -
         write_parquet(tmp_path / folder / "a.parquet", [*TEXTS])
         os.utime(tmp_path / folder / "a.parquet", ns=(0, 12345))
         (item,) = items_of(tmp_path / folder)
-        keys.append((item.key, item.label, [entry.describe() for entry in find(str(tmp_path / folder)).inputs()]))
+        keys.append((item.key, item.label, [entry.manifest_entry() for entry in find(str(tmp_path / folder)).inputs]))
     assert keys[0] == keys[1]
     assert str(tmp_path) not in json.dumps(keys)
-    piece = dataclasses.replace(item.pieces[0], max_documents=1)
-    assert dataclasses.replace(item, pieces=(piece,)).key != item.key
+    file_slice = dataclasses.replace(item.slices[0], max_documents=1)
+    assert dataclasses.replace(item, slices=(file_slice,)).key != item.key
     os.utime(tmp_path / "there" / "a.parquet", ns=(0, 12346))
     assert items_of(tmp_path / "there")[0].key != keys[0][0]

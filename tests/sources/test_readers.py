@@ -1,4 +1,4 @@
-"""Reading: every format against the texts that went in, from files and from what was gathered of them."""
+"""Reading: every format against the texts that went in, from files and from what was fetched of them."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from pipeline.sources import column_chunks
 from pipeline.sources.plan import make_plan
 from pipeline.sources.readers import read_item
 from pipeline.sources.sources import find
-from pipeline.sources.work_items import Piece, WorkItem, open_piece
-from tests.support.texts import TEXTS, items_of, json_lines, read, read_gathered, write_parquet, zstd
+from pipeline.sources.work_items import FileSlice, WorkItem, open_slice
+from tests.support.texts import TEXTS, items_of, json_lines, read, read_fetched, write_parquet, zstd
 
 
 def as_remote(items: list[WorkItem]) -> list[WorkItem]:
     """The same items of files that lie elsewhere; ``open_local`` opens them."""
 
-    def moved(piece: Piece) -> Piece:
-        size_bytes = Path(piece.path).stat().st_size
-        url = f"s3://{piece.path}"
+    def moved(file_slice: FileSlice) -> FileSlice:
+        size_bytes = Path(file_slice.path).stat().st_size
+        url = f"s3://{file_slice.path}"
         return dataclasses.replace(
-            piece, path="", file=RemoteFile(url=url, name=piece.name, size_bytes=size_bytes, version="")
+            file_slice, path="", file=RemoteFile(url=url, name=file_slice.name, size_bytes=size_bytes, version="")
         )
 
-    return [dataclasses.replace(item, pieces=tuple(moved(piece) for piece in item.pieces)) for item in items]
+    return [dataclasses.replace(item, slices=tuple(moved(file_slice) for file_slice in item.slices)) for item in items]
 
 
-def open_local(piece: Piece) -> BinaryIO:
-    assert piece.file is not None
-    return Path(piece.file.url.removeprefix("s3://")).open("rb")
+def open_local(file_slice: FileSlice) -> BinaryIO:
+    assert file_slice.file is not None
+    return Path(file_slice.file.url.removeprefix("s3://")).open("rb")
 
 
-def gathered(source: Path | str, *, item_bytes: int = 1_000_000) -> list[str]:
-    return read_gathered(as_remote(items_of(source, item_bytes=item_bytes)), open_local)
+def fetched(source: Path | str, *, item_bytes: int = 1_000_000) -> list[str]:
+    return read_fetched(as_remote(items_of(source, item_bytes=item_bytes)), open_local)
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def gathered(source: Path | str, *, item_bytes: int = 1_000_000) -> list[str]:
 )
 def test_parquet(tmp_path: Path, item_bytes: int, column: pa.DataType, options: dict[str, Any]) -> None:
     write_parquet(tmp_path / "a.parquet", [*TEXTS], column=column, **options)
-    assert read(tmp_path, item_bytes=item_bytes) == gathered(tmp_path, item_bytes=item_bytes) == TEXTS
+    assert read(tmp_path, item_bytes=item_bytes) == fetched(tmp_path, item_bytes=item_bytes) == TEXTS
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_parquet(tmp_path: Path, item_bytes: int, column: pa.DataType, options: 
 )
 def test_json_lines(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert read(tmp_path / name) == gathered(tmp_path / name) == TEXTS
+    assert read(tmp_path / name) == fetched(tmp_path / name) == TEXTS
 
 
 @settings(max_examples=60)
@@ -93,7 +93,7 @@ def test_json_ranges_cover_every_line_once(
         patch.setattr("pipeline.sources.sources._RANGE_BYTES", range_bytes)
         patch.setattr("pipeline.sources.json_lines._CHUNK_BYTES", chunk_bytes)
         patch.setattr("pipeline.sources.column_chunks._GAP_BYTES", chunk_bytes)
-        assert read(path, item_bytes=1) == gathered(path, item_bytes=1) == texts
+        assert read(path, item_bytes=1) == fetched(path, item_bytes=1) == texts
 
 
 def test_text_files(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("first ½".encode()))
     (tmp_path / "d.txt.zst").write_bytes(zstd(b"fourth"))
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfsecond")
-    assert read(tmp_path) == gathered(tmp_path) == ["first ½", "second", "third\r\nand last", "fourth"]
+    assert read(tmp_path) == fetched(tmp_path) == ["first ½", "second", "third\r\nand last", "fourth"]
     assert len(items_of(tmp_path)) == 1
     assert len(items_of(tmp_path, item_bytes=1)) == 4
 
@@ -111,7 +111,7 @@ def test_mixed_folder_keeps_the_order_of_names(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", ["3", "4", "5"])
     (tmp_path / "c.txt").write_text("6")
     (tmp_path / "d.parquet").write_bytes((tmp_path / "b.parquet").read_bytes())
-    assert read(tmp_path) == gathered(tmp_path) == list("123456345")
+    assert read(tmp_path) == fetched(tmp_path) == list("123456345")
 
 
 def test_nulls_and_blanks_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_nulls_and_blanks_are_counted_and_left_out(tmp_path: Path) -> None:
     assert skipped == {"null": 3, "blank": 4}
 
 
-# ---- what is gathered ------------------------------------------------------------------------------------------------
+# ---- what is fetched ------------------------------------------------------------------------------------------------
 
 
-def test_gathered_row_groups_are_nothing_but_the_text_column(tmp_path: Path) -> None:
+def test_fetched_row_groups_are_nothing_but_the_text_column(tmp_path: Path) -> None:
     texts = [random.Random(number).randbytes(2000).hex() for number in range(60)]
     noise = [random.Random(-number).randbytes(20_000) for number in range(60)]
     table = pa.table({"a": noise, "text": texts, "b": noise})
@@ -136,22 +136,22 @@ def test_gathered_row_groups_are_nothing_but_the_text_column(tmp_path: Path) -> 
     layouts = list(find(str(tmp_path)).layouts("text"))
     plan = make_plan(layouts, text_column="text", item_bytes=90_000)
     items = as_remote(plan)
-    assert read_gathered(items, open_local) == [*texts, *texts, texts[0]]
+    assert read_fetched(items, open_local) == [*texts, *texts, texts[0]]
     tail_bytes = 1 << 16
     for item in items:
-        table = column_chunks.gather(item, open_local)
+        table = column_chunks.fetch_column_chunks(item, open_local)
         sizes = [len(data) for data in table["data"].to_pylist()]
         assert sum(sizes) <= item.size_bytes + tail_bytes + 5000  # a line may go on behind its range
         needed = column_chunks.needed_bytes([item], open_local)
         assert abs(needed - sum(sizes)) <= tail_bytes + 5000
     footer = pq.read_metadata(tmp_path / "a.parquet").serialized_size
-    parts = [item for item in items if item.pieces[0].kind == "parquet"]
+    parts = [item for item in items if item.slices[0].kind == "parquet"]
     together = column_chunks.needed_bytes(parts, open_local)
     assert together == sum(column_chunks.needed_bytes([item], open_local) for item in parts) - footer * (len(parts) - 1)
     assert together < (tmp_path / "a.parquet").stat().st_size / 5
 
 
-def test_reads_of_a_gathered_file_are_few(tmp_path: Path) -> None:
+def test_reads_of_a_fetched_file_are_few(tmp_path: Path) -> None:
     class Counted:
         def __init__(self, file: BinaryIO) -> None:
             self.file = file
@@ -173,27 +173,29 @@ def test_reads_of_a_gathered_file_are_few(tmp_path: Path) -> None:
     table = pa.table({"a": [b"x" * 3000] * 300, "text": ["y" * 3000] * 300})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="none", use_dictionary=False)
     (item,) = as_remote(items_of(tmp_path, item_bytes=10**9))
-    file = Counted(open_local(item.pieces[0]))
-    column_chunks.gather(item, lambda piece: file)  # type: ignore[arg-type, return-value]
+    file = Counted(open_local(item.slices[0]))
+    column_chunks.fetch_column_chunks(item, lambda file_slice: file)  # type: ignore[arg-type, return-value]
     assert len(file.reads) == 3  # end of file, footer, 300 chunks of the column with what lies between
 
 
 def test_large_pieces_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sources.column_chunks._MAX_PIECE_BYTES", 20)
-    monkeypatch.setattr("pipeline.sources.readers.open_piece", lambda piece: open_local(piece) if piece.file else None)
+    monkeypatch.setattr("pipeline.sources.column_chunks._MAX_SLICE_BYTES", 20)
+    monkeypatch.setattr(
+        "pipeline.sources.readers.open_slice", lambda file_slice: open_local(file_slice) if file_slice.file else None
+    )
     (tmp_path / "a.jsonl").write_bytes(json_lines(["large " * 10]))
     write_parquet(tmp_path / "b.parquet", ["large " * 10])
     (tmp_path / "c.txt").write_text("large " * 10)
     (tmp_path / "d.txt").write_text("small")
     (item,) = as_remote(items_of(tmp_path))
-    table = column_chunks.gather(item, open_local)
-    assert table.to_pylist() == [{"piece": 3, "start": 0, "data": b"small"}]
+    table = column_chunks.fetch_column_chunks(item, open_local)
+    assert table.to_pylist() == [{"slice": 3, "start": 0, "data": b"small"}]
     texts = [text for array in read_item(item, Counter(), table) for text in array.to_pylist()]
     assert texts == [*["large " * 10] * 3, "small"]
 
 
 def test_what_was_not_fetched_is_not_read() -> None:
-    file = column_chunks.SegmentFile([(100, b"def"), (10, b"abc")])
+    file = column_chunks.SparseFile([(100, b"def"), (10, b"abc")])
     assert file.seek(0, 2) == 103
     file.seek(10)
     assert (file.read(2), file.read(1), file.tell()) == (b"ab", b"c", 13)
@@ -325,7 +327,7 @@ def test_a_giant_line_has_an_array_to_itself(tmp_path: Path, monkeypatch: pytest
         (tmp_path / "a.jsonl").write_bytes(content)
         (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
         expected = texts[-content.count(b"\n") :]
-        assert read(tmp_path) == gathered(tmp_path) == expected * 2
+        assert read(tmp_path) == fetched(tmp_path) == expected * 2
     assert [len(array) for array in arrays_of(tmp_path / "a.jsonl")] == [1, 2, 1]
     (tmp_path / "a.jsonl").write_bytes(b'{"text": null, "other": "' + b"z" * 5000 + b'"}\n')
     assert arrays_of(tmp_path / "a.jsonl") == []
@@ -335,9 +337,9 @@ def test_unreachable_is_not_damaged(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (item,) = as_remote(items_of(tmp_path))
 
-    def open_file(piece: Piece) -> BinaryIO:
-        raise UserError(f"{piece.where} cannot be reached")
+    def open_file(file_slice: FileSlice) -> BinaryIO:
+        raise UserError(f"{file_slice.where} cannot be reached")
 
     with pytest.raises(UserError, match="cannot be reached"):
-        column_chunks.gather(item, open_file)
-    assert open_piece(items_of(tmp_path)[0].pieces[0]).read() == b"a"
+        column_chunks.fetch_column_chunks(item, open_file)
+    assert open_slice(items_of(tmp_path)[0].slices[0]).read() == b"a"

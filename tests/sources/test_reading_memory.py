@@ -1,8 +1,8 @@
 """Peak memory of a process that reads giant documents and row groups: ceilings in MB, of which some 75 are imports.
 
-Measured on two busy cores: a JSON line, a .txt and a .txt.gz of 1 GB 1,092 to 1,143 MB; from gathered bytes 2,096; one
+Measured on two busy cores: a JSON line, a .txt and a .txt.gz of 1 GB 1,092 to 1,143 MB; from fetched bytes 2,096; one
 parquet cell of 1 GB 2,075 (uncompressed, no dictionary) to 3,427 (both); a row group of 2.2 GB 194 to 563, by the size
-of its pages and its dictionary; a plan's items of 128 MB 248, gathered 416.
+of its pages and its dictionary; a plan's items of 128 MB 248, fetched 416.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def open_plain(path: Path) -> BinaryIO:
     ("name", "opener", "mode", "ceiling_mb"),
     [
         ("a.jsonl", open_plain, "file", 1250),
-        ("a.jsonl", open_plain, "gather", 2250),
+        ("a.jsonl", open_plain, "fetched", 2250),
         ("a.jsonl.gz", open_gz, "file", 1250),
         ("a.txt", open_plain, "file", 1200),
         ("a.txt.gz", open_gz, "file", 1200),
@@ -118,7 +118,7 @@ def test_a_row_group_of_two_gigabytes(
     assert figures["peak_mb"] < ceiling_mb, figures
 
 
-@pytest.mark.parametrize(("mode", "ceiling_mb"), [("file", 350), ("gather", 550)])
+@pytest.mark.parametrize(("mode", "ceiling_mb"), [("file", 350), ("fetched", 550)])
 def test_items_of_an_ordinary_file(tmp_path: Path, mode: str, ceiling_mb: int) -> None:
     """250 MB in row groups of 3 MB, two items."""
     body = block(3000)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.sources.plan import make_plan
+from pipeline.sources.plan import make_plan, save_plan
 from pipeline.sources.readers import read_item
 from pipeline.sources.sources import Input, find
 from tests.support.fake_hub import NAME, FakeHub, running_hub
@@ -23,7 +23,7 @@ from tests.support.texts import (
     json_lines,
     mistake,
     read,
-    read_gathered,
+    read_fetched,
     read_items,
     write_parquet,
     zstd,
@@ -53,7 +53,7 @@ def test_names_of_local_files(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
 
     def names(source: str) -> list[str]:
-        return [entry.name for entry in find(source).inputs()]
+        return [entry.name for entry in find(source).inputs]
 
     assert names(str(tmp_path)) == ["a.txt.gz", "b.ndjson", "c.txt", "deep/b.txt.zst"]
     assert names(f"{tmp_path}/*.txt") == ["c.txt"]
@@ -61,7 +61,7 @@ def test_names_of_local_files(tmp_path: Path) -> None:
     assert names(f"{tmp_path}/deep/b*") == ["b.txt.zst"]
     assert names(f"{tmp_path}/c.txt") == ["c.txt"]
     stat = (tmp_path / "c.txt").stat()
-    assert find(f"{tmp_path}/c.txt").inputs() == [Input(name="c.txt", size_bytes=1, mtime_ns=stat.st_mtime_ns)]
+    assert find(f"{tmp_path}/c.txt").inputs == [Input(name="c.txt", size_bytes=1, mtime_ns=stat.st_mtime_ns)]
 
 
 def test_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,10 +203,10 @@ def test_hub_plan_pins_the_commit(hub: FakeHub) -> None:
     source = find(f"hf://datasets/{NAME}/data")
     items = make_plan(source.layouts("text"), text_column="text", item_bytes=1)
     assert [item.label for item in items][:2] == ["data/a.parquet row groups 0-1", "data/a.parquet row groups 1-2"]
-    assert [entry.version.partition(":")[0] for entry in source.inputs()] == [f"{'a' * 40} sha256"] * 2
+    assert [entry.version.partition(":")[0] for entry in source.inputs] == [f"{'a' * 40} sha256"] * 2
     assert source.pinned == f"hf://datasets/{NAME}@{'a' * 40}/data"
     hub.push("b" * 40, {"data/a.parquet": b"moved on"})
-    assert read_items(items) == read_gathered(items) == [*TEXTS, "b1", "b2", "b3"]
+    assert read_items(items) == read_fetched(items) == [*TEXTS, "b1", "b2", "b3"]
     assert read(str(source.pinned)) == [*TEXTS, "b1", "b2", "b3"]
 
 
@@ -215,7 +215,7 @@ def test_hub_token_comes_from_the_environment(hub: FakeHub, monkeypatch: pytest.
     (item,) = items_of(f"hf://datasets/{NAME}/data/b.parquet")
     list(read_item(item, Counter()))
     assert hub.tokens == {"Bearer hf_secret"}
-    assert "hf_secret" not in item.to_json()
+    assert "hf_secret" not in save_plan([item]).decode()
 
 
 def test_hub_mistakes(hub: FakeHub) -> None:
@@ -233,19 +233,19 @@ def test_bucket(s3: S3, files: dict[str, bytes], item_bytes: int, monkeypatch: p
         s3.put(f"texts/{name}", content)
     items = items_of(f"{s3.url}/texts", item_bytes=item_bytes)
     assert len(items) == (1 if item_bytes > 1 else 3 + 2 + 5 + 1)
-    assert read_items(items) == read_gathered(items) == [*TEXTS, "b1", "b2", "b3", "c1", "c2", "d1"]
+    assert read_items(items) == read_fetched(items) == [*TEXTS, "b1", "b2", "b3", "c1", "c2", "d1"]
     s3.put("texts/more/c.jsonl", json_lines(["x1", "x2"]))
     with pytest.raises(DamagedInputError, match=r"more/c\.jsonl has changed since"):
         read_items(items)
     with pytest.raises(DamagedInputError, match=r"more/c\.jsonl has changed since"):
-        read_gathered(items)
+        read_fetched(items)
 
 
 def test_bucket_mistakes(s3: S3) -> None:
     assert "file matches the source" in mistake(f"{s3.url}/absent")
     s3.put("a.txt", b"a")
     items = items_of(s3.url)
-    moved = dataclasses.replace(items[0].pieces[0].file, url=f"{s3.url}/gone.txt")  # type: ignore[type-var]
-    item = dataclasses.replace(items[0], pieces=(dataclasses.replace(items[0].pieces[0], file=moved),))
+    moved = dataclasses.replace(items[0].slices[0].file, url=f"{s3.url}/gone.txt")  # type: ignore[type-var]
+    item = dataclasses.replace(items[0], slices=(dataclasses.replace(items[0].slices[0], file=moved),))
     with pytest.raises(UserError, match=r"gone\.txt"):
         read_items([item])

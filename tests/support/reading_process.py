@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.remote.files import RemoteFile
-from pipeline.sources.column_chunks import gather
+from pipeline.sources.column_chunks import fetch_column_chunks
 from pipeline.sources.plan import make_plan
 from pipeline.sources.readers import read_item
 from pipeline.sources.sources import find
-from pipeline.sources.work_items import open_piece
+from pipeline.sources.work_items import open_slice
 
 
 def memory_mb(name: str) -> float:
@@ -25,7 +25,7 @@ def memory_mb(name: str) -> float:
 
 
 def main(source: str, mode: str, item_bytes: str) -> None:
-    """``mode``: whether the items are read from the file or gathered first."""
+    """``mode``: whether the items are read from the file or fetched first."""
     (layout,) = find(source).layouts("text")
     items = make_plan([layout], text_column="text", item_bytes=int(item_bytes))
     before_mb = memory_mb("VmRSS")
@@ -33,12 +33,12 @@ def main(source: str, mode: str, item_bytes: str) -> None:
     documents = text_bytes = largest_array = 0
     for item in items:
         table = None
-        if mode == "gather":
-            size_bytes = Path(item.pieces[0].path).stat().st_size
+        if mode == "fetched":
+            size_bytes = Path(item.slices[0].path).stat().st_size
             file = RemoteFile(url="s3://bucket/name", name="name", size_bytes=size_bytes, version="")
-            local = item.pieces[0]
-            item = dataclasses.replace(item, pieces=(dataclasses.replace(local, path="", file=file),))  # noqa: PLW2901
-            table = gather(item, lambda piece, local=local: open_piece(local))  # type: ignore[misc]
+            local = item.slices[0]
+            item = dataclasses.replace(item, slices=(dataclasses.replace(local, path="", file=file),))  # noqa: PLW2901
+            table = fetch_column_chunks(item, lambda file_slice, local=local: open_slice(local))  # type: ignore[misc]
         for array in read_item(item, Counter(), table):
             documents += len(array)
             offsets = array.buffers()[1]

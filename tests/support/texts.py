@@ -14,10 +14,10 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.sources import column_chunks
-from pipeline.sources.plan import make_plan
+from pipeline.sources.plan import load_plan, make_plan, save_plan
 from pipeline.sources.readers import read_item
 from pipeline.sources.sources import find
-from pipeline.sources.work_items import Piece, WorkItem, open_piece
+from pipeline.sources.work_items import FileSlice, WorkItem, open_slice
 
 TEXTS = [
     "A first text.",
@@ -50,7 +50,7 @@ def items_of(source: Path | str, *, item_bytes: int = 1_000_000, text_column: st
 
 def read_items(items: list[WorkItem], **options: Any) -> list[str]:
     """The texts of all items; every item survives its way through JSON first."""
-    copies = [WorkItem.from_json(item.to_json()) for item in items]
+    copies = load_plan(save_plan(items))
     arrays = [array for item in copies for array in read_item(item, options.get("skipped", Counter()))]
     assert {array.type for array in arrays} <= {pa.large_string()}
     assert not any(array.null_count for array in arrays)
@@ -61,13 +61,13 @@ def read(source: Path | str, *, item_bytes: int = 1_000_000, **options: Any) -> 
     return read_items(items_of(source, item_bytes=item_bytes), **options)
 
 
-def read_gathered(items: list[WorkItem], open_file: Callable[[Piece], BinaryIO] = open_piece) -> list[str]:
-    """The texts of items of a remote source, read from what was gathered of it and nothing else."""
+def read_fetched(items: list[WorkItem], open_file: Callable[[FileSlice], BinaryIO] = open_slice) -> list[str]:
+    """The texts of items of a remote source, read from what was fetched of it and nothing else."""
     texts = []
     for item in items:
-        table = column_chunks.gather(item, open_file)
+        table = column_chunks.fetch_column_chunks(item, open_file)
         assert table.schema == column_chunks.SCHEMA
-        assert set(table["piece"].to_pylist()) == set(range(len(item.pieces)))  # nothing is left to be opened
+        assert set(table["slice"].to_pylist()) == set(range(len(item.slices)))  # nothing is left to be opened
         texts += [text for array in read_item(item, Counter(), table) for text in array.to_pylist()]
     return texts
 

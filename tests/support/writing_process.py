@@ -44,7 +44,7 @@ def main(source: str, output: str, tokenizer: str, item_bytes: str) -> None:
     before_mb, start = memory_mb("VmRSS"), time.perf_counter()
     text_bytes = tokens = 0
     for item in items:
-        table = ItemRow(item=item.to_json()).to_table()
+        table = ItemRow.of(item).to_table()
         for result in ray_dataflow.in_turn(table, [(stages.encode, {"job": job}), (stages.write, {"job": job})]):
             row = ItemRow.from_table(result)
             row.raise_error()
