@@ -6,6 +6,7 @@ The order of things: the output folder is claimed, the plan made or found, the t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -15,19 +16,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import ReadingConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, save_tokenizer
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preprocessing import deduplication, ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import add_counts
+from pipeline.preprocessing.planning import plan_all
 from pipeline.preprocessing.ray_dataflow import Parallelism
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.preprocessing.stages import EncodeJob
-from pipeline.preprocessing.tokenizer_training import learn, read_layouts
-from pipeline.sources import plan as plan_module
+from pipeline.preprocessing.tokenizer_training import learn
 from pipeline.sources.sources import Source
-from pipeline.sources.work_items import Damage, WorkItem
+from pipeline.sources.work_items import WorkItem
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer import bpe
 
@@ -37,47 +38,71 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a tokenization did."""
+class DataReport:
+    """A finished data set in figures (summary.json), and the run that finished it."""
 
-    manifest: Manifest
-    num_items: int
-    """Work items of the source."""
-    num_items_done: int
-    """Of them, in this run; the rest had been done before."""
-    text_bytes: int
-    """Of the documents encoded in this run."""
-    tokens: int
-    """Written in this run."""
+    documents: int
+    text_megabytes: float
+    """UTF-8 bytes of the documents / 10^6."""
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+    skipped: dict[str, int]
+    """Reason -> documents left out."""
+    megabytes_per_second: float
+    """Text read, encoded and written per second over all workers, in the run that finished the data."""
     seconds: float
-    """Of this run, training a tokenizer included."""
-    encode_seconds: float
-    """Of them, reading, encoding and writing, with the seconds that Ray takes to start the first tasks."""
+    """Duration of that run, including the training of a tokenizer."""
+    damaged: int = 0
+    """Inputs that could not be read whole (--skip_bad_files); the manifest lists them."""
+    num_items: int = 0
+    """Work items of the source."""
+    num_items_done: int = 0
+    """Work items that the run did; the rest had been done before."""
+    text_bytes: int = 0
+    """UTF-8 bytes of the documents that the run encoded."""
+    tokens: int = 0
+    """Tokens that the run wrote."""
+    encode_seconds: float = 0.0
+    """Reading, encoding and writing, including the seconds that Ray takes to start the first tasks."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.text_megabytes * 1e6 / (self.train_tokens + self.val_tokens)
 
 
-def finished(config: TokenizeConfig, output: Folder) -> Manifest | None:
+def given_tokenizer(config: TokenizeConfig) -> bpe.Tokenizer | None:
+    """The tokenizer that the settings name; None where one is trained."""
+    return bpe.Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+
+
+def finished(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None = None) -> Manifest | None:
     """The manifest, if ``output`` holds all shards of this config already; needs no Ray.
+
+    ``given``: ``given_tokenizer(config)``, so that its file is read once; it is read here if it is left out.
 
     Raises UserError where the folder was begun with other settings or other input.
     """
     if resume_state.read_run(output) is None:
         return None
-    fingerprint = bpe.Tokenizer.from_file(config.tokenizer).fingerprint if config.tokenizer else None
-    return resume_state.finished(config, output, resume_state.settings_of(config, fingerprint))
+    given = given or given_tokenizer(config)
+    settings = resume_state.settings_of(config, given.fingerprint if given else None)
+    return resume_state.finished(config, output, settings)
 
 
-def tokenize(config: TokenizeConfig, output: Folder) -> Summary:
+def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None = None) -> DataReport:
     """Write the shards of ``config.source`` to ``output``, or what is left of them, and the manifest.
 
-    Raises UserError for what the user can mend, whichever worker met it; the same call then goes on.
+    ``given``: as of ``finished``. Raises UserError for what the user can mend, whichever worker met it; the same call
+    then goes on.
     """
     start = time.perf_counter()
-    given = bpe.Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+    given = given or given_tokenizer(config)
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
     source = resume_state.find_source(config.source, output)
     run = RunRecord(source=config.source, pinned=source.pinned, settings=settings, inputs=tuple(source.inputs))
     resume_state.claim(output, run)
-    items = _plan(config, source, output)
+    items = plan_all(config, source, output)
     tokenizer = _prepare_tokenizer(config, given, source, output)
     parallelism = Parallelism.of(config)
     job = EncodeJob(
@@ -103,35 +128,23 @@ def tokenize(config: TokenizeConfig, output: Folder) -> Summary:
         text_bytes += row.figures["text_bytes"]
         tokens += row.figures["tokens"]
     encode_seconds = time.perf_counter() - encode_start
-    return Summary(
-        manifest=_finish(run, tokenizer, keys, output),
+    manifest = _finish(run, tokenizer, keys, output)
+    return DataReport(
+        documents=manifest.documents("train") + manifest.documents("val"),
+        text_megabytes=(manifest.text_bytes("train") + manifest.text_bytes("val")) / 1e6,
+        train_tokens=manifest.tokens("train"),
+        val_tokens=manifest.tokens("val"),
+        vocab_size=manifest.vocab_size,
+        skipped=manifest.skipped,
+        megabytes_per_second=text_bytes / 1e6 / encode_seconds if encode_seconds else 0.0,
+        seconds=time.perf_counter() - start,
+        damaged=len(manifest.damaged),
         num_items=len(items),
         num_items_done=len(left),
         text_bytes=text_bytes,
         tokens=tokens,
-        seconds=time.perf_counter() - start,
         encode_seconds=encode_seconds,
     )
-
-
-def _plan(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkItem]:
-    """The work items that the folder was begun with, or new ones, noted in it."""
-    items = resume_state.read_plan(output)
-    if items is not None:
-        logger.info("the plan of %s work items is there from an earlier run", f"{len(items):,}")
-        return items
-    damage: Damage | None = [] if config.skip_bad_files else None
-    items = plan_module.make_plan(
-        read_layouts(source, config.text_column, damage),
-        text_column=config.text_column,
-        item_bytes=config.item_bytes,
-        limit_documents=config.limit_documents,
-        limit_bytes=config.limit_bytes,
-    )
-    if not sum(item.size_bytes for item in items):
-        raise UserError(f"source {source} holds no text")
-    resume_state.write_plan(output, items, damage or [])
-    return items
 
 
 def _prepare_tokenizer(
@@ -145,19 +158,8 @@ def _prepare_tokenizer(
         tokenizer = load_tokenizer(output)
         logger.info("tokenizer %s/%s is there from an earlier run", output, TOKENIZER_NAME)
     else:
-        training = TrainTokenizerConfig(
-            source=config.source,
-            text_column=config.text_column,
-            vocab_size=config.vocab_size,
-            sample_bytes=config.sample_bytes,
-            val_fraction=config.val_fraction,
-            item_bytes=config.item_bytes,
-            num_workers=config.num_workers,
-            download_workers=config.download_workers,
-            cache_bytes=config.cache_bytes,
-            skip_bad_files=config.skip_bad_files,
-        )
-        tokenizer = learn(training, source, output).tokenizer
+        shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ReadingConfig)}
+        tokenizer, _ = learn(TrainTokenizerConfig(**shared), source, output)
         save_tokenizer(output, tokenizer)
     bpe.warm_up()  # compiled here once, not in every worker at the same time
     return tokenizer

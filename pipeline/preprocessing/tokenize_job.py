@@ -8,82 +8,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cluster import ray_cluster
 from pipeline.config.data import TokenizeConfig
-from pipeline.config.settings import to_dict
 from pipeline.console import CountProgress
 from pipeline.dataset import verification
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
-from pipeline.paths import resolve_output, resolve_path, working_folder
+from pipeline.paths import resolve_output, resolve_path
 from pipeline.preprocessing import tokenization
+from pipeline.preprocessing.data_job import log_figures, log_files, report_json, run_job, tokenizer_input
+from pipeline.preprocessing.tokenization import DataReport
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
-from pipeline.storage.locks import exclusive_output
-from pipeline.tracking.mlflow_run import MLflowRun, open_run
-from pipeline.tracking.mlflow_tracker import MLflowTracker
-from pipeline.tracking.tracker import RunInput
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataReport:
-    """A finished data set in figures."""
-
-    documents: int
-    text_megabytes: float
-    """UTF-8, 1 MB = 10^6 bytes."""
-    train_tokens: int
-    val_tokens: int
-    vocab_size: int
-    skipped: dict[str, int]
-    """Reason -> documents left out."""
-    megabytes_per_second: float
-    """Text read, encoded and written per second over all workers, in the run that finished the data."""
-    seconds: float
-    """Of that run, training a tokenizer included."""
-    damaged: int = 0
-    """Inputs of which something could not be read (--skip_bad_files); the manifest lists them."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.text_megabytes * 1e6 / (self.train_tokens + self.val_tokens)
+from pipeline.tracking.mlflow_run import MLflowRun
+from pipeline.tracking.tracker import RunInput, Tracker
 
 
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
     """Make the shards, or find them made; returns figures, MLflow run, and whether they were there already."""
-    output = resolve_output(config.output)
-    with exclusive_output(output):
-        return _tokenize(_with_absolute_inputs(config), output)
+    tokenizer = str(resolve_path(config.tokenizer)) if config.tokenizer else None  # workers run in other folders
+    config = dataclasses.replace(config, source=resolve_source(config.source), tokenizer=tokenizer)
+    given = tokenization.given_tokenizer(config)
 
+    def find(output: Folder) -> DataReport | None:
+        return _read_report(output) if tokenization.finished(config, output, given) else None
 
-def _tokenize(config: TokenizeConfig, output: Folder) -> tuple[DataReport, MLflowRun, bool]:
-    manifest = tokenization.finished(config, output)
-    report = _read_report(output) if manifest is not None else None
-    output.make()
-    run = open_run(
-        tracking_uri=config.tracking_uri,
-        experiment=config.experiment,
-        folder=output,
-        working_folder=working_folder(),
-        job="tokenize",
-        reopen=report is None,
-    )
-    if report is not None:
-        return report, run, True
-    ray_cluster.connect(num_cpus=config.num_workers or os.cpu_count() or 1)
-    if config.num_workers:
-        ray_cluster.require(num_workers=config.num_workers, gpus=False)
-    report, manifest = _run(config, output)
-    output.write(SUMMARY_FILE, [json.dumps(dataclasses.asdict(report), indent=2).encode()])
-    _track(config, run, output, report, manifest)
-    return report, run, False
+    def make(output: Folder) -> DataReport:
+        report = tokenization.tokenize(config, output, given)
+        output.write(SUMMARY_FILE, [report_json(report)])
+        return report
+
+    def track(output: Folder, report: DataReport, tracker: Tracker) -> None:
+        _track(config, output, report, tracker)
+
+    return run_job(config, "tokenize", find=find, make=make, track=track)
 
 
 def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:
@@ -101,52 +63,15 @@ def _read_report(output: Folder) -> DataReport | None:
         return None
 
 
-def _run(config: TokenizeConfig, output: Folder) -> tuple[DataReport, Manifest]:
-    summary = tokenization.tokenize(config, output)
-    manifest = summary.manifest
-    report = DataReport(
-        documents=manifest.documents("train") + manifest.documents("val"),
-        text_megabytes=(manifest.text_bytes("train") + manifest.text_bytes("val")) / 1e6,
-        train_tokens=manifest.tokens("train"),
-        val_tokens=manifest.tokens("val"),
-        vocab_size=manifest.vocab_size,
-        skipped=manifest.skipped,
-        damaged=len(manifest.damaged),
-        megabytes_per_second=summary.text_bytes / 1e6 / summary.encode_seconds if summary.encode_seconds else 0.0,
-        seconds=summary.seconds,
-    )
-    return report, manifest
-
-
-def _track(config: TokenizeConfig, run: MLflowRun, output: Folder, report: DataReport, manifest: Manifest) -> None:
-    tracker = MLflowTracker(run)
-    tracker.log_params(to_dict(config))
-    tracker.log_inputs(
-        [
-            RunInput(
-                name=output.url.rpartition("/")[2],
-                fingerprint=manifest.fingerprint,
-                source=config.source,
-                context="data",
-            ),
-            RunInput(
-                name="tokenizer",
-                fingerprint=manifest.tokenizer_fingerprint,
-                source=f"{output}/{TOKENIZER_NAME}",
-                context="tokenizer",
-            ),
-        ]
-    )
-    figures = {name: value for name, value in dataclasses.asdict(report).items() if isinstance(value, int | float)}
-    skipped = {f"skipped/{reason}": count for reason, count in report.skipped.items()}
-    tracker.log_metrics({**figures, "bytes_per_token": report.bytes_per_token, **skipped}, step=0)
+def _track(config: TokenizeConfig, output: Folder, report: DataReport, tracker: Tracker) -> None:
+    manifest = Manifest.load(output)
+    name = output.url.rpartition("/")[2]
+    data = RunInput(name=name, fingerprint=manifest.fingerprint, source=config.source, context="data")
+    tracker.log_inputs([data, tokenizer_input(output, manifest.tokenizer_fingerprint)])
+    log_figures(tracker, report, {"bytes_per_token": report.bytes_per_token})
+    log_files(tracker, output, MANIFEST_NAME, TOKENIZER_NAME)
     with tempfile.TemporaryDirectory() as temporary:
-        for name in (MANIFEST_NAME, TOKENIZER_NAME):
-            path = Path(temporary) / name
-            path.write_bytes(output.read(name))
-            tracker.log_file(path)
         tracker.log_file(_draw_lengths(manifest.document_lengths, Path(temporary) / "document_lengths.png"))
-    tracker.finish("FINISHED")
 
 
 def _draw_lengths(counts: Sequence[int], path: Path) -> Path:
@@ -160,9 +85,3 @@ def _draw_lengths(counts: Sequence[int], path: Path) -> Path:
     axis.set_xscale("log", base=2)
     figure.savefig(path)
     return path
-
-
-def _with_absolute_inputs(config: TokenizeConfig) -> TokenizeConfig:
-    """Local paths made absolute, because workers run in other folders."""
-    tokenizer = str(resolve_path(config.tokenizer)) if config.tokenizer else None
-    return dataclasses.replace(config, source=resolve_source(config.source), tokenizer=tokenizer)

@@ -12,9 +12,8 @@ import pyarrow as pa
 from pipeline.config.data import TrainTokenizerConfig
 from pipeline.console import CountProgress
 from pipeline.preprocessing import ray_dataflow, stages
-from pipeline.sources import plan as plan_module
-from pipeline.sources.sources import Layout, Source
-from pipeline.sources.work_items import Damage
+from pipeline.preprocessing.planning import plan_sample
+from pipeline.sources.sources import Source
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer import training as bpe_training
@@ -25,65 +24,65 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """What the training of a tokenizer did."""
+class TrainingReport:
+    """A trained tokenizer in figures (summary.json)."""
 
-    tokenizer: bpe.Tokenizer
     documents: int
-    """Counted; those held out for validation are not."""
-    text_bytes: int
-    distinct_pretokens: int
+    """Documents counted, without those held out for validation."""
+    text_megabytes: float
+    """UTF-8 bytes of these documents / 10^6."""
     skipped: dict[str, int]
     """Reason -> documents left out."""
+    distinct_pretokens: int
+    merges: int
+    vocab_size: int
+    """Ids reached: fewer than asked for where min_frequency is above 1 and the text is short."""
+    fingerprint: str
+    """sha256 of the tokenizer, hexadecimal."""
     count_seconds: float
-    """Reading and counting, with the seconds that Ray takes to start the first tasks."""
+    """Reading and counting, including the seconds that Ray takes to start the first tasks."""
     merge_seconds: float
 
+    @property
+    def megabytes_per_second(self) -> float:
+        """Text read and counted per second, over all workers."""
+        return self.text_megabytes / self.count_seconds if self.count_seconds else 0.0
 
-def learn(config: TrainTokenizerConfig, source: Source, output: Folder) -> Training:
+
+def learn(config: TrainTokenizerConfig, source: Source, output: Folder) -> tuple[bpe.Tokenizer, TrainingReport]:
     """Learn a tokenizer from a sample of ``source``: equal for any number of workers and any size of work items.
 
-    ``output`` has been claimed by the caller (``ledger.claim``), who also saves the tokenizer.
+    ``output`` has been claimed by the caller (``resume_state.claim``), who also saves the tokenizer.
     """
     bpe_training.warm_up()  # compiled here once, not in every worker at the same time
     start = time.perf_counter()
     counts, figures, skipped = _count(config, source, output)
     merge_start = time.perf_counter()
-    logger.info("learning a tokenizer of %d ids from %d distinct pre-tokens", config.vocab_size, counts.table.num_rows)
+    distinct_pretokens = counts.table.num_rows
+    logger.info("learning a tokenizer of %d ids from %d distinct pre-tokens", config.vocab_size, distinct_pretokens)
     with CountProgress("merge", "merges") as progress:
         tokenizer = bpe_training.train_bpe(
             counts, config.vocab_size, config.special_tokens, progress.update_to, min_frequency=config.min_frequency
         )
-    return Training(
-        tokenizer=tokenizer,
+    report = TrainingReport(
         documents=figures["documents"],
-        text_bytes=figures["text_bytes"],
-        distinct_pretokens=counts.table.num_rows,
+        text_megabytes=figures["text_bytes"] / 1e6,
         skipped=dict(sorted(skipped.items())),
+        distinct_pretokens=distinct_pretokens,
+        merges=tokenizer.vocab_size - 256 - len(config.special_tokens),
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=tokenizer.fingerprint,
         count_seconds=merge_start - start,
         merge_seconds=time.perf_counter() - merge_start,
     )
-
-
-def read_layouts(source: Source, text_column: str, damage: Damage | None) -> list[Layout]:
-    """What every file of a source consists of, with a progress bar: of parquet files the footers are read.
-
-    damage: where files that cannot be read are noted; None: they are an error.
-    """
-    with CountProgress("plan", "files", len(source.inputs)) as progress:
-        return list(source.layouts(text_column, progress.add, damage))
+    return tokenizer, report
 
 
 def _count(
     config: TrainTokenizerConfig, source: Source, output: Folder
 ) -> tuple[bpe_training.PretokenCounts, Counter[str], Counter[str]]:
-    """How often each pre-token occurs in the sample; documents and bytes of text; documents skipped, by reason."""
-    items = plan_module.sample_plan(
-        read_layouts(source, config.text_column, [] if config.skip_bad_files else None),
-        text_column=config.text_column,
-        item_bytes=config.item_bytes,
-        sample_bytes=config.sample_bytes,
-    )
+    """How often each pre-token occurs in the sample; numbers of documents and bytes; skipped documents by reason."""
+    items = plan_sample(config, source)
     arguments = {"output": str(output), "val_fraction": config.val_fraction, "pattern": config.pattern}
     arguments["skip_damaged"] = config.skip_bad_files
     figures: Counter[str] = Counter()

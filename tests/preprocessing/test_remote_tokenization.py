@@ -133,7 +133,8 @@ def test_hub_file_of_a_wrong_checksum(
         tokenization.tokenize(from_hub, open_folder(tmp_path / "out"))
     assert "\n" not in str(raised.value)
     skipping = dataclasses.replace(from_hub, skip_bad_files=True)
-    manifest = tokenization.tokenize(skipping, open_folder(tmp_path / "out")).manifest
+    tokenization.tokenize(skipping, open_folder(tmp_path / "out"))
+    manifest = Manifest.load(open_folder(tmp_path / "out"))
     hub.traffic.forget()
     (damaged,) = manifest.damaged
     assert damaged["name"].startswith("c.jsonl") and "c.jsonl" in damaged["reason"]
@@ -150,17 +151,18 @@ def test_bucket_to_bucket(
     output = open_folder(f"{s3.url}/shards")
     s3.fail(Fault(status=503), times=4)
     s3.fail(Fault(forward=True, cut_after=500, method="GET"))
-    summary = tokenization.tokenize(from_bucket, output)
+    tokenization.tokenize(from_bucket, output)
+    manifest = Manifest.load(output)
     assert verify(output) == []
     written = {key.removeprefix("shards/"): s3.get(key) for key in sorted(s3.objects()) if key.startswith("shards/")}
     for name, content in written.items():
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copy" / name).write_bytes(content)
     assert shards_in(tmp_path / "copy") == expected
-    assert Manifest.load(tmp_path / "copy") == summary.manifest
+    assert Manifest.load(tmp_path / "copy") == manifest
     assert not s3.unfinished_uploads() and not [name for name in written if ".tmp-" in name]
 
-    assert tokenization.finished(from_bucket, output) == summary.manifest
+    assert tokenization.finished(from_bucket, output) == manifest
     s3.client.delete_object(Bucket=s3.bucket, Key="shards/train_000001.bin")
     assert tokenization.finished(from_bucket, output) is None
     assert tokenization.tokenize(from_bucket, output).num_items_done == 1
@@ -182,7 +184,8 @@ def test_a_small_part_of_a_large_file_is_fetched_by_ranges(
     hub.push("c" * 40, {"a.jsonl": whole})
     hub.traffic.forget()
     first = dataclasses.replace(config, source=f"hf://datasets/{NAME}", limit_bytes=1_000_000, item_bytes=4_000_000)
-    manifest = tokenization.tokenize(first, open_folder(tmp_path / "out")).manifest
+    tokenization.tokenize(first, open_folder(tmp_path / "out"))
+    manifest = Manifest.load(open_folder(tmp_path / "out"))
     assert 1_000_000 <= manifest.text_bytes("train") + manifest.text_bytes("val") < 6_000_000
     assert hub.traffic.sent_bytes < len(whole) / 2
     hub.push("a" * 40, files)
@@ -196,7 +199,8 @@ def test_several_files_are_fetched_at_a_time(config: TokenizeConfig, hub: FakeHu
     hub.traffic.together = threading.Barrier(2)
     try:
         several = dataclasses.replace(config, source=f"hf://datasets/{NAME}", download_workers=2)
-        manifest = tokenization.tokenize(several, open_folder(tmp_path / "out")).manifest
+        tokenization.tokenize(several, open_folder(tmp_path / "out"))
+        manifest = Manifest.load(open_folder(tmp_path / "out"))
     finally:
         hub.traffic.together = None
     assert manifest.documents("train") + manifest.documents("val") == 6

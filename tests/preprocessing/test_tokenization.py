@@ -28,6 +28,7 @@ from pipeline.preprocessing import ray_dataflow, resume_state, stages, tokenizat
 from pipeline.preprocessing.encode_documents import split_by_hash
 from pipeline.preprocessing.progress import ItemProgress
 from pipeline.preprocessing.rows import ItemRow
+from pipeline.preprocessing.tokenization import DataReport
 from pipeline.sources import readers
 from pipeline.sources.work_items import WorkItem
 from pipeline.storage.folders import open_folder
@@ -62,7 +63,7 @@ def read_split(output: Path, split: str) -> list[str]:
     return [tokenizer.decode(part[1:]) for part in np.split(ids, starts[1:])]
 
 
-def tokenize(config: TokenizeConfig, output: Path) -> tokenization.Summary:
+def tokenize(config: TokenizeConfig, output: Path) -> DataReport:
     return tokenization.tokenize(config, open_folder(output))
 
 
@@ -84,7 +85,8 @@ def test_shards_hold_the_documents(config: TokenizeConfig, documents: list[str],
     output = tmp_path / "out"
     summary = tokenize(config, output)
     manifest = Manifest.load(output)
-    assert summary.manifest == manifest
+    assert (summary.train_tokens, summary.val_tokens) == (manifest.tokens("train"), manifest.tokens("val"))
+    assert summary.documents == manifest.documents("train") + manifest.documents("val")
     assert (summary.num_items, summary.num_items_done) == (5, 5)
     assert summary.tokens == manifest.tokens("train") + manifest.tokens("val")
     assert summary.text_bytes == sum(len(text.encode()) for text in documents)
@@ -107,11 +109,12 @@ def test_any_number_of_workers_writes_the_same_bytes(config: TokenizeConfig, tmp
 
 def test_tokenizer_is_trained_on_train_documents(config: TokenizeConfig, documents: list[str], tmp_path: Path) -> None:
     trained = dataclasses.replace(config, tokenizer=None, vocab_size=320)
-    summary = tokenize(trained, tmp_path / "out")
+    tokenize(trained, tmp_path / "out")
+    manifest = Manifest.load(tmp_path / "out")
     train, _ = split_by_hash(pa.chunked_array([pa.array(documents, pa.large_string())]), 0.2)
     expected = bpe_training.train_bpe(train.to_pylist(), 320)
-    assert summary.manifest.tokenizer_fingerprint == expected.fingerprint
-    assert (summary.manifest.vocab_size, summary.manifest.eot_id) == (320, 319)
+    assert manifest.tokenizer_fingerprint == expected.fingerprint
+    assert (manifest.vocab_size, manifest.eot_id) == (320, 319)
     assert len(read_split(tmp_path / "out", "train")) == len(train)
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
@@ -244,8 +247,8 @@ def test_an_item_that_kills_its_worker_is_left_out(
 ) -> None:
     output = tmp_path / "out"
     kill_at_item_1(monkeypatch, output)
-    summary = tokenize(dataclasses.replace(config, skip_bad_files=True), output)
-    (damaged,) = summary.manifest.damaged
+    tokenize(dataclasses.replace(config, skip_bad_files=True), output)
+    (damaged,) = Manifest.load(output).damaged
     assert damaged["name"] == "a.parquet row groups 1-2" and "was killed 3 times" in damaged["reason"]
     found = contents(output)
     assert {name for name in expected.keys() - found.keys() if name.endswith(".bin")} == {
@@ -457,7 +460,8 @@ def test_no_document_at_all(config: TokenizeConfig, tmp_path: Path) -> None:
 
 def test_limits(config: TokenizeConfig, documents: list[str], tmp_path: Path) -> None:
     first = dataclasses.replace(config, limit_documents=100)
-    manifest = tokenize(first, tmp_path / "documents").manifest
+    tokenize(first, tmp_path / "documents")
+    manifest = Manifest.load(tmp_path / "documents")
     assert sorted(read_split(tmp_path / "documents", "train") + read_split(tmp_path / "documents", "val")) == sorted(
         documents[:100]
     )
@@ -472,7 +476,8 @@ def test_copies_are_left_out(config: TokenizeConfig, corpus: Path, documents: li
     (corpus / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[100:200]))
     once = dataclasses.replace(config, dedup="exact")
     output = tmp_path / "out"
-    manifest = tokenize(once, output).manifest
+    tokenize(once, output)
+    manifest = Manifest.load(output)
     distinct = list(dict.fromkeys(documents))
     assert manifest.skipped == {"blank": 1, "duplicate": 100 + len(documents) - len(distinct), "null": 1}
     train, val = read_split(output, "train"), read_split(output, "val")
@@ -502,7 +507,8 @@ def test_a_very_large_item_becomes_several_shards(
     encode = stages.encode
     monkeypatch.setattr(stages, "encode", small_batches)
     output = tmp_path / "out"
-    manifest = tokenize(packed, output).manifest
+    tokenize(packed, output)
+    manifest = Manifest.load(output)
     names = [entry.name for entry in manifest.shards if entry.split == "train"]
     assert names == ["train_000000.bin", *(f"train_000000-{part:03d}.bin" for part in range(1, len(names)))]
     assert len(names) > 5

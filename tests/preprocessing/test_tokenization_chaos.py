@@ -22,6 +22,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.config.data import TokenizeConfig
+from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.verification import verify
 from pipeline.preprocessing import resume_state, stages, tokenization
 from pipeline.preprocessing.progress import ItemProgress
@@ -156,7 +157,8 @@ def test_an_item_that_kills_its_worker_is_left_out_alone(
     encode = stages.encode
     monkeypatch.setattr(stages, "encode", dying_encode)
     output = tmp_path / "out"
-    manifest = tokenization.tokenize(dataclasses.replace(config, skip_bad_files=True), open_folder(output)).manifest
+    tokenization.tokenize(dataclasses.replace(config, skip_bad_files=True), open_folder(output))
+    manifest = Manifest.load(open_folder(output))
     (damaged,) = manifest.damaged
     assert damaged["name"].startswith("010.jsonl") and "its worker was killed 3 times" in damaged["reason"]
     found = contents(output)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -36,7 +35,7 @@ def test_tokenizer_does_not_depend_on_workers_and_items(
     for num_workers, item_bytes in [(1, 12_000), (2, 2_000), (4, 10**9)]:
         output = tmp_path / f"{num_workers}"
         config = dataclasses.replace(training, num_workers=num_workers, item_bytes=item_bytes)
-        report, _ = train_tokenizer_job.train_into(config, open_folder(output))
+        report = train_tokenizer_job.train_into(config, open_folder(output))
         saved = Tokenizer.from_file(output / "tokenizer.json")
         assert saved.fingerprint == report.fingerprint == expected.fingerprint
         assert (report.documents, report.skipped) == (len(documents), {"blank": 1, "null": 1})
@@ -51,7 +50,7 @@ def test_tokenizer_of_all_settings(training: TrainTokenizerConfig, documents: li
     config = dataclasses.replace(
         training, special_tokens=special_tokens, min_frequency=40, val_fraction=0.2, pattern="cl100k", vocab_size=5000
     )
-    report, _ = train_tokenizer_job.train_into(config, open_folder(tmp_path))
+    report = train_tokenizer_job.train_into(config, open_folder(tmp_path))
     train, val = split_by_hash(pa.chunked_array([documents], pa.large_string()), 0.2)
     expected = bpe_training.train_bpe(train, 5000, special_tokens, min_frequency=40, pattern="cl100k")
     assert report.fingerprint == expected.fingerprint
@@ -95,16 +94,16 @@ def test_trained_before(
 def test_training_that_stopped_before_its_summary_begins_again(
     training: TrainTokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, _ = train_tokenizer_job.train_into(training, open_folder(tmp_path / "whole"))
+    expected = train_tokenizer_job.train_into(training, open_folder(tmp_path / "whole"))
     folder = open_folder(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_tokenizer_job, "json", SimpleNamespace(dumps=raise_interrupt))  # the summary is written so
+        patch.setattr(train_tokenizer_job, "report_json", raise_interrupt)
         train_tokenizer_job.train_into(training, folder)
     settings_used = train_tokenizer_job._settings_of(training)
     names = ("tokenizer.json", "summary.json")
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert not resume_state.is_complete(folder, training.source, settings_used, names=names)
-    again, _ = train_tokenizer_job.train_into(training, folder)
+    again = train_tokenizer_job.train_into(training, folder)
     assert again.fingerprint == expected.fingerprint
     assert resume_state.is_complete(folder, training.source, settings_used, names=names)
 
