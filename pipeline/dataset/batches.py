@@ -28,29 +28,29 @@ class MicroBatch:
     inputs: torch.Tensor
     """(B, T) int64."""
     targets: torch.Tensor
-    """(B, T) int64: the inputs, one token on."""
+    """(B, T) int64: the inputs, shifted by one token."""
     weight: float
     """Factor for the mean loss of this micro-batch, such that the sum over a rank's micro-batches, averaged over ranks,
     is the mean loss of the step."""
 
     def pinned(self) -> MicroBatch:
-        """The same in page-locked memory."""
+        """A copy in page-locked memory."""
         return replace(self, inputs=self.inputs.pin_memory(), targets=self.targets.pin_memory())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on ``device``; from page-locked memory the copy does not wait."""
+        """A copy on ``device``; from page-locked memory it is made without waiting."""
         inputs, targets = (tokens.to(device, non_blocking=True) for tokens in (self.inputs, self.targets))
         return replace(self, inputs=inputs, targets=targets)
 
 
 class BatchOrder:
-    """Which windows a rank trains on at a step.
+    """The windows that a rank trains on at a step.
 
     Args:
         num_windows: windows in the training stream.
         windows_per_step: G, windows of one optimizer step over all ranks.
         batch_size: windows of one micro-batch, at most.
-        seed: of the permutations.
+        seed: random seed of the permutations.
     """
 
     def __init__(self, *, num_windows: int, windows_per_step: int, batch_size: int, seed: int) -> None:
@@ -97,7 +97,7 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Read a rank's part of a step, one micro-batch at a time.
 
-    A rank without windows left repeats its first one with weight zero: it has to join the others' collectives.
+    A rank without windows left repeats its first one with weight zero, to join the collective operations.
     """
     groups = order.micro_batch_windows(step, rank, world_size)
     for group in groups:
@@ -110,16 +110,16 @@ def micro_batches(
 class BatchLoader:
     """A rank's micro-batches, each read by a thread while the one before it is computed.
 
-    The thread changes when a micro-batch is read, not what is in it: any step may be asked for at any time, and what
-    was prepared for another is dropped. For a GPU it ends in page-locked memory, from where the copy runs beside the
-    computing and nothing waits for it.
+    The thread changes when a micro-batch is read, not its content: any step may be requested at any time, and batches
+    prepared for another step are dropped. For a GPU they are put into page-locked memory, from where they are copied
+    while the GPU computes.
 
     Args:
         stream: the training tokens.
-        order: which windows a step takes.
+        order: the windows of every step.
         context_length: T, tokens of a window's inputs.
-        rank, world_size: whose slice.
-        device: where the batches are needed.
+        rank, world_size: the rank that reads, and the number of ranks.
+        device: where the batches are put.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class BatchLoader:
         self._ahead: tuple[int, Iterator[MicroBatch], Future[MicroBatch]] | None = None  # step, its batches, the next
 
     def step(self, step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of ``step``, on the device; the first of the next step is read behind the last."""
+        """The micro-batches of ``step``, on the device; after the last one the first of the next step is read."""
         if self._ahead is None or self._ahead[0] != step:
             self._read_ahead(step, self._batches(step))
         for left in range(self.order.num_micro_batches(self.world_size) - 1, -1, -1):

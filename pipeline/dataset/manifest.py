@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what each of them holds, what they were made from, and the totals.
+"""The manifest of a folder of shards: the content of every shard, its input, and the totals.
 
 ``manifest.json`` is written last, so a folder that has one is complete. Its bytes are a function of input, tokenizer
 and settings alone; there is one line per shard, because 45 TB of text give some 700,000 of them.
@@ -19,13 +19,13 @@ from pipeline.storage.folders import Folder, LocalFolder, as_folder
 
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
-SPLIT_HASH = "xxh3_64"  # of its text, by which a document is put into one of them: documents.split_by_hash
+SPLIT_HASH = "xxh3_64"  # the hash of its text decides the split of a document: encode_documents.split_by_hash
 _FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """What the manifest says of one shard."""
+    """The entry of one shard in the manifest."""
 
     name: str
     """File name in the manifest's folder."""
@@ -36,24 +36,24 @@ class ShardEntry:
     text_bytes: int
     """UTF-8 bytes of the documents."""
     sha256: str
-    """Of the whole file, hexadecimal."""
+    """sha256 of the whole file, hexadecimal."""
     source: str
-    """The input that it was made from."""
+    """Name of the input that the shard was made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds. Its bytes depend on input, tokenizer and settings alone."""
+    """The content of a folder of shards. Its bytes depend on input, tokenizer and settings alone."""
 
     tokenizer_fingerprint: str
     vocab_size: int
-    """Ids are below it."""
+    """All ids are smaller."""
     eot_id: int
     """The token that every document starts with."""
     settings: dict[str, Any]
-    """What the shards depend on besides input and tokenizer."""
+    """The settings that the shards depend on, besides input and tokenizer."""
     inputs: tuple[dict[str, Any], ...]
-    """Name and identity of everything that was read."""
+    """Name and version of everything that was read."""
     shards: tuple[ShardEntry, ...]
     """In reading order: train and val shards of work item 0, then of item 1, ...."""
     skipped: dict[str, int]
@@ -121,7 +121,7 @@ class Manifest:
 
 
 def _to_json(value: Any) -> str:
-    """A list of objects has a line for each."""
+    """JSON with one line per element of a list of objects."""
     encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
     if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
         return "[\n" + ",\n".join(encode(entry) for entry in value) + "\n]"

@@ -2,8 +2,8 @@
 
 A shard is the ``.bin`` of llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520, version 1, number of
 tokens, zeros), then the tokens as uint16. Vocabularies of more than 65,536 ids take magic 20240801, version 7, uint32.
-Which shards a folder has, and in which order, its manifest says (manifest.py). Shards of a bucket are read from a copy
-on the node (storage/node_copy.py).
+The manifest names the shards of a folder and their order (manifest.py). Shards of a bucket are read from a copy on the
+node (storage/node_copy.py).
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ class TokenStream:
 
     @property
     def files(self) -> ShardFiles | None:
-        """The files behind it, where they belong to a manifest."""
+        """The files behind the stream, if they belong to a manifest."""
         return self._shards if isinstance(self._shards, ShardFiles) else None
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Of the token at ``position``: the number of its shard, and its place in there."""
+        """The number of the shard that holds the token at ``position``, and the token's index in it."""
         index = bisect.bisect_right(self._ends, position)
         return index, position - (self._ends[index - 1] if index else 0)
 
@@ -152,14 +152,14 @@ class TokenStream:
         while position < stop:
             shard, shard_end = self._shards[index], self._ends[index]
             shard_start = shard_end - len(shard)
-            piece_end = min(stop, shard_end)
-            tokens[position - start : piece_end - start] = shard[position - shard_start : piece_end - shard_start]
-            position, index = piece_end, index + 1
+            end = min(stop, shard_end)
+            tokens[position - start : end - start] = shard[position - shard_start : end - shard_start]
+            position, index = end, index + 1
         return tokens
 
 
 class ShardFiles:
-    """The shards of a folder, each mapped when it is first asked for; the least recently used are let go.
+    """The shards of a folder, each mapped when it is first read; the least recently used are unmapped.
 
     Raises UserError for a shard that is missing, damaged, or not as long as the manifest says.
     """
@@ -174,20 +174,20 @@ class ShardFiles:
         return len(self._entries)
 
     def name(self, index: int) -> str:
-        """The file's name in its folder."""
+        """Name of a file in its folder."""
         return self._entries[index].name
 
     def path(self, index: int) -> Path:
-        """Where the file is on this node."""
+        """Path of a file on this node."""
         return self._folder / self._entries[index].name
 
     def sha256(self, index: int) -> str:
-        """What the manifest says of the file, hexadecimal."""
+        """sha256 of a file by the manifest, hexadecimal."""
         return self._entries[index].sha256
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each, as the manifest has them."""
+        """Number of tokens of every file, by the manifest."""
         return [entry.tokens for entry in self._entries]
 
     def __getitem__(self, index: int) -> Tokens:
@@ -200,11 +200,11 @@ class ShardFiles:
         with self._lock:
             self._maps[index] = shard
             if len(self._maps) > self._max_maps:
-                self._maps.popitem(last=False)  # unmapped when no reader has it any more
+                self._maps.popitem(last=False)  # unmapped when no reader holds it any more
         return shard
 
     def check_sizes(self) -> None:
-        """Look at the size of every file; a wrong header is found when the shard is first read."""
+        """Check the size of every file; a wrong header is found when the shard is first read."""
 
         def check(entry: ShardEntry) -> None:
             try:
@@ -230,9 +230,9 @@ class ShardFiles:
 
 
 def open_split(folder: Folder | Path, split: str) -> TokenStream:
-    """The tokens of ``split`` ("train" or "val") in manifest order; cheap: sizes are looked at, nothing is read.
+    """The tokens of ``split`` ("train" or "val") in manifest order; cheap, since only the sizes of files are read.
 
-    Shards of a bucket are copied to this node first (see storage/node_copy.py); one process does it, the others wait.
+    Shards of a bucket are copied to this node first, by one process, while the others wait (storage/node_copy.py).
     Raises UserError where a shard is missing, damaged, or not as long as the manifest says. May be of length 0.
     """
     folder = as_folder(folder)

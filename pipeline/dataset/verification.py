@@ -35,7 +35,7 @@ class ShardCheck:
         self.files, self.share, self.num_shares = files, share, num_shares
         self.num_checked = 0
         self.error: UserError | None = None
-        """What was found."""
+        """The first shard that differs; None so far."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._check, name="shard-check", daemon=True)
 
@@ -43,7 +43,7 @@ class ShardCheck:
         self._thread.start()
 
     def stop(self) -> None:
-        """End at the next piece of a file."""
+        """End the thread, also in the middle of a file."""
         self._over.set()
         self._thread.join()
 
@@ -58,7 +58,7 @@ class ShardCheck:
             self.error = error
 
     def _has_its_checksum(self, files: ShardFiles, index: int) -> bool:
-        """Whether a whole file was read, and has the sha256 of the manifest; False if cut short, else a UserError."""
+        """Read a whole file and raise UserError if it differs from the manifest; False if ``stop`` cut it short."""
         path, digest = files.path(index), hashlib.sha256()
         try:
             with path.open("rb", buffering=0) as file:
@@ -74,9 +74,9 @@ class ShardCheck:
 
 
 def verify(folder: Folder | Path, *, num_threads: int = 8, progress: Callable[[int], None] | None = None) -> list[str]:
-    """Read every shard again: a sentence for everything that is not as the manifest says; empty where all is well.
+    """Read every shard again; returns a sentence for every difference from the manifest.
 
-    Looked at are size, header, sha256, the range of the ids, and the number of documents. Memory: some 25 MB a thread.
+    Checked are size, header, sha256, the range of the ids, and the number of documents. Memory: some 25 MB a thread.
 
     Args:
         progress: called with 1 after each shard, by one thread at a time.

@@ -1,8 +1,9 @@
-"""A folder of this machine for remote files that are being read: fetched, verified, handed out, deleted.
+"""A folder of this node for remote files while they are read: fetched, verified, opened, deleted.
 
-Several processes share the folder and its bound. A download grows a ``.part`` file from its start, so what a killed
-process leaves is the beginning of the file, and whoever fetches it next goes on from there. Each file in use is locked
-(flock, which ends with its process); what nobody has locked is left over, and goes when its room is needed.
+Several processes share the folder and its limit. A download appends to a ``.part`` file, so a killed process leaves the
+beginning of the file, and the next process that fetches it resumes there. Each file in use is locked (flock, which ends
+with its process); a file that nobody has locked is a leftover, which is deleted when its space is needed. The locks of
+files are flock by hand, because the lock is on the file itself, which filelock cannot do.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import IO, Any
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 from pipeline.storage.folders import write_error
 from pipeline.storage.locks import process_lock
 
 _NAME = re.compile(r"[0-9a-f]{32}-(?P<size>\d+)(?:\..*)?")
 _LOCK_NAME = ".lock"
-_LOOK_SECONDS = 0.2  # between two looks for room
+_POLL_SECONDS = 0.2  # between two looks for space
 _BLOCK_BYTES = 8 << 20
 
 _logger = logging.getLogger(__name__)
@@ -34,20 +35,20 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cache:
-    """Files of ``folder``, which is for nothing else, together never above ``max_bytes``."""
+    """Remote files in ``folder``, which holds nothing else, with a limit of ``max_bytes`` in all."""
 
     folder: Path
     max_bytes: int
 
     @contextlib.contextmanager
     def file(self, file: RemoteFile) -> Iterator[Path]:
-        """The whole file on disk, its size and checksum verified (where there is one), as long as the block runs.
+        """The whole file on disk while the block runs, its size and (where known) its checksum verified.
 
-        Waits for room, and for another reader of the same file; so ask for no second file inside the block.
+        It waits for space, and for another reader of the same file, so the block must not open a second file.
 
         Raises:
             DamagedInputError: wrong checksum twice, gone, or changed since it was listed.
-            UserError: larger than the cache, no room on the disk, the place cannot be reached.
+            UserError: the file is larger than the cache, the disk is full, or the place cannot be reached.
         """
         if file.size_bytes > self.max_bytes:
             raise UserError(
@@ -70,7 +71,7 @@ class Cache:
                     slot.path.unlink(missing_ok=True)
 
     def _take(self, file: RemoteFile) -> _Slot:
-        """The file's place, this process's own, once there is room for all of it."""
+        """The locked place of a file, once there is space for all of it."""
         began = time.monotonic()
         said = False
         while True:
@@ -81,14 +82,14 @@ class Cache:
             if not said and time.monotonic() - began > 60:
                 said = True
                 _logger.warning("waiting for room for %s in the cache %s", file.where, self.folder)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         """The folder, held for a moment against all other processes and threads."""
         return process_lock(self.folder / _LOCK_NAME)
 
     def _try_to_take(self, file: RemoteFile) -> _Slot | None:
-        """None where somebody else reads the file, or there is no room for it now."""
+        """None where another reader has the file, or there is no space for it now."""
         key = _key(file)
         path = self.folder / f"{key}{''.join(Path(file.name).suffixes[-2:])[-20:]}"
         part = self.folder / f"{key}.part"
@@ -105,7 +106,7 @@ class Cache:
         return _Slot(path=path, part=part, handle=handle)
 
     def _make_room(self, num_bytes: int, own: set[str]) -> bool:
-        """Whether ``num_bytes`` fit. Files in use count as if whole; others give way as needed, the oldest first."""
+        """Whether ``num_bytes`` fit. Files in use count as whole; leftovers are deleted as needed, the oldest first."""
         free_bytes = self.max_bytes - num_bytes
         left_over = []
         for path in self.folder.iterdir():
@@ -133,32 +134,32 @@ class _Slot:
     """A file's place in the cache, locked until it is closed."""
 
     path: Path
-    """Of the whole, verified file."""
+    """Path of the whole, verified file."""
     part: Path
-    """Of what there is of it until then."""
+    """Path of the part that is there until then."""
     handle: IO[bytes]
-    """Of the part; it appends."""
+    """The part, opened for appending."""
 
     def close(self) -> None:
         self.handle.close()
 
     def fill(self, file: RemoteFile) -> None:
-        """Fetch what is missing; what does not have the checksum is fetched once more, from the start."""
-        found = wanted = ""
+        """Fetch the rest; a file with a wrong checksum is fetched once more, from the start."""
+        found = expected = ""
         for _ in range(2):
-            found, wanted = self._append(file)
-            if found == wanted:
+            found, expected = self._append(file)
+            if found == expected:
                 return
             _logger.warning("%s arrived with a wrong checksum", file.where)
             self.handle.truncate(0)
         raise DamagedInputError(
-            f"{file.where} is damaged: it arrived twice with the checksum {found}, and should have {wanted}"
+            f"{file.where} is damaged: it arrived twice with the checksum {found}, and should have {expected}"
         )
 
     def _append(self, file: RemoteFile) -> tuple[str, str]:
-        """Fetch the rest; the checksum found and the one wanted."""
-        digest, wanted = _digest_of(file)
-        if not file.version:  # nothing says that the rest belongs to what is there
+        """Fetch the rest; returns the checksum found and the one expected."""
+        digest, expected = _digest_of(file)
+        if not file.version:  # nothing says whether the rest belongs to the part
             self.handle.truncate(0)
         present_bytes = 0
         self.handle.seek(0)
@@ -169,7 +170,7 @@ class _Slot:
             for chunk in chunks:
                 self._write(chunk)
                 digest.update(chunk)
-        return (digest.hexdigest() if wanted else ""), wanted
+        return (digest.hexdigest() if expected else ""), expected
 
     def _write(self, chunk: bytes) -> None:
         rest = memoryview(chunk)
@@ -181,30 +182,30 @@ class _Slot:
 
 
 def _key(file: RemoteFile) -> str:
-    """A hash that names the content, where possible the content alone, and the size that it is going to have."""
+    """A name by hash of the content, or else of the address, and by the size of the whole file."""
     identity = file.version if file.version.startswith(("sha256:", "blob:")) else f"{file.url} {file.version}"
     return f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-{file.size_bytes}"
 
 
 def _digest_of(file: RemoteFile) -> tuple[Any, str]:
-    """A digest to update, and what it must come to; empty where nobody knows."""
-    kind, _, wanted = file.version.partition(":")
+    """A digest to update, and the expected checksum; empty where it is not known."""
+    kind, _, expected = file.version.partition(":")
     if kind == "sha256":
-        return hashlib.sha256(), wanted
+        return hashlib.sha256(), expected
     if kind == "blob":  # git's hash of a file
-        return hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False), wanted
+        return hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False), expected
     return _NoDigest(), ""
 
 
 class _NoDigest:
-    """Of a file whose checksum nobody knows."""
+    """Stands for the digest of a file whose checksum is not known."""
 
     def update(self, block: bytes) -> None:
-        """Nothing."""
+        """Ignore the block."""
 
 
 def _lock(handle: IO[bytes]) -> bool:
-    """Whether the file is now this process's own."""
+    """Whether this process has got the lock of the file."""
     try:
         fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

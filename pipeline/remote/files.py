@@ -1,8 +1,9 @@
-"""Files that lie elsewhere: on the Hugging Face hub, in buckets (s3, gs), behind http(s). Which, and their bytes.
+"""Files that are not on this machine: on the Hugging Face hub, in buckets (s3, gs), behind http(s); listed and read.
 
-Bytes are fetched in ranges of 8 MB, several at a time, and each range is asked for again after failures (retry.py).
-A file is the one that was listed or a DamagedInputError: the hub's are pinned to a commit, the others by ETag and size.
-Tokens and keys come from the environment and never enter a plan or a message. Whole files on disk: download_cache.py.
+Bytes are fetched in ranges of 8 MB, several at a time, and each range is retried after failures (retry.py). A file that
+is not the one that was listed is a DamagedInputError: files of the hub are pinned to a commit, the others by ETag and
+size. Tokens and keys come from the environment and never enter a plan or a message. Whole files on this node's disk:
+download_cache.py. obstore was tried for http(s), too, and left out, because it refuses servers that send no ranges.
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ from __future__ import annotations
 import bisect
 import collections
 import contextlib
-import re
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
@@ -22,6 +21,7 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import globs, hub_datasets
 from pipeline.remote import http as remote_http
 from pipeline.remote.range_reader import RangeFile
+from pipeline.remote.remote_file import RemoteFile, redact_url
 from pipeline.remote.retry import Interrupted, RetryState
 from pipeline.storage.object_store import bucket_errors, bucket_store, parse_url
 
@@ -29,52 +29,26 @@ if TYPE_CHECKING:
     from obstore import GetOptions
 
 SCHEMES = ("hf", "s3", "gs", "http", "https")
-_RANGE_BYTES = 8 << 20  # the hub counts requests, a slow start costs little of it
-_RANGES_AT_A_TIME = 8  # of one file, 64 MB in memory
+_RANGE_BYTES = 8 << 20  # large, because the hub limits the number of requests
+_RANGES_AT_A_TIME = 8  # of one file: 64 MB in memory
 _SMALL_RANGES_AT_A_TIME = 16
-_NEAR_BYTES = 64 << 10  # ranges that close are fetched as one
+_NEAR_BYTES = 64 << 10  # ranges with a smaller gap are fetched as one
 _CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class RemoteFile:
-    """One file as it was listed; plain values."""
-
-    url: str
-    """hf://datasets/OWNER/NAME@COMMIT/PATH, s3://BUCKET/KEY, gs://BUCKET/KEY, http(s)://..."""
-    name: str
-    """Path in the hub's data set; else relative to the fixed part of the source."""
-    size_bytes: int
-    version: str
-    """sha256:HEX or blob:HEX (git's hash) on the hub; etag:... or modified:... elsewhere; empty: nothing is known."""
-
-    @property
-    def where(self) -> str:
-        """How messages name the file: no commit, nothing that may be secret."""
-        return describe(self.url)
-
-
 class Origin(Protocol):
-    """Where the bytes of one file come from; used by several threads."""
+    """Access to the bytes of one file, for several threads at a time."""
 
     def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        """[start, stop) or the first of it, in one request; Interrupted where asking for the rest may help."""
+        """Bytes [start, stop), or the first of them, by one request; raises Interrupted where a retry may help."""
 
     def has_ranges(self) -> bool:
-        """False where asking for a part means reading all before it."""
+        """False if the server always sends the file from its start."""
 
 
 def is_remote(source: str) -> bool:
-    """Whether the source is of a kind that this module lists."""
+    """Whether this module can list the source, by its scheme."""
     return source.partition("://")[0] in SCHEMES and "://" in source
-
-
-def describe(url: str) -> str:
-    """A URL for a message, without commit, user, password and query."""
-    if not url.startswith(("http://", "https://")):
-        return re.sub("@[0-9a-f]{40}(?=/|$)", "", url, count=1)
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 # ---- listing ---------------------------------------------------------------------------------------------------------
@@ -86,25 +60,19 @@ def list_files(source: str) -> tuple[str | None, list[RemoteFile]]:
     hf, s3 and gs sources may be a file, a folder or a glob (globs.py); an http(s) address is one file.
 
     Raises:
-        UserError: the place cannot be reached or refuses; nothing of that name is an empty list, on http(s) an error.
+        UserError: the place cannot be reached or refuses the request, or a web server has no such file. A name that
+            nothing matches is an empty list elsewhere.
     """
     if source.startswith("hf://"):
-        return _list_hub(source)
+        return hub_datasets.list_files(source)
     if source.startswith(("s3://", "gs://")):
         return None, _list_bucket(source)
-    where = describe(source)
+    where = redact_url(source)
     name = unquote(urlsplit(source).path.rpartition("/")[2])
     if not name:
         raise UserError(f"{where} names no file; only single files can be read over http(s)")
-    size_bytes, version = remote_http.describe(source, where)
+    size_bytes, version = remote_http.head(source, where)
     return None, [RemoteFile(url=source, name=name, size_bytes=size_bytes, version=version)]
-
-
-def _list_hub(source: str) -> tuple[str, list[RemoteFile]]:
-    pinned, files = hub_datasets.list_files(source)
-    return pinned, [
-        RemoteFile(url=file.url, name=file.path, size_bytes=file.size_bytes, version=file.version) for file in files
-    ]
 
 
 def _list_bucket(source: str) -> list[RemoteFile]:
@@ -137,7 +105,7 @@ def stream(file: RemoteFile, start: int = 0) -> Generator[bytes, None, None]:
 
     Raises:
         DamagedInputError: the file is gone, or changed since it was listed.
-        UserError: the place cannot be reached, or refuses.
+        UserError: the place cannot be reached, or refuses the request.
     """
     return _stream(file, _origin_of(file), start)
 
@@ -152,7 +120,7 @@ def read_ranges(file: RemoteFile, ranges: Sequence[tuple[int, int]]) -> list[byt
 
 
 def open_file(file: RemoteFile) -> BinaryIO:
-    """A seekable file: what is read in order is fetched ahead, anything else as it is asked for. Close it."""
+    """Open a seekable file, which fetches ahead while it is read in order. The caller closes it."""
     origin = _origin_of(file)
 
     def fetch(start: int, stop: int) -> bytes:
@@ -177,14 +145,14 @@ def _stream(file: RemoteFile, origin: Origin, start: int) -> Generator[bytes, No
 
 
 def _fetch_all(file: RemoteFile, origin: Origin, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
-    """Parts that cover the ranges: (start, content), sorted by start, no two over the same bytes."""
+    """Fetch parts that cover the ranges: (start, content), sorted by start, without overlap."""
     spans = _spans(ranges)
     if not spans:
         return []
     if origin.has_ranges():
         parts = [part for span in spans for part in _divide(*span)]
     else:
-        parts = [(spans[0][0], spans[-1][1])]  # one answer, read from the start of the file
+        parts = [(spans[0][0], spans[-1][1])]  # one request, answered from the start of the file
     with _pool(min(_SMALL_RANGES_AT_A_TIME, len(parts))) as (pool, stopped):
         running = [pool.submit(_fetch, file, origin, part, stopped) for part in parts]
         done, _ = wait(running, return_when=FIRST_EXCEPTION)  # a refusal does not wait for retries
@@ -195,7 +163,7 @@ def _fetch_all(file: RemoteFile, origin: Origin, ranges: Sequence[tuple[int, int
 
 @contextlib.contextmanager
 def _pool(num_threads: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
-    """Threads, and the event that ends their waits when the block is left."""
+    """Threads, and an event that ends their waits when the block is left."""
     stopped = threading.Event()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
     try:
@@ -210,7 +178,7 @@ def _fetch(file: RemoteFile, origin: Origin, part: tuple[int, int], stopped: thr
 
 
 def _chunks(file: RemoteFile, origin: Origin, start: int, stop: int, stopped: threading.Event) -> Iterator[bytes]:
-    """[start, stop), asked for again from where it broke off."""
+    """Bytes [start, stop); after an interruption the rest is requested."""
     state = RetryState(file.where, stopped=stopped)
     while start < stop:
         try:
@@ -225,7 +193,7 @@ def _chunks(file: RemoteFile, origin: Origin, start: int, stop: int, stopped: th
 
 
 def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges in order, those that touch or nearly do as one."""
+    """The ranges in order, with those united that touch or nearly do."""
     spans: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if start == stop:
@@ -245,14 +213,14 @@ def _cut(parts: Sequence[tuple[int, bytes]], start: int, stop: int) -> bytes:
     """[start, stop) out of sorted parts that cover it."""
     if start == stop:
         return b""
-    pieces = []
+    found = []
     index = bisect.bisect_right(parts, start, key=lambda part: part[0]) - 1
     while start < stop:
         first, content = parts[index]
-        pieces.append(memoryview(content)[start - first : stop - first])
-        start += len(pieces[-1])
+        found.append(memoryview(content)[start - first : stop - first])
+        start += len(found[-1])
         index += 1
-    return b"".join(pieces)
+    return b"".join(found)
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------
@@ -276,7 +244,7 @@ def _origin_of(file: RemoteFile) -> Origin:
 
 
 class _BucketFile:
-    """An object of a bucket. obstore itself asks again where it gets no answer at all."""
+    """An object of a bucket; obstore itself retries requests that get no answer."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
@@ -306,4 +274,4 @@ class _BucketFile:
         try:
             yield from answer.stream(_CHUNK_BYTES)
         except BaseError as error:
-            raise Interrupted(f"the connection to {describe(file.url)} breaks off") from error
+            raise Interrupted(f"the connection to {redact_url(file.url)} breaks off") from error

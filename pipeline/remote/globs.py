@@ -1,7 +1,7 @@
-"""Patterns of names in places that are no file system: the hub, buckets.
+"""Patterns of file names on the hub and in buckets.
 
 ``*``, ``?`` and ``[...]`` stay inside one folder, ``**`` goes through any number of them, as in local patterns.
-A pattern that is a folder means everything below it.
+A pattern that names a folder means everything below it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def fixed_part(pattern: str) -> str:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``name`` is what the pattern means, or lies below it; an empty pattern means everything."""
+    """Whether ``name`` matches the pattern or lies below a match; an empty pattern matches everything."""
     pattern = pattern.strip("/")
     return not pattern or _match(name.split("/"), pattern.split("/"))
 

@@ -1,7 +1,7 @@
-"""Byte ranges of one file over HTTP: what the hub and plain http(s) addresses have in common.
+"""Byte ranges of one file over HTTP, for the hub and for plain http(s) addresses.
 
-A file that is not the one that was planned is told by its ETag (else Last-Modified) and its size. The client is
-huggingface_hub's, for one pool of connections and its settings of proxies and certificates.
+A file that changed since it was planned is recognised by its ETag (or else Last-Modified) and its size. The client is
+huggingface_hub's, which has one pool of connections and settings for proxies and certificates.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote.retry import RETRIED_STATUS, TRANSFER_TRIES, Interrupted, retry, retry_after_seconds
 
 CHANGED = "changed since the plan was made; plan it anew, into another output folder"
-_SILENCE_SECONDS = 60.0  # without a byte, then the connection is given up
-_EXPIRED = frozenset({400, 401, 403, 404, 410})  # answers of a signed address whose time is over
+_SILENCE_SECONDS = 60.0  # without a byte, until a connection is closed
+_EXPIRED = frozenset({400, 401, 403, 404, 410})  # answers of a signed address that has expired
 
 
 class WebFile:
@@ -35,7 +35,11 @@ class WebFile:
         refusal: Callable[[str, Any], UserError] | None = None,
         known_ranges: bool | None = None,
     ) -> None:
-        """``version`` as ``version_of`` gives it, compared where both are known; ``refusal`` words other answers."""
+        """Args:
+        version: as of ``version_of``; compared with the server's where both are known.
+        refusal: makes the error of an answer that is neither the file nor a reason to retry.
+        known_ranges: whether the server sends parts of a file; None: ask it.
+        """
         self._url = url
         self._where = where
         self._size_bytes = size_bytes
@@ -47,12 +51,12 @@ class WebFile:
         self._has_ranges = known_ranges
 
     def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes [start, stop) or the first of them, in one request; a server without ranges sends all before them.
+        """Bytes [start, stop), or the first of them, by one request, which a server without ranges answers from byte 0.
 
         Raises:
-            Interrupted: the rest may come when it is asked for again.
-            DamagedInputError: the file is gone, or another one.
-            UserError: the server refuses it.
+            Interrupted: a retry may bring the rest.
+            DamagedInputError: the file is gone, or has changed.
+            UserError: the server refuses the request.
         """
         with self._get(start, stop) as response:
             skip = 0 if response.status_code == 206 else start
@@ -67,7 +71,7 @@ class WebFile:
                     return
 
     def has_ranges(self) -> bool:
-        """Whether the server sends parts of the file; asked once."""
+        """Whether the server sends parts of the file; the first call asks it."""
         if self._has_ranges is None:
             self._has_ranges = retry(self._where, self._ask_for_ranges, tries=TRANSFER_TRIES)
         return self._has_ranges
@@ -81,7 +85,7 @@ class WebFile:
         """An answer with the range, or with the whole file."""
         with self._lock:
             redirected = self._redirected
-        headers = {} if redirected else self._headers  # a token is for the first address only
+        headers = {} if redirected else self._headers  # the token is for the first address only
         headers = {**headers, "Range": f"bytes={start}-{stop - 1}"}
         with get(redirected or self._url, headers) as response:
             if redirected and response.status_code in _EXPIRED:
@@ -89,7 +93,7 @@ class WebFile:
                     self._redirected = None
                 raise Interrupted(f"a signed address was refused ({response.status_code})", wait_seconds=0)
             self._check(response, start)
-            with self._lock:  # the next ranges go there directly: the hub counts what it is asked
+            with self._lock:  # the next ranges go there directly, because the hub limits the number of requests
                 if response.history and _origin(str(response.url)) != _origin(self._url):
                     self._redirected = str(response.url)
             yield response
@@ -112,11 +116,11 @@ class WebFile:
 
 @contextlib.contextmanager
 def get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """An answer that is no passing failure, its body still to come; a body that breaks off raises Interrupted too."""
+    """An answer whose body is still to be read; a passing failure, also while it is read, raises Interrupted."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
 
-    headers = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the bytes of the file itself
+    headers = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges must be those of the file itself
     try:
         with get_session().stream(
             "GET", url, headers=headers, timeout=_SILENCE_SECONDS, follow_redirects=True
@@ -127,18 +131,18 @@ def get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
                     wait_seconds=retry_after_seconds(response.headers),
                 )
             yield response
-    except (HTTPError, ConnectionError) as error:  # the text of these may hold the address, which may hold a secret
+    except (HTTPError, ConnectionError) as error:  # their text may hold the address, and a secret in it
         raise Interrupted(
             f"the server at {_origin(url)} cannot be reached, or breaks off ({type(error).__name__})",
             advice="check the network, then run the same command again",
         ) from error
 
 
-def describe(url: str, where: str) -> tuple[int, str]:
-    """Size and version of the file at an address, by one GET of its first byte: signed addresses allow no HEAD.
+def head(url: str, where: str) -> tuple[int, str]:
+    """Size and version of the file at an address, by a GET of its first byte, since signed addresses allow no HEAD.
 
     Raises:
-        UserError: the server refuses it, cannot be reached, or does not say how long the file is.
+        UserError: the server refuses the request, cannot be reached, or does not state the length of the file.
     """
 
     def attempt() -> tuple[int, str]:
@@ -159,7 +163,7 @@ def describe(url: str, where: str) -> tuple[int, str]:
 
 
 def version_of(headers: Mapping[str, str]) -> str:
-    """etag:..., else modified:..., else nothing."""
+    """The version of a file by the headers of an answer: etag:..., or else modified:..., or else empty."""
     if etag := headers.get("ETag"):
         return f"etag:{etag}"
     modified = headers.get("Last-Modified")
@@ -167,7 +171,7 @@ def version_of(headers: Mapping[str, str]) -> str:
 
 
 def total_bytes(response: Any) -> int | None:
-    """Length of the whole file by the headers of an answer."""
+    """Bytes of the whole file by the headers of an answer; None where they do not say."""
     if response.status_code == 200:
         length = response.headers.get("Content-Length", "")
     else:
@@ -176,7 +180,7 @@ def total_bytes(response: Any) -> int | None:
 
 
 def _is_part(response: Any) -> bool:
-    """Whether the server sent the one byte that it was asked for; it is read, so that the connection is used again."""
+    """Whether the server sent one byte only, which is read, so that the connection can be used again."""
     if response.status_code == 206:
         response.read()
     return bool(response.status_code == 206)
@@ -197,7 +201,7 @@ def _refusal(where: str, response: Any) -> UserError:
 
 
 def _origin(url: str) -> str:
-    """Without what may be secret: user, password, query."""
+    """The address of a server, without user, password and query."""
     parts = urlsplit(url)
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname}{port}"

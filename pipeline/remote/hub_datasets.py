@@ -7,35 +7,23 @@ plan (hub_client.py).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 from pipeline.errors import UserError
 from pipeline.remote import globs
 from pipeline.remote.hub_client import endpoint, final_hub_errors, hub_errors, token
+from pipeline.remote.remote_file import RemoteFile
 from pipeline.remote.retry import retry
 
 _PATTERN = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<glob>.+))?")
 _KIND = "data set"
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubFile:
-    """A file of a data set at one commit."""
+def list_files(source: str) -> tuple[str, list[RemoteFile]]:
+    """``hf://datasets/OWNER/NAME[@REVISION][/GLOB]`` at the commit that it has now, and its files, sorted by name.
 
-    url: str
-    """hf://datasets/OWNER/NAME@COMMIT/PATH, wherever HF_ENDPOINT leads."""
-    path: str
-    version: str
-    """sha256:HEX of its content, or blob:HEX, git's hash, of a small file."""
-    size_bytes: int
-
-
-def list_files(source: str) -> tuple[str, list[HubFile]]:
-    """``hf://datasets/OWNER/NAME[@REVISION][/GLOB]`` at the commit of today, and the files it names, sorted.
-
-    GLOB may be a folder too (globs.py). A slash inside a revision is written %2F.
+    GLOB may also be a folder (globs.py). A slash inside a revision is written %2F.
     """
     match = _parse(source)
     name, revision, pattern = match["name"], unquote(match["revision"] or "main"), match["glob"] or ""
@@ -43,16 +31,16 @@ def list_files(source: str) -> tuple[str, list[HubFile]]:
     tree = retry(source, lambda: _tree(source, name, commit, pattern))
     pinned = f"hf://datasets/{name}@{commit}"
     files = [
-        HubFile(
+        RemoteFile(
             url=f"{pinned}/{entry.path}",
-            path=entry.path,
+            name=entry.path,
             version=f"sha256:{entry.lfs.sha256}" if entry.lfs else f"blob:{entry.blob_id}",
             size_bytes=entry.size,
         )
         for entry in tree
         if globs.matches(entry.path, pattern)
     ]
-    return f"{pinned}/{pattern}".rstrip("/"), sorted(files, key=lambda file: file.path)
+    return f"{pinned}/{pattern}".rstrip("/"), sorted(files, key=lambda file: file.name)
 
 
 def _commit(source: str, name: str, revision: str) -> str:
@@ -63,7 +51,7 @@ def _commit(source: str, name: str, revision: str) -> str:
 
 
 def _tree(source: str, name: str, commit: str, pattern: str) -> list[Any]:
-    """The files below the part of the pattern that is fixed: FineWeb whole has 25,000, a sample of it fifteen."""
+    """The files below the part of the pattern without wildcards: all of FineWeb has 25,000, a sample of it fifteen."""
     from huggingface_hub import HfApi, errors
     from huggingface_hub.hf_api import RepoFile
 
@@ -82,7 +70,7 @@ def _tree(source: str, name: str, commit: str, pattern: str) -> list[Any]:
 
 
 def address(url: str) -> tuple[str, dict[str, str]]:
-    """Where ``hf://datasets/OWNER/NAME@COMMIT/PATH`` is fetched, and the headers, which may hold the token."""
+    """The http address of ``hf://datasets/OWNER/NAME@COMMIT/PATH``, and the headers, which may hold the token."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
@@ -94,7 +82,7 @@ def address(url: str) -> tuple[str, dict[str, str]]:
 
 
 def refusal(where: str, response: Any) -> UserError:
-    """What a refused request for a file means, in one sentence."""
+    """The error of a refused request for a file."""
     from huggingface_hub.utils import hf_raise_for_status
 
     try:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-_LEAST_BYTES = 64 << 10  # of one request
+_LEAST_BYTES = 64 << 10  # of a request
 _IN_ORDER_BYTES = 1 << 20  # of the request before a stream is opened
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 from pipeline.sources import json_lines
 from pipeline.sources.sources import Layout
 from pipeline.sources.work_items import FileSlice, WorkItem, open_slice, reading, unpacked

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.paths import in_bucket, resolve_path
 from pipeline.remote import files as remote_files
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 from pipeline.sources import docstrings
 from pipeline.sources.parquet_metadata import text_chunks
 from pipeline.sources.work_items import COMPRESSIONS, Damage, FileSlice, local_version, open_slice, reading

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 
 COMPRESSIONS = (".gz", ".zst")
 

@@ -1,9 +1,9 @@
 """Folders to write to, on a disk or in a bucket: s3:// (and stores that speak its language) and gs://.
 
-Whatever is written appears whole or not at all: on a disk under a temporary name, flushed, then renamed; in a bucket by
-one request, or by an upload in parts that is completed last and aborted on any failure. A writer that is killed in a
-bucket leaves parts that no listing shows and the store charges for: give the bucket a rule that removes incomplete
-uploads after a few days. What the user can mend comes as a UserError; retries and settings: object_store.py.
+Every file appears whole or not at all: on a disk it is written under a temporary name, flushed, then renamed; in a
+bucket by one request, or by an upload in parts that is completed last and aborted on any failure. A writer that is
+killed in a bucket leaves parts that no listing shows and the store charges for: give the bucket a rule that removes
+incomplete uploads after a few days. Errors that the user can mend are UserErrors. Retries: object_store.py.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Folder(Protocol):
-    """A place for files, whose names may have slashes. Cheap to make, to compare and to send to another process."""
+    """A folder for files, whose names may have slashes. Cheap to make, to compare and to send to another process."""
 
     @property
     def url(self) -> str:
         """Absolute path, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX; also what ``str`` gives."""
 
     def make(self) -> None:
-        """Make sure that files can be written here; raises UserError where they cannot."""
+        """Make the folder if need be; raises UserError where no files can be written to it."""
 
     def write(self, name: str, parts: Iterable[bytes | memoryview], *, flush: Flush = "name") -> str:
         """Write a file, whole or not at all; returns the sha256 of what was written (hexadecimal).
 
-        flush: what a disk is waited for, so that it outlasts a power failure: the content and the "name"; the
-            "content", so that a file of this name is whole, if it is there; or "nothing".
+        flush: what is on the disk when the call returns, so that it survives a power failure: the content and its
+            "name"; the "content", so that a file of this name is whole if it exists; or "nothing" of it.
         """
 
     def read(self, name: str) -> bytes:
@@ -68,10 +68,10 @@ class Folder(Protocol):
         """Every file whose name begins with ``prefix``, in sub-folders too, sorted; temporary files left out."""
 
     def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers left behind."""
+        """Remove the temporary files of killed writers."""
 
 
 def is_url(text: str) -> bool:
@@ -85,7 +85,7 @@ def in_bucket(text: str) -> bool:
 
 
 def open_folder(url: str | Path) -> Folder:
-    """The folder at a path or a bucket's URL; nothing is looked at yet. Raises UserError for a URL of another kind."""
+    """The folder at a path or a bucket's URL, without any access to it. Raises UserError for a URL of another kind."""
     if isinstance(url, Path) or not is_url(url):
         return LocalFolder(url=str(Path(url).expanduser().absolute()))
     scheme, bucket, key = parse_url(url)
@@ -99,16 +99,18 @@ def as_folder(folder: Folder | Path) -> Folder:
 
 
 def node_cache(name: str) -> Path:
-    """The folder ``name`` for large files of this node that can be fetched again: below $GPT25_CACHE, which may lie on
-    another disk, else below ~/.cache/gpt-2.5."""
+    """The folder ``name`` for large files of this node that can be fetched again.
+
+    It is in $GPT25_CACHE, which may be on another disk, or else in ~/.cache/gpt-2.5.
+    """
     base = os.environ.get(CACHE_VARIABLE) or "~/.cache/gpt-2.5"
     return Path(base).expanduser().absolute() / name
 
 
 def in_threads(function: Callable[[T], object], items: Sequence[T], num_threads: int) -> None:
-    """Call ``function`` with each of ``items``, several at a time; raises the first error that is met.
+    """Call ``function`` with each of ``items``, several at a time; raises the first error.
 
-    After an error, and after Ctrl-C, no further item is begun. Takes no memory per item: there may be a million.
+    After an error, and after Ctrl-C, no further item is begun. Takes no memory per item, since there may be millions.
     """
     numbers = iter(range(len(items)))  # its next() is atomic
 
@@ -121,7 +123,7 @@ def in_threads(function: Callable[[T], object], items: Sequence[T], num_threads:
             for future in as_completed([pool.submit(work) for _ in range(min(num_threads, len(items)))]):
                 future.result()
         finally:
-            for _ in numbers:  # none is left to begin
+            for _ in numbers:  # so that none is left to begin
                 pass
 
 
@@ -130,7 +132,7 @@ def in_threads(function: Callable[[T], object], items: Sequence[T], num_threads:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFolder:
-    """A folder on a disk of this machine, or on one that all machines see."""
+    """A folder on a disk of this machine, or on a shared file system."""
 
     url: str
     """Absolute path."""
@@ -243,7 +245,7 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview], *, flush: 
 
 
 def write_error(path: Path, error: OSError) -> UserError:
-    """What to tell the user when ``path`` could not be written."""
+    """The error message for a ``path`` that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"the disk of {path.parent} is full: {path.name} could not be written; "
@@ -253,7 +255,7 @@ def write_error(path: Path, error: OSError) -> UserError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename outlast a power failure."""
+    """Make a rename survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -262,7 +264,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _may_hold(folder: str, prefix: str) -> bool:
-    """Whether a name in ``folder`` (which ends with a slash) can begin with ``prefix``."""
+    """Whether names in ``folder`` (which ends with a slash) can begin with ``prefix``."""
     return folder.startswith(prefix) or prefix.startswith(folder)
 
 
@@ -271,7 +273,7 @@ def _is_temporary(name: str) -> bool:
 
 
 def _checked(name: str) -> str:
-    """A name that stays within its folder: names are read from files that others may have written."""
+    """``name``, if it stays within its folder: names come from files that others may have written."""
     if not name or name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise UserError(f"{name!r} is no name of a file in a folder")
     return name
@@ -302,7 +304,7 @@ class BucketFolder:
             self.delete(name)
 
     def write(self, name: str, parts: Iterable[bytes | memoryview], *, flush: Flush = "name") -> str:
-        del flush  # what a bucket takes stays
+        del flush  # a bucket keeps everything that it has accepted
         import obstore
 
         store, key = self._locate(name)
@@ -374,7 +376,7 @@ class BucketFolder:
 
         store, root = bucket_store(self.url)
         base = f"{root}/" if root else ""
-        folder = base + prefix.rpartition("/")[0]  # a store's own prefix is made of whole path segments
+        folder = base + prefix.rpartition("/")[0]  # object stores list by whole parts of a path
         with bucket_errors(self.url):
             keys = [entry["path"] for page in obstore.list(store, folder or None) for entry in page]
         names = (key.removeprefix(base) for key in keys)

@@ -1,4 +1,4 @@
-"""Buckets, reached through obstore: the store of a bucket, and what its failures mean to the user.
+"""Buckets, accessed through obstore: the store of a bucket, and the error messages of failed requests.
 
 Answers like 503 and 429 and cut connections are retried for two minutes, with growing, random pauses; a wrong setting
 is known after seconds, because the first call for a bucket asks it one question and is retried for a few seconds only.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RETRY_SECONDS = 120.0  # how long a request is retried; S3 asks to slow down for about a minute at most
 FIRST_RETRY_SECONDS = 8.0
-_QUESTION = ".tmp-question"  # a key that is not there
+_QUESTION = ".tmp-question"  # a key that does not exist
 
 _BUCKET_URL = re.compile(r"(?P<scheme>s3|gs)://(?P<bucket>[^/]*)(?:/(?P<key>.*))?", re.DOTALL)
 _BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
@@ -86,13 +86,13 @@ def bucket_store(url: str) -> tuple[S3Store | GCSStore, str]:
 
 @contextlib.contextmanager
 def bucket_errors(url: str, *, writing: bool = False) -> Iterator[None]:
-    """What obstore raises about ``url``: FileNotFoundError as it is, the rest as a UserError of one sentence."""
+    """Pass FileNotFoundError on, and turn other errors of obstore about ``url`` into a UserError of one sentence."""
     from obstore.exceptions import BaseError
 
     try:
         yield
     except FileNotFoundError as error:
-        if writing or _error_code(str(error)) == "NoSuchBucket":
+        if writing or _error_code(error) == "NoSuchBucket":
             raise explain(url, error) from error
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
     except BaseError as error:
@@ -100,25 +100,31 @@ def bucket_errors(url: str, *, writing: bool = False) -> Iterator[None]:
 
 
 def explain(url: str, error: Exception) -> UserError:
-    """What to tell the user when a request about ``url`` failed for good."""
+    """The error message of a request for ``url`` whose last retry failed."""
     scheme, bucket, _ = parse_url(url)
-    text = str(error).partition("\n\nDebug source")[0]
-    return UserError(_sentence(url, scheme, f"{scheme}://{bucket}", text))
+    return UserError(_sentence(url, scheme, f"{scheme}://{bucket}", error))
 
 
 def http_status(error: Exception) -> int | None:
-    """Of the answer that an obstore error is about; None where there was none."""
-    return _status(str(error))
+    """Status of the last HTTP answer that an obstore error is about; None where no answer came."""
+    match = re.search(r"status code: (\d+)", str(error))
+    return int(match[1]) if match else None
 
 
-def _sentence(url: str, scheme: str, place: str, text: str) -> str:
-    code, status = _error_code(text), _status(text)
+def _sentence(url: str, scheme: str, place: str, error: Exception) -> str:
+    from obstore.exceptions import PermissionDeniedError
+
+    text = str(error).partition("\n\nDebug source")[0]
+    code, status = _error_code(error), http_status(error)
     reason = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:300]
     cases = (
         (code == "NoSuchBucket", f"there is no bucket {place}; create it, or correct its name"),
         (_lacks_credentials(text), f"no credentials for {place} were found: {_CREDENTIALS[scheme]}"),
-        (_refused(text), f"{place} refuses the credentials ({code or status}): {_CREDENTIALS[scheme]}"),
-        (status == 403, f"{place} denies access to {url} ({code or status}); the credentials need the right to it"),
+        (_refused(error), f"{place} refuses the credentials ({code or status}): {_CREDENTIALS[scheme]}"),
+        (
+            isinstance(error, PermissionDeniedError),
+            f"{place} denies access to {url} ({code or status}); the credentials need the right to it",
+        ),
         (
             code in _OTHER_REGION or "incorrectly configured region" in text,
             f"bucket {place} is in another region; set AWS_REGION to it",
@@ -135,7 +141,7 @@ def _sentence(url: str, scheme: str, place: str, text: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _open_store(scheme: str, bucket: str, _settings: tuple[tuple[str, str], ...]) -> S3Store | GCSStore:
-    """A store that was reached once. Other settings in the environment make another store."""
+    """A store that has answered once. Other settings in the environment make another store."""
     import obstore
     from obstore.exceptions import BaseError
 
@@ -143,10 +149,10 @@ def _open_store(scheme: str, bucket: str, _settings: tuple[tuple[str, str], ...]
     try:
         obstore.get(hasty, _QUESTION)
     except FileNotFoundError as error:
-        if _error_code(str(error)) == "NoSuchBucket":
+        if _error_code(error) == "NoSuchBucket":
             raise explain(f"{scheme}://{bucket}", error) from error
     except BaseError as error:
-        if not _may_work(str(error)):
+        if not _may_work(error):
             raise explain(f"{scheme}://{bucket}", error) from error
     return _make_store(scheme, bucket, retry_seconds=RETRY_SECONDS, max_retries=30)
 
@@ -183,35 +189,34 @@ def _endpoint(scheme: str) -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
 
 
-def _may_work(text: str) -> bool:
-    """Whether what failed at the first question may go well later, or for other keys."""
-    if _lacks_credentials(text) or _refused(text):
+def _may_work(error: Exception) -> bool:
+    """Whether a request that failed as the first one may succeed later, or for other keys."""
+    from obstore.exceptions import PermissionDeniedError
+
+    text = str(error)
+    if _lacks_credentials(text) or _refused(error):
         return False
-    status = _status(text)
+    status = http_status(error)
     if status is None:
         return "HTTP error" in text and not re.search(r"kind:\s+Connect\b", text)  # a cut connection
-    return status == 403 or _may_pass(status)
+    return isinstance(error, PermissionDeniedError) or _may_pass(status)
 
 
 def _may_pass(status: int | None) -> bool:
     return status is not None and (status >= 500 or status == 429)
 
 
-def _refused(text: str) -> bool:
-    return _error_code(text) in _REFUSED or _status(text) == 401
+def _refused(error: Exception) -> bool:
+    from obstore.exceptions import UnauthenticatedError
+
+    return isinstance(error, UnauthenticatedError) or _error_code(error) in _REFUSED
 
 
 def _lacks_credentials(text: str) -> bool:
     return any(sign in text for sign in _NO_CREDENTIALS)
 
 
-def _error_code(text: str) -> str | None:
-    """Of the XML that a store answers with."""
-    match = re.search(r"<Code>(\w+)</Code>", text)
+def _error_code(error: Exception) -> str | None:
+    """The code in the XML that a store answers with; None where there is none."""
+    match = re.search(r"<Code>(\w+)</Code>", str(error))
     return match[1] if match else None
-
-
-def _status(text: str) -> int | None:
-    """Of the last HTTP answer; None where there was none."""
-    match = re.search(r"status code: (\d+)", text)
-    return int(match[1]) if match else None

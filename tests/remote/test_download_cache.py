@@ -20,7 +20,7 @@ import pytest
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
 from pipeline.remote.download_cache import Cache
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 from tests.support.file_server import ALWAYS
 from tests.support.places import Place, http_place, hub_place, make_place
 

@@ -24,8 +24,8 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
 from pipeline.remote import http as remote_http
 from pipeline.remote import retry
-from pipeline.remote.files import RemoteFile
 from pipeline.remote.range_reader import RangeFile
+from pipeline.remote.remote_file import RemoteFile
 from tests.support.file_server import ALWAYS
 from tests.support.places import Place, http_place, make_place
 from tests.support.s3_server import S3

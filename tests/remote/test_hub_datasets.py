@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
 from pipeline.remote import globs, hub_datasets
+from pipeline.remote.remote_file import RemoteFile
 from tests.support.fake_hub import NAME, FakeHub, running_hub
 from tests.support.file_server import running_files
 
@@ -94,7 +95,7 @@ def test_files_are_pinned_to_a_commit(fake: FakeHub) -> None:
     assert pinned == f"hf://datasets/{NAME}@{COMMIT}/data"
     assert remote_files.list_files(f"hf://datasets/{NAME}/")[0] == f"hf://datasets/{NAME}@{COMMIT}"
     blob = hashlib.sha1(b"blob 12\0content of b").hexdigest()
-    assert files[1] == remote_files.RemoteFile(
+    assert files[1] == RemoteFile(
         url=f"hf://datasets/{NAME}@{COMMIT}/data/b.parquet",
         name="data/b.parquet",
         size_bytes=12,

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 from pipeline.sources import sources
 from pipeline.sources.plan import fetch_units, load_plan, make_plan, sample_plan, save_plan
 from pipeline.sources.sources import Layout, find

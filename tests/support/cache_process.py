@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.remote.download_cache import Cache
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.remote import files as remote_files
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 from tests.support import s3_server
 from tests.support.fake_hub import NAME, FakeHub, running_hub
 from tests.support.file_server import FileServer, Traffic, running_files

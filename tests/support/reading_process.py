@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pipeline.remote.files import RemoteFile
+from pipeline.remote.remote_file import RemoteFile
 from pipeline.sources.column_chunks import fetch_column_chunks
 from pipeline.sources.plan import make_plan
 from pipeline.sources.readers import read_item
