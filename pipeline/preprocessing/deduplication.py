@@ -1,4 +1,4 @@
-"""Which documents are copies of an earlier one, over a whole source: exact, and the same for any number of workers.
+"""Exact deduplication: documents of a source that are copies of an earlier one, for any number of workers.
 
 A document is known by the first 16 bytes of the sha256 of its UTF-8 text. Of equal documents the first in plan order
 stays. Three steps: every work item's hashes are written, in the order of the hashes (``hashes_to_bytes``); every
@@ -10,13 +10,14 @@ partitions holds its share: with 256 partitions a billion documents take 0.4 GB 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from pipeline.sources.arrow_values import values_of
 
 HASHES = "items/hashes/"
 DUPLICATES = "items/duplicates/"
@@ -41,25 +42,18 @@ def duplicates_name(partition: int) -> str:
 
 
 def num_documents(hashes_bytes: int) -> int:
-    """Documents in a file of hashes of that size."""
+    """Number of documents in a file of hashes of that size."""
     return (hashes_bytes - _HEADER_BYTES) // _RECORD.itemsize
 
 
 def hash_documents(array: pa.Array) -> bytes:
-    """16 bytes per document."""
-    return b"".join(hashlib.sha256(buffer).digest()[:16] for buffer in _buffers(array))
-
-
-def _buffers(array: Any) -> Iterator[memoryview]:
+    """The hashes of all documents, 16 bytes each."""
     texts = array.cast(pa.large_string())
-    _, offset_buffer, data_buffer = texts.buffers()
-    offsets = np.frombuffer(offset_buffer, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    data = memoryview(data_buffer or b"")
-    return (data[begin:end] for begin, end in itertools.pairwise(offsets))
+    return b"".join(hashlib.sha256(text).digest()[:16] for text in values_of(texts))
 
 
 def hashes_to_bytes(hashes: bytes) -> bytes:
-    """A file of an item's hashes: where each first byte begins (257 int64), then the records in the hashes' order."""
+    """The file of an item's hashes: offsets by first byte (257 int64), then the records in the order of the hashes."""
     halves = np.frombuffer(hashes, dtype=[("high", ">u8"), ("low", ">u8")])
     records = np.zeros(len(halves), _RECORD)
     records["high"], records["low"], records["row"] = halves["high"], halves["low"], np.arange(len(halves))
@@ -70,15 +64,15 @@ def hashes_to_bytes(hashes: bytes) -> bytes:
 
 
 def num_partitions(num_documents: int) -> int:
-    """A power of two up to 256, so that a partition holds some 4 million documents where that is enough of them."""
+    """A power of two up to 256: as few partitions as hold 4 million documents each, if that is enough of them."""
     wanted = max(1, -(-num_documents // _DOCUMENTS_PER_PARTITION))
     return min(MAX_PARTITIONS, 1 << (wanted - 1).bit_length())
 
 
 def find_duplicates(files: Sequence[ReadRange], partition: int, partitions: int) -> bytes:
-    """The copies whose hash lies in a partition, as a file: where each item's rows begin (int64), then the rows (u4).
+    """The copies whose hash is in a partition, as a file: offsets by item (int64), then the row numbers (u4).
 
-    files: for every item, in plan order, what reads bytes [start, stop) of its hashes.
+    files: for every item, in plan order, a function that reads bytes [start, stop) of its hashes.
     """
     width = MAX_PARTITIONS // partitions
     parts = [_read_partition(read, partition * width, (partition + 1) * width) for read in files]
@@ -103,7 +97,7 @@ def _read_partition(read: ReadRange, first: int, stop: int) -> npt.NDArray[Any]:
 
 
 def rows_of_item(files: Sequence[ReadRange], item: int, num_items: int) -> Rows:
-    """The document numbers, ascending, that item ``item`` loses by all partitions' files."""
+    """The numbers, ascending, of the documents of an item that are copies, by the files of all partitions."""
     found = []
     for read in files:
         begin, end = np.frombuffer(read(item * _OFFSETS.itemsize, (item + 2) * _OFFSETS.itemsize), _OFFSETS).tolist()

@@ -1,4 +1,4 @@
-"""What becomes of a document before it is written: to train or to val, and from text to token ids."""
+"""Documents before they are written: divided into train and val, and encoded as token ids."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.dataset.manifest import SPLITS
+from pipeline.sources.arrow_values import values_of
 from pipeline.tokenizer.bpe import Tokenizer
 
-_ROOM_BYTES_PER_ID = 6  # of a part's text; an item has half of that, so room for 3 bytes an id, and English has 4
-_SLICE_BYTES = 200_000  # copied in the time, about 30 microseconds, that one more slice costs the tokenizer
+_ROOM_BYTES_PER_ID = 6  # of a part, of which an item is half: room for an id per 3 bytes, and English has 4
+_SLICE_BYTES = 200_000  # of text, which are copied in the 30 microseconds that one more slice costs the tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPart:
-    """Documents of a work item, as their shards hold them."""
+    """Encoded documents of a work item, for one shard per split."""
 
     ids: dict[str, npt.NDArray[Any]]
-    """Split -> token ids, each document behind an eot_id."""
+    """Split -> token ids, each document preceded by an eot_id."""
     documents: dict[str, int]
     text_bytes: dict[str, int]
     """UTF-8 bytes of the documents."""
     lengths: npt.NDArray[np.int64]
     """``length_counts`` of the documents of both splits."""
     is_last: bool
-    """Of its item."""
+    """Whether the item ends with this part."""
 
 
 def encode_parts(
     arrays: Iterable[pa.Array], tokenizer: Tokenizer, *, val_fraction: float, part_bytes: int
 ) -> Iterator[EncodedPart]:
-    """Split and encode the texts of an item, array by array; at least one part, a new one behind every ``part_bytes``.
+    """Split and encode the texts of an item, array by array: at least one part, and a new one after ``part_bytes``.
 
-    An item of the expected size is one part. What memory holds is one array of text and the ids of one part, however
-    large the item: a compressed file of 40 GB is read in one go, too.
+    An item of the expected size is one part. Memory holds one array of text and the ids of one part, however large the
+    item is, which may be a compressed file of 40 GB.
     """
     builder = _PartBuilder(tokenizer, val_fraction, part_bytes)
     for array in arrays:
@@ -56,7 +57,7 @@ class _PartBuilder:
     def __init__(self, tokenizer: Tokenizer, val_fraction: float, part_bytes: int) -> None:
         self._tokenizer, self._val_fraction = tokenizer, val_fraction
         room = part_bytes // _ROOM_BYTES_PER_ID
-        self._ids = {split: _Growing(tokenizer.id_dtype, room) for split in SPLITS}
+        self._ids = {split: _IdBuffer(tokenizer.id_dtype, room) for split in SPLITS}
         self._documents, self._text_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
         self._lengths = np.zeros(0, np.int64)
         self.num_bytes = 0
@@ -77,11 +78,11 @@ class _PartBuilder:
         )
 
 
-class _Growing:
-    """Ids one behind the other in one array, into which each is copied while it is in the processor's cache."""
+class _IdBuffer:
+    """An array of ids that grows by copying new ids to its end while they are in the processor's cache."""
 
     def __init__(self, dtype: np.dtype[Any], room: int) -> None:
-        """``room``: ids for which addresses are taken at once; memory is where something has been written."""
+        """``room``: ids to allocate at first; pages that are never written take no memory."""
         self._array, self._size, self._room = np.empty(0, dtype), 0, room
 
     def append(self, ids: npt.NDArray[Any]) -> None:
@@ -101,7 +102,7 @@ class _Growing:
 
 
 def in_groups(arrays: Iterable[pa.Array], group_bytes: int) -> Iterator[list[pa.Array]]:
-    """Neighbouring arrays together, until they hold ``group_bytes`` of text."""
+    """Lists of neighbouring arrays that hold ``group_bytes`` of text together."""
     group: list[pa.Array] = []
     num_bytes = 0
     for array in arrays:
@@ -120,7 +121,7 @@ def text_bytes(texts: Any) -> int:
 
 
 def length_counts(texts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """How many documents have 2**i to 2**(i + 1) - 1 UTF-8 bytes, for i from 0 to that of the longest."""
+    """Number of documents of 2**i to 2**(i + 1) - 1 UTF-8 bytes, for i from 0 to that of the longest."""
     lengths = np.maximum(pc.binary_length(texts).to_numpy(), 1)
     return np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1).astype(np.int64)
 
@@ -134,7 +135,7 @@ def add_counts(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArra
 
 
 def split_by_hash(texts: pa.ChunkedArray, val_fraction: float) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """The documents of train and of val, in order: a document is val if the hash of its UTF-8 bytes says so.
+    """The documents of train and of val, in order; the hash of its UTF-8 bytes decides the split of a document.
 
     The hash is XXH3 of 64 bits (xxhash.com); that of a val document is below ``val_fraction`` * 2**64. (sha256, which
     nobody could forge, would take a tenth of the time of a tokenization.) The choice depends on the text alone: copies
@@ -147,26 +148,14 @@ def split_by_hash(texts: pa.ChunkedArray, val_fraction: float) -> tuple[pa.Chunk
     train: list[Any] = []
     val: list[Any] = []
     for chunk in filter(len, texts.chunks):
-        offsets, data = _offsets_and_data(chunk)
-        rows = [
-            row
-            for row, (begin, end) in enumerate(itertools.pairwise(offsets))
-            if xxhash.xxh3_64_intdigest(data[begin:end]) < limit
-        ]
-        train += _without(chunk, rows, offsets[-1] - offsets[0])
+        rows = [row for row, text in enumerate(values_of(chunk)) if xxhash.xxh3_64_intdigest(text) < limit]
+        train += _without(chunk, rows, text_bytes(chunk))
         val.append(chunk.take(pa.array(rows, pa.int64())))
     return pa.chunked_array(train, texts.type), pa.chunked_array(val, texts.type)
 
 
-def _offsets_and_data(texts: Any) -> tuple[list[int], memoryview]:
-    """Document i is ``data[offsets[i]:offsets[i + 1]]``."""
-    _, offset_buffer, data_buffer = texts.buffers()
-    offsets = np.frombuffer(offset_buffer, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    return offsets.tolist(), memoryview(data_buffer)
-
-
 def _without(texts: Any, rows: list[int], num_bytes: int) -> list[Any]:
-    """All documents, of ``num_bytes`` together, but those of ``rows``, which ascend; as one copy, or as slices."""
+    """All documents, of ``num_bytes`` in all, except ``rows``, which ascend; as one copy, or as slices."""
     if len(rows) * _SLICE_BYTES > num_bytes:
         is_kept = np.ones(len(texts), dtype=bool)
         is_kept[rows] = False
@@ -176,6 +165,6 @@ def _without(texts: Any, rows: list[int], num_bytes: int) -> list[Any]:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Token ids of all documents, each behind an ``eot_id``."""
+    """Token ids of all documents, each preceded by an ``eot_id``."""
     ids, _ = tokenizer.encode_arrow(texts, prefix=tokenizer.eot_id)
     return ids

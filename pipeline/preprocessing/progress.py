@@ -1,4 +1,4 @@
-"""What a user sees while text becomes tokens: a bar on a terminal, else a log line every few seconds."""
+"""Progress of a tokenization on the console: a bar on a terminal, a log line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class ItemProgress:
-    """Work items: files and share of the source done, text and tokens made of it, speed, time left."""
+    """Progress of work items: files and share of the source done, text and tokens, speed, remaining time."""
 
     def __init__(self, title: str, items: Sequence[WorkItem]) -> None:
         from tqdm import tqdm
@@ -39,7 +39,7 @@ class ItemProgress:
         )
 
     def add(self, index: int, text_bytes: int, tokens: int, *, is_last: bool = True) -> None:
-        """Work item ``index``, or a part of it, got done."""
+        """Count work item ``index``, or a part of it, as done."""
         self._text_bytes += text_bytes
         self._tokens += tokens
         size_bytes = 0

@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Stages: TypeAlias = list[tuple[Callable[..., Any], dict[str, Any]]]
 
-_BLOCK_BYTES = 64_000_000  # of text, at least, are one task's work: Ray takes some 15 ms to hand out one
-_BLOCK_BYTES_PER_SLOT = 3_000_000  # at 60 MB/s a core, a thousand cores then ask for 20 tasks a second
-_BLOCKS_PER_SLOT = 8  # at least, so that no worker waits long for the last one
+_BLOCK_BYTES = 64_000_000  # least text of one task, because Ray takes some 15 ms to start one
+_BLOCK_BYTES_PER_SLOT = 3_000_000  # at 60 MB/s per core, a thousand cores then need 20 tasks per second
+_BLOCKS_PER_SLOT = 8  # least number, so that no worker waits long for the last one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How many tasks at a time."""
+    """Number of tasks that run at a time."""
 
     num_workers: int | None
-    """Reading, encoding, counting. None: one per CPU of the cluster."""
+    """Tasks that read, encode and count. None: one per CPU of the cluster."""
     download_workers: int | None
-    """Fetching files. None: one for every two of the others, at least 2."""
+    """Tasks that fetch files. None: one for every two of the others, at least 2."""
     cache_bytes: int
-    """What a node keeps of files while they are fetched."""
+    """Disk space of a node for files while they are fetched."""
 
     @classmethod
     def of(cls, config: TokenizeConfig | TrainTokenizerConfig) -> Parallelism:
@@ -59,7 +59,7 @@ class Parallelism:
 
 
 def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism, *, title: str) -> Iterator[ItemRow]:
-    """The last stage's rows, as they come; raises the first mistake of a stage.
+    """The rows of the last stage, as they arrive; raises the first error of a stage.
 
     The figures of a row: text_bytes, tokens, and whether it is the item's last.
     """
@@ -77,7 +77,7 @@ def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism
 
 
 def share(value: T) -> ray.ObjectRef[T]:
-    """Keep a value where the tasks of all nodes can get it."""
+    """Put a value where the tasks of all nodes can get it."""
     import ray
 
     return ray.put(value)
@@ -86,7 +86,7 @@ def share(value: T) -> ray.ObjectRef[T]:
 def run_rows(
     rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], parallelism: Parallelism
 ) -> None:
-    """One stage over anything that a string names; raises the first mistake."""
+    """Run one stage over rows that are named by strings; raises the first error."""
     for row in _execute([[ItemRow(item=row)] for row in rows], [(stage, arguments)], parallelism.slots):
         row.raise_error()
 
@@ -102,7 +102,7 @@ def _run(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism) -> 
 
 
 def _items_per_block(items: Sequence[WorkItem], slots: int) -> int:
-    """A task takes as many items as make up for its cost, but leaves enough tasks for all workers."""
+    """Items per task: enough to make its start cheap, few enough that all workers have tasks."""
     mean_bytes = max(1, sum(item.size_bytes for item in items) // len(items))
     wanted = max(_BLOCK_BYTES, slots * _BLOCK_BYTES_PER_SLOT) // mean_bytes
     return max(1, min(wanted, len(items) // (slots * _BLOCKS_PER_SLOT)))
@@ -140,11 +140,11 @@ def _execute(
 
 
 def _tasks_at_once(dataset: ray.data.Dataset, num_workers: int, num_blocks: int) -> int:
-    """Twice as many tasks as workers, where these are all that the cluster can run at a time: half of them wait in it.
+    """Twice as many tasks as workers if these are all that the cluster can run at a time, so that half of them wait.
 
-    Ray Data looks for finished tasks every 100 ms, and needs two looks for each, while a task that waits in the cluster
-    takes the place of the one before within 15 ms. Ray Data's own account of CPUs, which lets no task wait and does
-    not know for the first second that there are any, is left out: the cluster keeps one.
+    Ray Data polls for finished tasks every 100 ms, twice for each, while a task that waits in the cluster starts within
+    15 ms after the one before. Ray Data's own reservation of CPUs is switched off: it lets no task wait, sees no CPU in
+    the first second, and the cluster keeps count of them anyway.
     """
     dataset.context.op_resource_reservation_enabled = False
     waiting = num_workers if num_workers >= ray_cluster.cpus() else 0
@@ -152,7 +152,7 @@ def _tasks_at_once(dataset: ray.data.Dataset, num_workers: int, num_blocks: int)
 
 
 def in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
-    """The stages of one item, row by row, before the next item begins.
+    """Run all stages of one item, row by row, before the next item begins.
 
     As stages of their own, fused by Ray, each would go on until Ray's buffer behind it holds 128 MB: a worker that is
     killed would take many encoded items with it, and all of them would count as attempted.
@@ -167,13 +167,13 @@ def in_turn(table: pa.Table, steps: Stages) -> Iterator[pa.Table]:
 
 
 def _quiet_ray_data() -> None:
-    """Our own bar and log lines speak; Ray Data's full log lies in its session folder."""
+    """Silence Ray Data, whose full log is in its session folder: this project has a bar and log lines of its own."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for handler in logging.getLogger("ray.data").handlers:
-        is_rays = type(handler).__module__.startswith("ray.")  # others may have put theirs there, for all loggers
+        is_rays = type(handler).__module__.startswith("ray.")  # others may have added handlers to all loggers
         if is_rays and isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.CRITICAL)

@@ -1,8 +1,8 @@
-"""Which part of a tokenization is done: the files in ``items/`` beside the shards.
+"""State of a tokenization that can be resumed: the files in ``items/`` beside the shards.
 
-``items/run.json`` says what the folder is made from, and is written first; ``items/plan.jsonl`` holds the work items;
-``items/000000.json`` says what work item 0 became, and is written after its shards. So a run that stopped anywhere goes
-on with the items that have no valid record, and a folder is never made with two settings, nor from input that changed.
+``items/run.json`` names the input and the settings, and is written first; ``items/plan.jsonl`` holds the work items;
+``items/000000.json`` is the record of work item 0, and is written after its shards. So a run that stopped anywhere
+continues with the items that have no valid record, and a folder never mixes settings, or inputs that changed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _ITEMS = "items"
 _RUN = f"{_ITEMS}/run.json"
 _PLAN = f"{_ITEMS}/plan.jsonl"
 _DAMAGE = f"{_ITEMS}/damaged.json"
-_REQUESTS = 32  # at a time; a bucket answers each after some 30 ms
+_REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItemRecord:
-    """What a work item became, or one part of an item far larger than the others."""
+    """The shards of a work item, or of one part of an item far larger than the others."""
 
     key: str
     """Hash of what was read, of the settings and of the tokenizer."""
@@ -47,25 +47,25 @@ class ItemRecord:
     skipped: dict[str, int]
     """Reason -> documents that were left out."""
     damaged: tuple[dict[str, str], ...]
-    """Name and reason of inputs of which something could not be read (--skip_bad_files)."""
+    """Name and reason of inputs that could not be read whole (--skip_bad_files)."""
     lengths: tuple[int, ...]
-    """How many documents have 2**i to 2**(i + 1) - 1 bytes."""
+    """Number of documents of 2**i to 2**(i + 1) - 1 bytes, for every i."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What an output folder is made from."""
+    """The input and the settings that an output folder was begun with."""
 
     source: str
-    """As it was given."""
+    """The source as it was given."""
     pinned: str | None
-    """The same, with what may move (a branch on the hub) fixed; None where nothing fixes it."""
+    """The source at a fixed revision of the hub; None where there is no such thing."""
     settings: dict[str, Any]
     inputs: tuple[Input, ...]
 
 
 def settings_of(config: TokenizeConfig, tokenizer_fingerprint: str | None) -> dict[str, Any]:
-    """What shards depend on besides the input; ``tokenizer_fingerprint`` is of the given one, None if it is trained."""
+    """The settings that shards depend on. ``tokenizer_fingerprint``: of the given tokenizer; None if it is trained."""
     trained = {"sample_bytes": config.sample_bytes, "vocab_size": config.vocab_size}
     names = ("item_bytes", "text_column", "val_fraction", "limit_documents", "limit_bytes", "dedup")
     values = {name: getattr(config, name) for name in names}
@@ -81,7 +81,7 @@ def find_source(source: str, folder: Folder) -> Source:
 
 
 def finished(config: TokenizeConfig, folder: Folder, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest, where everything has been done already; None where work is left.
+    """The manifest, if all work has been done already; otherwise None.
 
     Raises UserError where the folder holds shards of other settings or of other input.
     """
@@ -118,7 +118,7 @@ def is_complete(folder: Folder, source: str, settings: dict[str, Any], *, names:
 
 
 def claim(folder: Folder, run: RunRecord) -> None:
-    """Make the folder ready for work: checked or recorded what it is made from, leftovers of killed runs removed."""
+    """Prepare a folder for work: check or record its input and settings, and remove leftovers of killed runs."""
     record = read_run(folder)
     if record is None:
         if any(name.endswith(".bin") for name in folder.names()):
@@ -128,12 +128,12 @@ def claim(folder: Folder, run: RunRecord) -> None:
     else:
         _require_same_settings(folder, record, run.settings)
         _require_same_inputs(folder, record, list(run.inputs))
-    folder.remove_leftovers()  # a task of the run before may still be ending
-    folder.delete(MANIFEST_NAME)  # the folder is not complete while work goes on in it
+    folder.remove_leftovers()  # a task of the previous run may still be running
+    folder.delete(MANIFEST_NAME)  # a folder with a manifest would count as complete
 
 
 def read_run(folder: Folder) -> RunRecord | None:
-    """What the folder is made from, or None where nothing was begun in it."""
+    """The input and the settings of a folder; None where nothing was begun in it."""
     try:
         values = json.loads(folder.read(_RUN))
         return RunRecord(**{**values, "inputs": tuple(Input(**entry) for entry in values["inputs"])})
@@ -144,7 +144,7 @@ def read_run(folder: Folder) -> RunRecord | None:
 
 
 def read_plan(folder: Folder) -> list[WorkItem] | None:
-    """The work items that this folder was begun with, or None."""
+    """The work items that a folder was begun with; None where there is no plan yet."""
     try:
         return plan_module.load_plan(folder.read(_PLAN))
     except FileNotFoundError:
@@ -162,7 +162,7 @@ def read_plan_damage(folder: Folder) -> Damage:
 
 
 def write_plan(folder: Folder, items: Sequence[WorkItem], damage: Damage) -> None:
-    """Note the work items, and the files that could not be planned."""
+    """Write the work items, and the files that could not be read for the plan."""
     if damage:
         folder.write(_DAMAGE, [json.dumps(damage).encode()])
     folder.write(_PLAN, [plan_module.save_plan(items)])
@@ -176,9 +176,9 @@ def begin_attempt(
 ) -> None:
     """Note that the task ``name``, which reads ``label``, starts.
 
-    Raises DamagedInputError where ``MAX_ATTEMPTS`` of it were killed before:
-    Ray starts a task again for ever when its process was killed, so an item too large for the memory would never end.
-    Attempts of other jobs, and on nodes that died, are not held against the task.
+    Raises DamagedInputError if it was killed ``MAX_ATTEMPTS`` times before. Ray would start a killed task again without
+    end, so an item that is too large for the memory would never end. Attempts of other jobs, and on nodes that died, do
+    not count.
     """
     path = _attempts_name(name)
     try:
@@ -197,17 +197,17 @@ def begin_attempt(
 
 
 def end_attempt(folder: Folder, name: str) -> None:
-    """The task got through."""
+    """Note that the task ``name`` has ended."""
     folder.delete(_attempts_name(name))
 
 
 def write_item(folder: Folder, index: int, part: int, record: ItemRecord) -> None:
     """Record that a part of an item is done; its shards must be written."""
-    folder.write(_item_name(index, part), [_to_json(record)], flush="nothing")  # a torn record is none
+    folder.write(_item_name(index, part), [_to_json(record)], flush="nothing")  # a half-written record is no valid one
 
 
 def read_item_records(folder: Folder, index: int, key: str, vocab_size: int) -> list[ItemRecord] | None:
-    """The records of an item that is done with this ``key``, all shards there in full length, else None."""
+    """The records of an item that was done with this ``key``, if all its shards have their size; otherwise None."""
     records: list[ItemRecord] = []
     while not records or not records[-1].is_last:
         try:
@@ -221,7 +221,7 @@ def read_item_records(folder: Folder, index: int, key: str, vocab_size: int) -> 
 
 
 def read_all_records(folder: Folder, keys: Sequence[str], vocab_size: int) -> list[list[ItemRecord] | None]:
-    """``read_item_records`` of every item, many at a time."""
+    """The result of ``read_item_records`` for every item, with many requests at a time."""
     records: list[list[ItemRecord] | None] = [None] * len(keys)
 
     def read(index: int) -> None:
@@ -232,7 +232,7 @@ def read_all_records(folder: Folder, keys: Sequence[str], vocab_size: int) -> li
 
 
 def shard_name(split: str, index: int, part: int) -> str:
-    """train_000012.bin, or train_000012-001.bin for the second part of a very large item."""
+    """Name of a shard: train_000012.bin, or train_000012-001.bin for the second part of a very large item."""
     return f"{split}_{_numbered(index, part)}.bin"
 
 
@@ -244,7 +244,7 @@ def remove_others(folder: Folder, names: set[str]) -> None:
 
 
 def total_skipped(records: Iterable[ItemRecord]) -> dict[str, int]:
-    """Reason -> documents, over all items."""
+    """Number of skipped documents of all records, by reason."""
     total: Counter[str] = Counter()
     for record in records:
         total.update(record.skipped)

@@ -1,7 +1,7 @@
-"""What travels between two stages of the Ray Data graph: tables of rows, an item each, with arrays or a mistake in it.
+"""Rows between two stages of the Ray Data graph: a work item each, with arrays or an error.
 
 All rows between two stages have one schema, as Ray joins them into blocks and cuts blocks between rows: an array is one
-list in one row, and nothing of it is copied. A mistake is a row too, because Ray keeps of an exception its text only.
+list in one row, and nothing of it is copied. An error is a row, too, because Ray passes on only an exception's text.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pipeline.sources.work_items import WorkItem
 
 @dataclass
 class ItemRow:
-    """One row of a table between two stages: an item, its figures, arrays, or the mistake that was met."""
+    """One row of a table between two stages: an item, its figures, its arrays, or an error."""
 
     item: str
     """A plan of one work item, or of several that are fetched together (plan.save_plan)."""
     figures: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
-    """Arrow arrays, handed on without a copy."""
+    """Arrow arrays, passed on without a copy."""
     error: str | None = None
     is_damage: bool = False
     """Whether the error is a DamagedInputError."""
@@ -74,7 +74,7 @@ Columns: TypeAlias = dict[str, pa.DataType]
 def stage_of(
     columns: Callable[[dict[str, Any]], Columns],
 ) -> Callable[[StageFunction], Callable[..., Iterator[pa.Table]]]:
-    """Make a function from row to rows what map_batches takes; a UserError becomes a row.
+    """Turn a function from a row to rows into one for map_batches; a UserError becomes a row.
 
     columns: the arrays of the rows that come out, given the function's arguments: rows without them get empty ones.
     """

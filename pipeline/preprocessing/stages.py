@@ -1,5 +1,4 @@
-"""What the tasks of the Ray Data graph do (ray_dataflow.py connects them): download, encode, write; count; find
-duplicates.
+"""The tasks of the Ray Data graph (ray_dataflow.py connects them): download, encode, write; count; find duplicates.
 
 Execution is at least once (a killed task starts again), results are exactly once: what a task writes is a function of
 its item, the tokenizer and the settings, appears whole, and is not made again where its record is there.
@@ -39,39 +38,39 @@ from pipeline.tokenizer.patterns import Pattern
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-_WHOLE_FILE_SHARE = 0.5  # with less wanted of a file, ranges of it are fetched, which no checksum covers
-_COUNTED_BYTES = 64_000_000  # of text are held while pre-tokens are counted
+_WHOLE_FILE_SHARE = 0.5  # of a file; for a smaller share ranges are fetched, which no checksum covers
+_COUNTED_BYTES = 64_000_000  # of text in memory while pre-tokens are counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeJob:
-    """What every task of a run is told."""
+    """The settings of every encoding task of a run."""
 
     output: str
-    """Folder or bucket address."""
+    """Path or bucket address of the output folder."""
     tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]
-    """Itself, or where Ray keeps it, from where a worker has it in a quarter of the time that its file takes."""
+    """The tokenizer, or its place in Ray's object store, from where it is read in a quarter of the time of its file."""
     tokenizer_fingerprint: str
     vocab_size: int
     settings: str
-    """JSON of what the shards depend on besides input and tokenizer."""
+    """JSON of the settings that the shards depend on."""
     val_fraction: float
     part_bytes: int
-    """Text behind which a very large item goes on in another shard."""
+    """Bytes of text after which a very large item continues in another shard."""
     skip_damaged: bool
-    """Go on where an input cannot be read."""
+    """Leave out inputs that cannot be read, and continue."""
     num_items: int
-    """Of the whole plan."""
+    """Number of work items of the whole plan."""
     partitions: int = 0
-    """Files that say which documents are copies; 0 where none are looked for."""
+    """Number of files that name the documents which are copies; 0 without deduplication."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of token ids."""
+        """dtype of token ids."""
         return token_dtype(self.vocab_size)
 
     def key(self, item: WorkItem) -> str:
-        """What an item's shards are a function of."""
+        """Hash of everything that an item's shards depend on."""
         return hashlib.sha256(f"{item.key} {self.settings} {self.tokenizer_fingerprint}".encode()).hexdigest()
 
 
@@ -80,14 +79,14 @@ class EncodeJob:
 
 @stage_of(lambda arguments: {"slice": pa.int32(), "start": pa.int64(), "data": pa.large_binary()})
 def download(row: ItemRow, cache_bytes: int) -> Iterator[ItemRow]:
-    """The items of a fetch unit, each with the bytes that it needs of remote files."""
+    """Work items that are fetched together -> each with the bytes that it needs of remote files."""
     items = load_plan(row.item.encode())
     num_fetched = 0
     try:
         for fetched in _fetch(items, Cache(node_cache("downloads"), cache_bytes)):
             yield fetched
             num_fetched += 1
-    except UserError as error:  # of a file that the others share
+    except UserError as error:  # of a file that the other items read, too
         yield from (ItemRow.of(item, **error_values(error)) for item in items[num_fetched:])
 
 
@@ -117,12 +116,12 @@ def _open_remote(file_slice: FileSlice) -> BinaryIO:
 def _open_cached(cache: Cache, file_slice: FileSlice) -> BinaryIO:
     assert file_slice.file is not None
     with cache.file(file_slice.file) as path:
-        return path.open("rb")  # stays readable when the cache removes its name
+        return path.open("rb")  # stays readable when the cache deletes the file
 
 
 @stage_of(lambda arguments: {f"{split}_ids": pa.from_numpy_dtype(arguments["job"].dtype) for split in SPLITS})
 def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
-    """Texts -> token ids of train and val with their figures, a row per part; one row of figures where it was done."""
+    """Texts -> token ids of train and val, a row per part; only figures for an item that was done before."""
     item, folder = row.work_item, open_folder(job.output)
     records = resume_state.read_item_records(folder, item.index, job.key(item), job.vocab_size)
     if records is not None:
@@ -161,7 +160,7 @@ def _part_row(
         "documents": part.documents,
         "text_bytes": part.text_bytes,
         "lengths": part.lengths.tolist(),
-        "skipped": +skipped if part.is_last else {},  # both are complete when the last document has been read
+        "skipped": +skipped if part.is_last else {},  # complete only when the last document has been read
         "damaged": damaged if part.is_last else [],
     }
     arrays = {f"{split}_ids": pa.array(part.ids[split]) for split in SPLITS}
@@ -170,7 +169,7 @@ def _part_row(
 
 @stage_of(lambda arguments: {})
 def write(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
-    """Token ids -> shards and their record; figures of the part."""
+    """Token ids -> shards and their record, and the figures of the part."""
     row.raise_error()
     if "part" not in row.figures:  # was done before
         yield ItemRow(item=row.item, figures=row.figures)
@@ -217,7 +216,7 @@ def _sum_up(records: Sequence[ItemRecord]) -> dict[str, Any]:
 
 @stage_of(lambda arguments: {"counts": pa.struct(bpe_training.COUNTS_SCHEMA)})
 def count(row: ItemRow, output: str, val_fraction: float, pattern: Pattern, skip_damaged: bool) -> Iterator[ItemRow]:
-    """Texts -> how often each pre-token occurs in the train documents."""
+    """Texts -> counts of the pre-tokens in the train documents."""
     item, folder = row.work_item, open_folder(output)
     skipped: Counter[str] = Counter()
     figures = Counter(documents=0, text_bytes=0)
@@ -236,7 +235,7 @@ def count(row: ItemRow, output: str, val_fraction: float, pattern: Pattern, skip
 
 
 def _texts(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip_damaged: bool) -> Iterator[pa.Array]:
-    """The texts of an item as far as they can be read, where damage does not matter beyond that."""
+    """The texts of an item; with ``skip_damaged`` as far as they can be read."""
     try:
         row.raise_error()
         _begin_attempt(folder, verb, row.work_item)
@@ -263,7 +262,7 @@ def hash_documents(row: ItemRow, output: str, skip_damaged: bool) -> Iterator[It
 
 @stage_of(lambda arguments: {})
 def search_duplicates(row: ItemRow, output: str, num_items: int, partitions: int) -> Iterator[ItemRow]:
-    """A partition of the hashes -> a file of the documents in it that are copies."""
+    """A partition of the hashes -> a file that names the documents in it which are copies."""
     folder, partition = open_folder(output), int(row.item)
     files = [functools.partial(folder.read_range, deduplication.hashes_name(index)) for index in range(num_items)]
     found = deduplication.find_duplicates(files, partition, partitions)
@@ -275,7 +274,7 @@ def search_duplicates(row: ItemRow, output: str, num_items: int, partitions: int
 
 
 def _fetched_table(row: ItemRow) -> pa.Table | None:
-    """What the download stage fetched; None of local items."""
+    """The table of the download stage; None for local items."""
     return pa.table(row.arrays) if "slice" in row.arrays else None
 
 
@@ -303,17 +302,17 @@ def _duplicates(folder: Folder, job: EncodeJob, index: int) -> deduplication.Row
 
 
 def use_system_memory() -> None:
-    """Arrow takes memory as the rest of the process does, not from its own pool.
+    """Let Arrow allocate memory as the rest of the process does, and not in its own pool.
 
-    That one (mimalloc) gives memory back and asks for it again with every array: where two processes did so at a time,
-    the kernel took 0.7 of the 3.3 s for 249 MB; with the system's, 0.3 of 2.9.
+    That pool (mimalloc) returns memory to the system and requests it again with every array: with two processes at a
+    time the kernel took 0.7 of the 3.3 s for 249 MB, and 0.3 of 2.9 s with the system's allocator.
     """
     pa.set_memory_pool(pa.system_memory_pool())
 
 
 @functools.lru_cache(maxsize=1)
 def get_tokenizer(tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]) -> bpe.Tokenizer:
-    """The same one for all items that a worker process encodes, as it keeps the slices that it has met."""
+    """One tokenizer for all items that a worker process encodes, since it caches pre-tokens."""
     if isinstance(tokenizer, bpe.Tokenizer):
         return tokenizer
     import ray

@@ -1,7 +1,7 @@
 """From a source of raw text to shards and their manifest, on a Ray that the caller has initialised.
 
-The order of things: the output folder is claimed, the plan made or found, the tokenizer found or trained, copies found
-(``dedup``), what is left of the items encoded and written, and the manifest made of the records of all items.
+The steps: the output folder is claimed, the plan is made or found, the tokenizer is found or trained, copies are found
+(``dedup``), the remaining items are encoded and written, and the manifest is made from the records of all items.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.sources.work_items import WorkItem
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer import bpe
 
-_PARTS_PER_ITEM = 2  # an item that turns out larger than so many times what was planned goes on in another shard
+_PARTS_PER_ITEM = 2  # an item larger than this many times its planned size continues in another shard
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,8 @@ def finished(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
 def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None = None) -> DataReport:
     """Write the shards of ``config.source`` to ``output``, or what is left of them, and the manifest.
 
-    ``given``: as of ``finished``. Raises UserError for what the user can mend, whichever worker met it; the same call
-    then goes on.
+    ``given``: as of ``finished``. Raises UserError for what the user can mend, from any worker; the same call then
+    resumes.
     """
     start = time.perf_counter()
     given = given or given_tokenizer(config)
@@ -168,7 +168,7 @@ def _prepare_tokenizer(
 def _find_duplicates(
     config: TokenizeConfig, items: Sequence[WorkItem], output: Folder, parallelism: Parallelism
 ) -> int:
-    """Note which documents are copies of earlier ones; returns the number of files that say so."""
+    """Find the documents that are copies of earlier ones; returns the number of files that name them."""
     left = [item for item in items if output.size(deduplication.hashes_name(item.index)) is None]
     arguments = {"output": str(output), "skip_damaged": config.skip_bad_files}
     for _ in ray_dataflow.run_items(left, [(stages.hash_documents, arguments)], parallelism, title="find copies"):
@@ -183,7 +183,7 @@ def _find_duplicates(
 
 
 def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: Folder) -> Manifest:
-    """Gather the records of all items into the manifest, and write it."""
+    """Make the manifest from the records of all items, and write it."""
     parts = resume_state.read_all_records(output, keys, tokenizer.vocab_size)
     records = [record for item_parts in parts if item_parts is not None for record in item_parts]
     if None in parts:

@@ -1,7 +1,7 @@
-"""What jobs/tokenize.py calls: shards made or found, figures noted beside them, the run in MLflow.
+"""The job of jobs/tokenize.py: shards are made or found, and their figures go to summary.json and MLflow.
 
-Figures that differ from run to run (seconds, speed) lie in ``<output>/summary.json`` and in MLflow, never in the
-manifest, whose bytes depend on input, tokenizer and settings alone.
+Figures that differ from run to run (seconds, speed) are not in the manifest, whose bytes depend on input, tokenizer and
+settings alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.tracking.tracker import RunInput, Tracker
 
 
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
-    """Make the shards, or find them made; returns figures, MLflow run, and whether they were there already."""
+    """Make the shards unless they exist; returns figures, MLflow run, and whether they existed already."""
     tokenizer = str(resolve_path(config.tokenizer)) if config.tokenizer else None  # workers run in other folders
     config = dataclasses.replace(config, source=resolve_source(config.source), tokenizer=tokenizer)
     given = tokenization.given_tokenizer(config)
@@ -75,7 +75,7 @@ def _track(config: TokenizeConfig, output: Folder, report: DataReport, tracker: 
 
 
 def _draw_lengths(counts: Sequence[int], path: Path) -> Path:
-    """How many documents have 2**i to 2**(i + 1) - 1 bytes, as a picture."""
+    """Draw the number of documents of 2**i to 2**(i + 1) - 1 bytes, for every i."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")

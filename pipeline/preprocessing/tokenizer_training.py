@@ -1,4 +1,4 @@
-"""A tokenizer from a sample of a source: counting as a Ray Data stage, merging here."""
+"""A tokenizer from a sample of a source: pre-tokens are counted by Ray Data, and merges are learned here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.storage.folders import Folder
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer import training as bpe_training
 
-MERGED_AT_ONCE = 16  # counts of so many items, some MB each, wait in the driver
+MERGED_AT_ONCE = 16  # items, whose counts of some MB each wait in the driver
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""What jobs/train_tokenizer.py calls: a tokenizer made or found, figures noted beside it, the run in MLflow.
+"""The job of jobs/train_tokenizer.py: a tokenizer is made or found, and its figures go to summary.json and MLflow.
 
 ``tokenizer.json`` depends on the input and on the settings that ``_settings_of`` names, not on the number of workers or
-the size of work items. ``summary.json`` is written behind it, so a folder with both is done. An interrupted run counts
+the size of work items. ``summary.json`` is written after it, so a folder with both is done. An interrupted run counts
 again from the start.
 """
 
@@ -28,7 +28,7 @@ from pipeline.tracking.tracker import RunInput, Tracker
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflowRun, bool]:
-    """Make the tokenizer, or find it made; returns figures, MLflow run, and whether it was there already.
+    """Make the tokenizer unless it exists; returns figures, MLflow run, and whether it existed already.
 
     Raises UserError for what the user can mend, an output folder of other settings or other input among it.
     """
@@ -62,7 +62,7 @@ def train_into(config: TrainTokenizerConfig, output: Folder) -> TrainingReport:
     record = RunRecord(source=config.source, pinned=source.pinned, settings=_settings_of(config), inputs=inputs)
     resume_state.claim(output, record)
     for name in (SUMMARY_FILE, TOKENIZER_NAME):
-        output.delete(name)  # of a run that ended between the two
+        output.delete(name)  # left by a run that ended between the two
     tokenizer, report = learn(config, source, output)
     save_tokenizer(output, tokenizer)
     output.write(SUMMARY_FILE, [report_json(report)])
@@ -70,7 +70,7 @@ def train_into(config: TrainTokenizerConfig, output: Folder) -> TrainingReport:
 
 
 def _settings_of(config: TrainTokenizerConfig) -> dict[str, Any]:
-    """What a tokenizer depends on besides the input, as JSON gives it back."""
+    """The settings that a tokenizer depends on, as they are read back from JSON."""
     names = ("vocab_size", "min_frequency", "pattern", "sample_bytes", "text_column", "val_fraction")
     return {name: getattr(config, name) for name in names} | {"special_tokens": list(config.special_tokens)}
 

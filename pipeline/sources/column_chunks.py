@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError
 from pipeline.remote.range_reader import ReadOnlyFile
 from pipeline.sources import json_lines
+from pipeline.sources.arrow_values import array_of, values_of
 from pipeline.sources.parquet_metadata import text_chunks
 from pipeline.sources.work_items import FileSlice, WorkItem, reading
 
@@ -27,10 +27,10 @@ SCHEMA = pa.schema([("slice", pa.int32()), ("start", pa.int64()), ("data", pa.la
 DAMAGED = -1
 
 _MAX_SLICE_BYTES = 1_000_000_000
-_READ_BYTES = 1 << 26  # at a time
+_READ_BYTES = 1 << 26  # per read
 _GAP_BYTES = 1 << 20  # between two chunks of a column that one read covers
 _TAIL_BYTES = 1 << 16  # of a parquet file, where the footer is
-_PADDING_BYTES = 100  # that Arrow reads behind a chunk in files of old writers
+_PADDING_BYTES = 100  # behind a chunk, which Arrow also reads in files of old writers
 
 FetchedRange = tuple[int, bytes | bytearray | memoryview]
 OpenFile = Callable[[FileSlice], BinaryIO]
@@ -71,7 +71,7 @@ def fetch_column_chunks(item: WorkItem, open_file: OpenFile) -> pa.Table:
                 rows += [(number, start, data) for start, data in _fetched_ranges(file_slice, item.text_column, file)]
         except DamagedInputError as error:
             rows.append((number, DAMAGED, str(error).encode()))
-    data = pa.chunked_array([_as_array(data) for _, _, data in rows], pa.large_binary())  # not one array: no copy
+    data = pa.chunked_array([array_of(data, 0, len(data), pa.large_binary()) for _, _, data in rows], pa.large_binary())
     columns = [pa.array([row[column] for row in rows], SCHEMA.field(column).type) for column in (0, 1)]
     return pa.table([*columns, data], schema=SCHEMA)
 
@@ -99,26 +99,14 @@ def needed_bytes(items: Sequence[WorkItem], open_file: OpenFile) -> int:
     return total + sum(footer.serialized_size for footer in footers.values())
 
 
-def by_slice(fetched: pa.Table) -> dict[int, list[tuple[int, pa.Buffer]]]:
+def by_slice(fetched: pa.Table) -> dict[int, list[tuple[int, memoryview]]]:
     """(start, data) of every slice that was not left out, without a copy of the data."""
-    found: dict[int, list[tuple[int, pa.Buffer]]] = {}
-    rows = itertools.chain.from_iterable(_buffers(chunk) for chunk in fetched["data"].chunks)
+    found: dict[int, list[tuple[int, memoryview]]] = {}
+    rows = itertools.chain.from_iterable(values_of(chunk) for chunk in fetched["data"].chunks)
     slices, starts = fetched["slice"].to_pylist(), fetched["start"].to_pylist()
     for file_slice, start, data in zip(slices, starts, rows, strict=True):
         found.setdefault(file_slice, []).append((start, data))
     return found
-
-
-def _buffers(values: Any) -> Iterator[pa.Buffer]:
-    """Every value of a large_binary array as a slice of its buffer."""
-    _, offsets, data = values.buffers()
-    edges = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1].tolist()
-    return ((data or pa.py_buffer(b"")).slice(begin, end - begin) for begin, end in itertools.pairwise(edges))
-
-
-def _as_array(data: Any) -> pa.Array:
-    offsets = pa.py_buffer(np.array([0, len(data)]))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)])
 
 
 def _fetched_ranges(file_slice: FileSlice, text_column: str, file: BinaryIO) -> list[FetchedRange]:
@@ -145,17 +133,17 @@ def _parquet_ranges(file_slice: FileSlice, text_column: str, file: BinaryIO) -> 
     for group in _near(sorted((start, min(stop + _PADDING_BYTES, file_bytes)) for start, stop in ranges)):
         first, last = group[0][0], max(stop for _, stop in group)
         content = memoryview(_read(file, first, last))
-        for start, stop in group:  # what lies between is dropped
+        for start, stop in group:  # the bytes between them are dropped
             yield start, bytes(content[start - first : stop - first]) if len(group) > 1 else content
     yield tail
 
 
 def _read_tail(file: BinaryIO) -> FetchedRange:
-    """The end of a parquet file, footer included."""
+    """The end of a parquet file, including the footer."""
     size_bytes = file.seek(0, io.SEEK_END)
     start = max(0, size_bytes - _TAIL_BYTES)
     tail = _read(file, start, size_bytes)
-    footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8  # its length and a magic number stand behind it
+    footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8  # its length and a magic number follow it
     if len(tail) < footer_bytes <= size_bytes:
         start = size_bytes - footer_bytes
         tail = _read(file, start, size_bytes)
@@ -170,7 +158,7 @@ def _chunk_range(chunk: Any) -> tuple[int, int]:
 
 
 def _near(ranges: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Ranges that are worth one read: small gaps, ``_READ_BYTES`` together."""
+    """Groups of ranges that one read fetches: with small gaps, and ``_READ_BYTES`` in all."""
     group: list[tuple[int, int]] = []
     for start, stop in ranges:
         if group and (start - group[-1][1] > _GAP_BYTES or stop - group[0][0] > _READ_BYTES):
@@ -187,7 +175,7 @@ def _line_ranges(file_slice: FileSlice, file: BinaryIO) -> list[FetchedRange]:
     content = bytearray()
     if start < file_slice.stop <= start + _MAX_SLICE_BYTES:
         content = _read(file, start, file_slice.stop)
-        while len(content) <= _MAX_SLICE_BYTES and not content.endswith(b"\n"):  # the last line, to its end
+        while len(content) <= _MAX_SLICE_BYTES and not content.endswith(b"\n"):  # up to the end of the last line
             if not (chunk := file.read(_GAP_BYTES)):
                 break
             content += chunk[: chunk.find(b"\n") + 1 or None]
@@ -195,7 +183,7 @@ def _line_ranges(file_slice: FileSlice, file: BinaryIO) -> list[FetchedRange]:
 
 
 def _read(file: BinaryIO, start: int, stop: int) -> bytearray:
-    """Bytes [start, stop), held once; raises OSError where the file ends before."""
+    """Bytes [start, stop), in memory once; raises OSError where the file ends before ``stop``."""
     content = bytearray(stop - start)
     position = 0
     file.seek(start)

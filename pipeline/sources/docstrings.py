@@ -1,4 +1,4 @@
-"""Text that every machine has: the docstrings of the Python packages installed beside this one.
+"""Text that every machine has: the docstrings of the Python packages that are installed.
 
 Files are parsed, never imported. A documented module makes one document: the module's name and docstring, then, in
 source order, the signature and docstring of every class, function and method that has one. Modules that are mostly code
@@ -24,13 +24,13 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def package_roots() -> list[Path]:
-    """The standard library and the packages of the Python that runs."""
+    """The folders of the standard library and of the packages of this Python."""
     paths = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     return [Path(path) for path in dict.fromkeys(paths)]
 
 
 def versions() -> dict[str, str]:
-    """Python and every installed distribution -> version: what the documents depend on."""
+    """The version of Python and of every installed distribution, on which the documents depend."""
     found = {"python": platform.python_version()}
     for root in package_roots():
         for folder in sorted(root.glob("*.dist-info")):
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def find_files() -> list[tuple[str, Path, os.stat_result]]:
-    """Every .py file below the roots but tests: (name relative to its root, path, its stat), sorted by name."""
+    """Every .py file in the roots except tests: (name relative to its root, path, stat), sorted by name."""
     files = [file for root in package_roots() for file in _walk(root, root)]
     return sorted(files, key=lambda file: file[:2])
 
@@ -56,7 +56,7 @@ def _walk(folder: Path, root: Path) -> Iterator[tuple[str, Path, os.stat_result]
 
 
 def module_document(name: str, content: bytes) -> str | None:
-    """The document of the module in file ``name`` (relative to its root), or None where it has too little to say.
+    """The document of the module in file ``name`` (relative to its root), or None where it has too little text.
 
     Raises ValueError for what this Python cannot parse.
     """
@@ -65,7 +65,7 @@ def module_document(name: str, content: bytes) -> str | None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # about invalid escapes in their strings
             tree = ast.parse(source)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"{name} cannot be parsed: {type(error).__name__}") from error
@@ -76,12 +76,12 @@ def module_document(name: str, content: bytes) -> str | None:
 
 
 def _quoted_chars(source: str) -> int:
-    """Characters between triple quotes, about: docstrings are written so."""
+    """Approximate number of characters in docstrings: those between triple quotes."""
     return max(sum(map(len, source.split(quotes)[1::2])) for quotes in ('"""', "'''"))
 
 
 def _sections(node: Documented, name: str, lines: list[str]) -> Iterator[str]:
-    """Heading and docstring of ``node``, and of what it defines and documents, in source order."""
+    """Heading and docstring of ``node`` and of every documented definition in it, in source order."""
     docstring = _docstring(node)
     if docstring or isinstance(node, ast.Module):
         yield f"{name}{_signature(node, lines)}\n\n{docstring}".strip()
@@ -106,7 +106,7 @@ def _docstring(node: Documented) -> str:
 
 
 def _signature(node: Documented, lines: list[str]) -> str:
-    """What stands between the name and the colon, in one line."""
+    """The source between the name and the colon, in one line."""
     if isinstance(node, ast.Module):
         return ""
     header = " ".join(" ".join(lines[node.lineno - 1 : node.body[0].lineno - 1]).split())

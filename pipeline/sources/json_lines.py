@@ -1,7 +1,8 @@
-"""Lines of JSON: where they begin in a part of a file, how many there are, and the text of one.
+"""JSON lines: their positions in a part of a file, their number, and the text of one line.
 
-A line of 1 GB takes 1.1 GB: its text is unescaped in place, a chunk at a time. With ``json.loads`` a line of 220 MB
-took 2.9 times its size in ASCII, and 9.5 times with one emoji in it, because Python then keeps four bytes a character.
+A line of 1 GB takes 1.1 GB of memory: its text is unescaped in place, a chunk at a time. This is written by hand, since
+``json.loads`` took 2.9 times the size of a line of 220 MB of ASCII, and 9.5 times with one emoji in it, because Python
+then stores four bytes per character.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-_CHUNK_BYTES = 1 << 20  # read at a time
-_GIANT_BYTES = 16_000_000  # a longer line is not given to json.loads
-_LITERAL_BYTES = 1 << 16  # a longer string of a giant line is taken out of it
-_UNESCAPED_BYTES = 1 << 22  # at a time; more than an escape of 6 bytes
+from pipeline.sources.arrow_values import array_of
+
+_CHUNK_BYTES = 1 << 20  # per read
+_GIANT_BYTES = 16_000_000  # a longer line is not parsed by json.loads as a whole
+_LITERAL_BYTES = 1 << 16  # a longer string of a giant line is parsed on its own
+_UNESCAPED_BYTES = 1 << 22  # per step; more than the 6 bytes of an escape
 
 Line = bytes | bytearray
 
 
 def seek_first_line(file: Any, start: int, stop: int) -> int:
-    """Set ``file`` to the first line that begins at or behind ``start``; returns where, ``stop`` if it is not before.
+    """Seek the first line that begins at ``start`` or later; returns its position, or ``stop`` if there is none before.
 
-    A line that began earlier is passed over without being held.
+    A line that began earlier is skipped without being kept in memory.
     """
     position = max(0, start - 1)  # the byte before start tells whether a line begins there
     file.seek(position)
@@ -46,7 +48,7 @@ def seek_first_line(file: Any, start: int, stop: int) -> int:
 
 
 def read_lines(file: Any, position: int, stop: int | None) -> Iterator[tuple[int, Line]]:
-    """(position, line without its end) of every line that begins before ``stop``; ``file`` stands at ``position``.
+    """(position, line without its end) of every line that begins before ``stop``; ``file`` is at ``position``.
 
     A line that spans chunks is a bytearray of its own, which the caller may change.
     """
@@ -76,11 +78,11 @@ def is_blank(line: Line) -> bool:
 
 
 def count_records(file: Any, limit: int, stop: int | None = None) -> tuple[int, int]:
-    """Lines that are not blank and begin before ``stop``, ``limit`` at most, and where the last one ends.
+    """Count lines that are not blank and begin before ``stop``, up to ``limit``; also returns the end of the last one.
 
-    Nothing behind it is read. Takes the memory of a chunk, however long the lines.
+    Reading stops there. Takes the memory of a chunk, however long the lines are.
     """
-    records = start = end = 0  # start of the line at hand, end of the last record
+    records = start = end = 0  # start of the current line, end of the last record
     position = 0
     has_content = False
     while chunk := file.read(_CHUNK_BYTES):
@@ -100,10 +102,10 @@ def count_records(file: Any, limit: int, stop: int | None = None) -> tuple[int, 
 
 
 def text_of(line: Line, key: str) -> bytes | pa.Array | None:
-    """The text under ``key``, UTF-8; that of a giant line as an array of one, which takes ``line`` over.
+    """The text under ``key``, UTF-8; that of a giant line as an array of one value in the memory of ``line``.
 
-    Raises ValueError where the line is no JSON object or no UTF-8, LookupError where it has no text under ``key``: the
-    rest of a sentence that begins with the line.
+    Raises ValueError where the line is no JSON object or no UTF-8, LookupError where it has no text under ``key``. The
+    message is the rest of a sentence that begins with the line.
     """
     if len(line) > _GIANT_BYTES:
         return _giant_text(bytearray(line) if isinstance(line, bytes) else line, key)
@@ -158,14 +160,14 @@ def _not_utf8(line: Line, position: int) -> ValueError:
 
 
 def _giant_text(line: bytearray, key: str) -> pa.Array | None:
-    """As ``text_of``: what is left without the long strings goes to json.loads, the strings are unescaped in place."""
-    mark = secrets.token_hex(16)  # stands for a long string, followed by its number; no line holds it
+    """As ``text_of``: json.loads parses the line without its long strings, which are unescaped in place."""
+    mark = secrets.token_hex(16)  # replaces a long string, followed by its number; too random to occur in a line
     rest, literals = _take_out_literals(line, mark)
     try:
         text = _value(_parse(rest.decode("utf-8")), key)
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8 text") from error
-    except json.JSONDecodeError as error:  # its position is that in the rest
+    except json.JSONDecodeError as error:  # without its position, which is that in the rest
         raise ValueError(f"is no JSON object ({error.msg}); one object per line is expected") from error
     wanted = int(text.removeprefix(mark)) if text and text.startswith(mark) else None
     end = 0
@@ -173,16 +175,15 @@ def _giant_text(line: bytearray, key: str) -> pa.Array | None:
         if number == wanted:
             end = _unescape_in_place(line, begin, stop)
         else:
-            for _ in _unescaped(line, begin, stop):  # only looked at: the line is damaged if one of them is
+            for _ in _unescaped(line, begin, stop):  # only checked: the line is damaged if one of its strings is
                 pass
     if wanted is None:
         return None if text is None else _encode(text)
-    offsets = np.array([literals[wanted][0], end])
-    return pa.Array.from_buffers(pa.large_string(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(line)])
+    return array_of(line, literals[wanted][0], end, pa.large_string())
 
 
 def _take_out_literals(line: bytearray, mark: str) -> tuple[bytes, list[tuple[int, int]]]:
-    """The line with its long strings replaced by ``mark`` and number, and between which bytes they stood."""
+    """The line with its long strings replaced by ``mark`` and number, and the range of bytes of every long string."""
     parts: list[Line] = []
     literals: list[tuple[int, int]] = []
     copied = position = 0
@@ -198,7 +199,7 @@ def _take_out_literals(line: bytearray, mark: str) -> tuple[bytes, list[tuple[in
 
 
 def _end_of_literal(line: bytearray, begin: int) -> int:
-    """Where the quotation mark stands that ends the string which begins at ``begin``."""
+    """Position of the quotation mark that ends the string which begins at ``begin``."""
     position = begin
     while (end := line.find(b'"', position)) >= 0:
         if _count_backslashes(line, begin, end) % 2 == 0:
@@ -208,7 +209,7 @@ def _end_of_literal(line: bytearray, begin: int) -> int:
 
 
 def _count_backslashes(line: bytearray, begin: int, end: int) -> int:
-    """How many stand directly before ``end``."""
+    """Number of backslashes directly before ``end``."""
     position = end
     while position > begin and line[position - 1] == ord("\\"):
         position -= 1
@@ -216,7 +217,7 @@ def _count_backslashes(line: bytearray, begin: int, end: int) -> int:
 
 
 def _unescape_in_place(line: bytearray, begin: int, end: int) -> int:
-    """Write the text over its own literal, which is never shorter; returns where the text ends."""
+    """Write the text over its own literal, which is never shorter; returns the end of the text."""
     written = begin
     for text in _unescaped(line, begin, end):
         content = _encode(text)
@@ -226,7 +227,7 @@ def _unescape_in_place(line: bytearray, begin: int, end: int) -> int:
 
 
 def _unescaped(line: bytearray, begin: int, end: int) -> Iterator[str]:
-    """The text of the literal [begin, end) in parts; what has been given out may be written over."""
+    """The text of the literal [begin, end) in parts; the bytes of a yielded part may be overwritten."""
     high = ""  # first half of a surrogate pair, kept for the next part
     while begin < end:
         cut = min(begin + _UNESCAPED_BYTES, end)
@@ -248,7 +249,7 @@ def _unescaped(line: bytearray, begin: int, end: int) -> Iterator[str]:
 
 
 def _safe_cut(line: bytearray, begin: int, cut: int) -> int:
-    """A place at or a little before ``cut`` that divides neither an escape nor a character."""
+    """A position at or a little before ``cut`` that divides neither an escape nor a character."""
     backslash = line.rfind(b"\\", cut - 6, cut)  # an escape has six bytes at most
     if backslash >= 0:
         is_second = _count_backslashes(line, begin, backslash + 1) % 2 == 0

@@ -1,4 +1,4 @@
-"""The footer of a parquet file: where the text column's chunks lie, in a file that may be damaged."""
+"""The footer of a parquet file: the position of the text column's chunks, in a file that may be damaged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.remote.range_reader import ReadOnlyFile
 
 
 def text_chunks(metadata: pq.FileMetaData, text_column: str, groups: Iterable[int]) -> list[Any]:
-    """The metadata of the text column's chunk in each of the row groups; raises ArrowException for what cannot be."""
+    """The metadata of the text column's chunk in each of the row groups; ArrowException if they are inconsistent."""
     leaves, groups = metadata.schema, list(groups)
     leaf = next((number for number in range(len(leaves)) if leaves.column(number).path == text_column), None)
     if leaf is None:
@@ -28,8 +28,8 @@ def text_chunks(metadata: pq.FileMetaData, text_column: str, groups: Iterable[in
 def _require_sound(metadata: pq.FileMetaData, leaf: int, groups: list[int]) -> None:
     """Raise ArrowException or OSError where the metadata of a chunk contradict each other.
 
-    ``RowGroupMetaData.column`` ends the process there: nothing catches Arrow's C++ exception. The reader's does; with
-    ``pre_buffer`` it looks at all chunks before it reads a first byte, which it is not given.
+    ``RowGroupMetaData.column`` would end the process, because nothing catches Arrow's C++ exception. The reader catches
+    it; with ``pre_buffer`` it checks all chunks before it reads the first byte, and then gets an exception.
     """
     if any(group >= metadata.num_row_groups for group in groups):
         raise pa.ArrowInvalid(f"it has {metadata.num_row_groups} row groups, not {groups[-1] + 1}")
@@ -41,7 +41,7 @@ def _require_sound(metadata: pq.FileMetaData, leaf: int, groups: list[int]) -> N
 
 
 class _ContentAskedForError(Exception):
-    """All footers have been looked at."""
+    """The metadata of all chunks have been checked."""
 
 
 class _NoContent(ReadOnlyFile):

@@ -24,7 +24,7 @@ from pipeline.sources.work_items import FileSlice, WorkItem, open_slice, reading
 _FORMAT = "gpt-2.5 plan 1"
 _FILE_FIELDS = ("name", "path", "kind", "version")  # of a slice, the same for all slices of a file
 _RANGE_FIELDS = ("start", "stop", "size_bytes", "max_documents")
-_PRECISION = 128  # parts of a file are made equal to a 128th of their size
+_PRECISION = 128  # sizes of parts are equalised to a 128th
 
 
 def make_plan(
@@ -74,7 +74,7 @@ def sample_plan(layouts: Iterable[Layout], *, text_column: str, item_bytes: int,
 
 
 def fetch_units(items: Iterable[WorkItem]) -> list[list[WorkItem]]:
-    """Neighbouring items that read the same remote file, together; any other item alone."""
+    """Groups of neighbouring items that read the same remote file; any other item is a group of its own."""
     units: list[list[WorkItem]] = []
     for item in items:
         file = item.slices[0].file
@@ -109,7 +109,7 @@ def save_plan(items: Sequence[WorkItem]) -> bytes:
 
 
 def load_plan(content: bytes) -> list[WorkItem]:
-    """What was saved; raises UserError where that is no plan of this version, or not whole."""
+    """Read a saved plan; raises UserError if it is incomplete or of another version."""
     remote_fields = [field.name for field in dataclasses.fields(RemoteFile)]
     files: list[dict[str, Any]] = []
     items: list[WorkItem] = []
@@ -143,12 +143,12 @@ def _compact(values: Any) -> str:
 
 
 class _Groups:
-    """What becomes the items: parts of a file as they are, whole small files as many as fit together."""
+    """Groups of slices that become the items: parts of a file as they are, small files as many as fit together."""
 
     def __init__(self, item_bytes: int) -> None:
         self._item_bytes = item_bytes
         self._groups: list[tuple[FileSlice, ...]] = []
-        self._files: list[FileSlice] = []  # that wait for more
+        self._files: list[FileSlice] = []  # of the group that is not full yet
         self._free_bytes = item_bytes
 
     def add(self, parts: Iterable[FileSlice]) -> None:
@@ -177,7 +177,7 @@ class _Groups:
 
 
 def _divide(sizes: list[int], item_bytes: int) -> list[int]:
-    """Unit numbers at which parts begin, and the end: the fewest parts of ``item_bytes``, the largest of them small.
+    """Unit numbers at which parts begin, and the end: as few parts of ``item_bytes`` as possible, of about equal size.
 
     A unit above ``item_bytes`` is a part of its own.
     """
@@ -196,7 +196,7 @@ def _divide(sizes: list[int], item_bytes: int) -> list[int]:
 
 
 def _fill(ends: list[int], part_bytes: int) -> list[int]:
-    """Edges of parts of at most ``part_bytes``, or of one unit, each as full as may be."""
+    """Edges of parts of at most ``part_bytes``, or of one unit, each as large as possible."""
     edges = [0]
     while edges[-1] < len(ends) - 1:
         begin = edges[-1]
@@ -205,13 +205,13 @@ def _fill(ends: list[int], part_bytes: int) -> list[int]:
 
 
 def _runs(units: list[int]) -> list[tuple[int, int]]:
-    """[begin, end) of unit numbers that follow each other."""
+    """[begin, end) of every run of consecutive unit numbers."""
     breaks = [at for at in range(1, len(units)) if units[at] != units[at - 1] + 1]
     return [(units[begin], units[end - 1] + 1) for begin, end in itertools.pairwise([0, *breaks, len(units)])]
 
 
 def _parts(layout: Layout, edges: Sequence[int]) -> Iterator[FileSlice]:
-    """The units between every two edges; the last of a file that a limit cuts knows how many records it has."""
+    """The slice between every two edges; the last one of a file that a limit cuts has its number of records."""
     whole = layout.whole
     for begin, end in itertools.pairwise(edges):
         max_documents = None
@@ -230,7 +230,7 @@ def _parts(layout: Layout, edges: Sequence[int]) -> Iterator[FileSlice]:
 
 
 def _limited(layouts: Iterable[Layout], limit_documents: int | None, limit_bytes: int | None) -> Iterator[Layout]:
-    """Layouts up to the limits, the last one cut; where records are cut its ``whole.max_documents`` is set."""
+    """The layouts up to the limits, the last one cut; where a limit cuts records, ``whole.max_documents`` is set."""
     for layout in layouts:
         if limit_bytes is not None:
             units = int(np.searchsorted(np.cumsum(layout.sizes), limit_bytes)) + 1
@@ -254,7 +254,7 @@ def _first_units(layout: Layout, units: int) -> Layout:
 
 
 def _first_records(layout: Layout, limit: int) -> tuple[Layout, int]:
-    """The layout of the first ``limit`` records, and how many there are."""
+    """The layout of the first ``limit`` records, and their number."""
     if layout.documents is None:
         return _first_lines(layout, limit)
     ends = np.cumsum(layout.documents)
@@ -272,7 +272,7 @@ def _first_records(layout: Layout, limit: int) -> tuple[Layout, int]:
 
 
 def _first_lines(layout: Layout, limit: int) -> tuple[Layout, int]:
-    """The same for lines: a plain file ends behind the last one, a compressed one knows their number."""
+    """The same for lines: a plain file is cut behind the last one, a compressed one gets ``max_documents``."""
     whole = layout.whole
     stop = int(layout.bounds[-1])
     with reading(whole.where), open_slice(whole) as file:
@@ -291,7 +291,10 @@ def _first_lines(layout: Layout, limit: int) -> tuple[Layout, int]:
 
 
 def _spread(layouts: list[Layout], total_bytes: int, sample_bytes: int) -> Iterator[tuple[Layout, list[int]]]:
-    """The units of each layout that keep the share chosen so far below that of the whole; at least the smallest."""
+    """Units of each layout, evenly spread: the share chosen so far never exceeds the sample's share of the whole.
+
+    At least the smallest unit is chosen.
+    """
     seen_bytes = chosen_bytes = 0
     for layout in layouts:
         units = []

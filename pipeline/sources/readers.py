@@ -1,4 +1,4 @@
-"""Reading a work item: parquet, JSON lines, text files and Python modules in, Arrow arrays of texts out.
+"""Reading a work item: from parquet, JSON lines, text files and Python modules to Arrow arrays of texts.
 
 A document is a parquet row, a line of JSON, a text file, a documented Python module. Nulls and blank texts are counted
 and left out. Memory is bounded by ``_ARRAY_BYTES`` and the largest document, not by the item or its row groups.
@@ -18,18 +18,19 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.sources import docstrings, json_lines
+from pipeline.sources.arrow_values import array_of, offsets_of
 from pipeline.sources.column_chunks import DAMAGED, SparseFile, by_slice
 from pipeline.sources.parquet_metadata import text_chunks
 from pipeline.sources.work_items import COMPRESSIONS, Damage, FileSlice, WorkItem, open_slice, reading, unpacked
 
-_ARRAY_BYTES = 2_000_000  # of text in an array: what is read stays in the processor's cache until it is encoded
-_ROWS = 4096  # of parquet at a time, at most
-_DICTIONARY_ROWS = 64  # the same where any row may be the longest text of a dictionary
-_DICTIONARY_BYTES = 64_000_000  # that such rows may have, if the dictionary is one text that does not compress
-_PAGE_BYTES = 1 << 20  # of a column chunk read at a time
-_CHUNK_BYTES = 1 << 20  # of a compressed text file
+_ARRAY_BYTES = 2_000_000  # of text per array, so that it stays in the processor's cache until it is encoded
+_ROWS = 4096  # largest number of parquet rows per batch
+_DICTIONARY_ROWS = 64  # the same for dictionaries, where any row may be the longest text
+_DICTIONARY_BYTES = 64_000_000  # largest batch of such rows, if the dictionary is one text that does not compress
+_PAGE_BYTES = 1 << 20  # of a column chunk per read
+_CHUNK_BYTES = 1 << 20  # of a compressed text file per read
 
-FetchedRanges = list[tuple[int, pa.Buffer]]
+FetchedRanges = list[tuple[int, memoryview]]
 
 
 def read_item(
@@ -69,7 +70,7 @@ def _slice(
     file_slice: FileSlice, text_column: str, skipped: Counter[str], fetched: FetchedRanges
 ) -> Iterator[pa.Array]:
     if fetched and fetched[0][0] == DAMAGED:
-        raise DamagedInputError(fetched[0][1].to_pybytes().decode())
+        raise DamagedInputError(bytes(fetched[0][1]).decode())
     with reading(file_slice.where), _open(file_slice, fetched) as file:
         if file_slice.kind == "parquet":
             yield from _parquet(file_slice, text_column, file)
@@ -92,7 +93,7 @@ def _open(file_slice: FileSlice, fetched: FetchedRanges) -> Any:
 
 def _parquet(file_slice: FileSlice, text_column: str, file: Any) -> Iterator[pa.Array]:
     left = file_slice.max_documents
-    # with pre_buffer, the default, whole column chunks are read ahead
+    # pre_buffer, which is the default, would read whole column chunks ahead
     options = {"buffer_size": _PAGE_BYTES, "pre_buffer": False, "page_checksum_verification": True}
     with pq.ParquetFile(file, **options) as parquet:
         first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(file_slice.start))
@@ -101,7 +102,7 @@ def _parquet(file_slice: FileSlice, text_column: str, file: Any) -> Iterator[pa.
             row = first_row
             for batch in parquet.iter_batches(_rows_at_a_time(chunk), [group], [text_column], use_threads=False):
                 texts: Any = batch.column(0)[:left]
-                texts = texts.cast(pa.large_string())  # strings of 32 bits, dictionaries, views
+                texts = texts.cast(pa.large_string())  # from strings with 32-bit offsets, dictionaries, views
                 _require_utf8(texts, file_slice, row)
                 yield texts
                 row += len(texts)
@@ -111,7 +112,7 @@ def _parquet(file_slice: FileSlice, text_column: str, file: Any) -> Iterator[pa.
 
 
 def _rows_at_a_time(chunk: Any) -> int:
-    """Rows that have ``_ARRAY_BYTES`` on average; few where they point into a dictionary, which hides their sizes."""
+    """Rows that have ``_ARRAY_BYTES`` on average; few if a dictionary hides their sizes."""
     rows = _ROWS
     if chunk.total_uncompressed_size > 0:
         rows = min(rows, _ARRAY_BYTES * chunk.num_values // chunk.total_uncompressed_size)
@@ -122,7 +123,7 @@ def _rows_at_a_time(chunk: Any) -> int:
 
 
 def _require_utf8(texts: pa.Array, file_slice: FileSlice, first_row: int) -> None:
-    """Arrow reads any bytes as strings; only a full validation (4 GB/s) looks at them."""
+    """Raise DamagedInputError for text that is not UTF-8, which Arrow checks only on request (4 GB/s)."""
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid:
@@ -178,7 +179,7 @@ def _json_texts(
 
 
 def _place(file_slice: FileSlice, number: int, position: int) -> str:
-    """Lines are counted from 1 where all before this one were read."""
+    """Where a line is, for messages: its number where all lines before it were read, or else its first byte."""
     is_counted = file_slice.start == 0 or not file_slice.is_range
     return (
         f"line {number} of {file_slice.where}" if is_counted else f"the line at byte {position:,} of {file_slice.where}"
@@ -186,7 +187,7 @@ def _place(file_slice: FileSlice, number: int, position: int) -> str:
 
 
 def _text(file: Any, file_slice: FileSlice) -> pa.Array:
-    """A file as one document; takes its size once."""
+    """A file as one document; takes its size in memory once."""
     if file_slice.name.endswith(COMPRESSIONS):
         content = bytearray()
         while chunk := file.read(_CHUNK_BYTES):
@@ -194,7 +195,7 @@ def _text(file: Any, file_slice: FileSlice) -> pa.Array:
     else:
         content = file.read()
     start = len(codecs.BOM_UTF8) if content[:3] == codecs.BOM_UTF8 else 0
-    text = _array_of(content, start, len(content))
+    text = array_of(content, start, len(content), pa.large_string())
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
@@ -218,14 +219,8 @@ def _module(file_slice: FileSlice, file: Any, skipped: Counter[str]) -> Iterator
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 
-def _array_of(content: Any, start: int, stop: int) -> pa.Array:
-    """One text, which is not copied."""
-    offsets = pa.py_buffer(np.array([start, stop]))
-    return pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(content)])
-
-
 def _batches(texts: Iterable[bytes | pa.Array]) -> Iterator[pa.Array]:
-    """Single texts, UTF-8, as arrays; those that are one already stay so. Damage is raised behind what came before."""
+    """Single texts, UTF-8, as arrays; arrays pass unchanged. An error is raised after the texts before it."""
     batch: list[bytes] = []
     size_bytes = 0
     damage: DamagedInputError | None = None
@@ -248,8 +243,8 @@ def _batches(texts: Iterable[bytes | pa.Array]) -> Iterator[pa.Array]:
 
 
 def _divided(texts: pa.Array) -> Iterator[pa.Array]:
-    """Slices of at most ``_ARRAY_BYTES``, or of one text."""
-    offsets = _offsets(texts)
+    """The texts in slices of at most ``_ARRAY_BYTES``, or of one text."""
+    offsets = offsets_of(texts)
     begin = 0
     while begin < len(texts):
         end = int(np.searchsorted(offsets, offsets[begin] + _ARRAY_BYTES, side="right")) - 1
@@ -259,11 +254,11 @@ def _divided(texts: pa.Array) -> Iterator[pa.Array]:
 
 
 def _joined(arrays: Iterable[pa.Array]) -> Iterator[pa.Array]:
-    """Neighbours together up to ``_ARRAY_BYTES``."""
+    """Small neighbouring arrays concatenated up to ``_ARRAY_BYTES``."""
     waiting: list[pa.Array] = []
     waiting_bytes = 0
     for array in arrays:
-        offsets = _offsets(array)
+        offsets = offsets_of(array)
         size_bytes = int(offsets[-1] - offsets[0])
         if waiting and waiting_bytes + size_bytes > _ARRAY_BYTES:
             yield pa.concat_arrays(waiting) if len(waiting) > 1 else waiting[0]
@@ -274,16 +269,11 @@ def _joined(arrays: Iterable[pa.Array]) -> Iterator[pa.Array]:
         yield pa.concat_arrays(waiting) if len(waiting) > 1 else waiting[0]
 
 
-def _offsets(texts: Any) -> Any:
-    """(n + 1,) where the texts begin and end in their buffer."""
-    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
-
-
 def _without_blanks(texts: Any, skipped: Counter[str]) -> Any:
     if texts.null_count:
         skipped["null"] += texts.null_count
         texts = texts.drop_null()
-    is_blank: Any = pc.or_(pc.utf8_is_space(texts), pc.equal(pc.binary_length(texts), 0))  # trimming would copy all
+    is_blank: Any = pc.or_(pc.utf8_is_space(texts), pc.equal(pc.binary_length(texts), 0))  # trimming would copy them
     if is_blank.true_count:
         skipped["blank"] += is_blank.true_count
         texts = texts.filter(pc.invert(is_blank))

@@ -1,4 +1,4 @@
-"""What to read: a source is a list of files; the layout of each says where it can be divided (plan.py divides it).
+"""The files of a source, and the layout of each file: where it can be divided (plan.py divides it).
 
 A source is a local file, folder or glob, the same on the Hugging Face hub or in a bucket, one file of a web server, or
 the docstrings of the Python packages installed here. Listings and parquet footers are all that is read here. Names are
@@ -36,18 +36,18 @@ B = TypeVar("B")
 INSTALLED_DOCS = "installed-docs"
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
 _KNOWN_SUFFIXES = ".parquet, .jsonl or .txt (the last two also .gz or .zst)"
-_RANGE_BYTES = 4_000_000  # plain .jsonl files can be divided this finely
-_COMPRESSED_TO_TEXT = 3  # text per byte of .gz or .zst, roughly; plans only
-_LOCAL_READERS = 8  # footers wait for the disk, which may be a network's
+_RANGE_BYTES = 4_000_000  # unit of plain .jsonl files
+_COMPRESSED_TO_TEXT = 3  # estimated bytes of text per byte of .gz or .zst, for plans only
+_LOCAL_READERS = 8  # footers are read from disks that may be slow, such as network disks
 _REMOTE_READERS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One thing that a source reads, as the manifest names it."""
+    """One file or package that a source reads, as the manifest lists it."""
 
     name: str
-    """Relative to the source."""
+    """Name relative to the source."""
     version: str = ""
     """Hash or ETag of a remote file, or version of a package, which pins the content; empty for local files."""
     size_bytes: int | None = None
@@ -61,19 +61,19 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """One file and where it can be divided; n units, 24 bytes each."""
+    """One file and where it can be divided: n units, which take 24 bytes of memory each."""
 
     whole: FileSlice
     bounds: npt.NDArray[np.int64]
-    """(n + 1,) unit i is [bounds[i], bounds[i + 1]): one row group, a range of bytes, or the whole file."""
+    """(n + 1,) Unit i is [bounds[i], bounds[i + 1]): one row group, a range of bytes, or the whole file."""
     sizes: npt.NDArray[np.int64]
-    """(n,) bytes of text, about."""
+    """(n,) Approximate bytes of text."""
     documents: npt.NDArray[np.int64] | None = None
-    """(n,) records; None where only reading would tell."""
+    """(n,) Number of records; None where the file would have to be read for it."""
 
     @classmethod
     def undivided(cls, whole: FileSlice, *, documents: int | None = None) -> Layout:
-        """A file that is read whole."""
+        """The layout of a file that is read whole."""
         return cls(
             whole=whole,
             bounds=np.array([0, 1]),
@@ -87,13 +87,13 @@ class Source:
     """The files that a name stands for, as they were when they were listed."""
 
     inputs: list[Input]
-    """What is read, in order; no file has been opened for it."""
+    """All inputs, in the order of reading; no file has been opened for it."""
     whole_files: Callable[[], Iterable[FileSlice]]
     """Lists every file as one slice, in the order of reading."""
     num_threads: int
-    """Threads that read footers."""
+    """Number of threads that read footers."""
     pinned: str | None = None
-    """The source with what may move (a branch on the hub) fixed; None where nothing fixes it."""
+    """The source at a fixed revision of the hub; None where there is no such thing."""
 
     def layouts(
         self, text_column: str, progress: Callable[[], None] | None = None, damaged: Damage | None = None
@@ -128,7 +128,7 @@ class Source:
 
 
 def find(source: str) -> Source:
-    """The source that ``source`` names; raises UserError where there is nothing of that name."""
+    """List the source of a name; raises UserError where there is nothing of that name."""
     if source == INSTALLED_DOCS:
         return _installed_docs()
     if remote_files.is_remote(source):
@@ -216,7 +216,7 @@ def _remote_file(file: RemoteFile) -> FileSlice:
 
 
 def kind_of(name: str) -> str | None:
-    """parquet, jsonl or txt by the name's end; None for what cannot be read."""
+    """parquet, jsonl or txt by the suffix of the name; None for a file that cannot be read."""
     stem = name
     for compression in COMPRESSIONS:
         stem = stem.removesuffix(compression)
@@ -234,7 +234,7 @@ def is_text(arrow_type: pa.DataType) -> bool:
 
 
 def _ahead(function: Callable[[A], B], items: Iterable[A], num_threads: int) -> Iterator[tuple[A, B]]:
-    """(item, function of item) in order, computed by threads four items a thread ahead of the caller."""
+    """(item, function(item)) in order; threads compute up to four items per thread ahead of the caller."""
     waiting: deque[tuple[A, Future[B]]] = deque()
     pool = ThreadPoolExecutor(num_threads)
     try:
@@ -249,7 +249,7 @@ def _ahead(function: Callable[[A], B], items: Iterable[A], num_threads: int) -> 
 
 
 def _row_groups(whole: FileSlice, text_column: str) -> Layout:
-    """One unit per row group, after a look at the schema."""
+    """The layout of a parquet file: one unit per row group. Checks that the column holds text."""
     with reading(whole.where), open_slice(whole) as file:
         metadata = pq.read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
@@ -273,7 +273,7 @@ def _row_groups(whole: FileSlice, text_column: str) -> Layout:
 
 
 def _ranges(whole: FileSlice) -> Layout:
-    """Byte ranges of a plain .jsonl file; anything else is read whole."""
+    """The layout of other files: ranges of bytes of a plain .jsonl file; anything else is read whole."""
     if whole.is_range:
         bounds = np.append(np.arange(0, whole.size_bytes, _RANGE_BYTES), whole.size_bytes)
         return Layout(whole=whole, bounds=bounds, sizes=np.diff(bounds))

@@ -61,7 +61,7 @@ class FileSlice:
 
     @property
     def where(self) -> str:
-        """How messages name the file."""
+        """Name of the file in messages."""
         return self.file.where if self.file else self.path
 
 
@@ -86,7 +86,7 @@ class WorkItem:
 
     @property
     def key(self) -> str:
-        """Hash of what is read, free of this machine's paths."""
+        """Hash of everything that is read, without paths of this machine."""
         parts = [
             (file_slice.name, file_slice.start, file_slice.stop, file_slice.version, file_slice.max_documents)
             for file_slice in self.slices
@@ -111,7 +111,7 @@ def open_slice(file_slice: FileSlice) -> BinaryIO:
 
 
 def unpacked(file: Any, name: str) -> Any:
-    """The byte stream of a file, decompressed where its name ends in .gz or .zst; a truncated one raises OSError."""
+    """The byte stream of a file, decompressed if its name ends in .gz or .zst; OSError where it is truncated."""
     if name.endswith(".gz"):
         return pa.input_stream(file, compression="gzip")
     return pa.input_stream(file, compression="zstd") if name.endswith(".zst") else file
