@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 
 from pipeline.cluster import ray_cluster
-from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import ReadingConfig
 from pipeline.preprocessing import stages
 from pipeline.preprocessing.progress import ItemProgress
 from pipeline.preprocessing.rows import ItemRow
@@ -34,31 +33,7 @@ _BLOCK_BYTES_PER_SLOT = 3_000_000  # at 60 MB/s per core, a thousand cores then 
 _BLOCKS_PER_SLOT = 8  # least number, so that no worker waits long for the last one
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parallelism:
-    """Number of tasks that run at a time."""
-
-    num_workers: int | None
-    """Tasks that read, encode and count. None: one per CPU of the cluster."""
-    download_workers: int | None
-    """Tasks that fetch files. None: one for every two of the others, at least 2."""
-    cache_bytes: int
-    """Disk space of a node for files while they are fetched."""
-
-    @classmethod
-    def of(cls, config: TokenizeConfig | TrainTokenizerConfig) -> Parallelism:
-        return cls(
-            num_workers=config.num_workers,
-            download_workers=config.download_workers,
-            cache_bytes=config.cache_bytes,
-        )
-
-    @property
-    def slots(self) -> int:
-        return self.num_workers or ray_cluster.cpus()
-
-
-def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism, *, title: str) -> Iterator[ItemRow]:
+def run_items(items: Sequence[WorkItem], steps: Stages, config: ReadingConfig, *, title: str) -> Iterator[ItemRow]:
     """The rows of the last stage, as they arrive; raises the first error of a stage.
 
     The figures of a row: text_bytes, tokens, and whether it is the item's last.
@@ -67,7 +42,7 @@ def run_items(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism
         return
     progress = ItemProgress(title, items)
     try:
-        for row in _run(items, steps, parallelism):
+        for row in _run(items, steps, config):
             row.raise_error()
             figures = row.figures
             progress.add(row.work_item.index, figures["text_bytes"], figures["tokens"], is_last=figures["is_last"])
@@ -83,22 +58,24 @@ def share(value: T) -> ray.ObjectRef[T]:
     return ray.put(value)
 
 
-def run_rows(
-    rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], parallelism: Parallelism
-) -> None:
+def run_rows(rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], config: ReadingConfig) -> None:
     """Run one stage over rows that are named by strings; raises the first error."""
-    for row in _execute([[ItemRow(item=row)] for row in rows], [(stage, arguments)], parallelism.slots):
+    for row in _execute([[ItemRow(item=row)] for row in rows], [(stage, arguments)], _num_workers(config)):
         row.raise_error()
 
 
-def _run(items: Sequence[WorkItem], steps: Stages, parallelism: Parallelism) -> Iterator[ItemRow]:
-    slots = parallelism.slots
+def _run(items: Sequence[WorkItem], steps: Stages, config: ReadingConfig) -> Iterator[ItemRow]:
+    slots = _num_workers(config)
     if not any(file_slice.file for item in items for file_slice in item.slices):
         rows = [ItemRow.of(item) for item in items]
         size = _items_per_block(items, slots)
         blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
         return _execute(blocks, steps, slots)
-    return _execute([[ItemRow.of(*unit)] for unit in fetch_units(items)], steps, slots, download=parallelism)
+    return _execute([[ItemRow.of(*unit)] for unit in fetch_units(items)], steps, slots, download=config)
+
+
+def _num_workers(config: ReadingConfig) -> int:
+    return config.num_workers or ray_cluster.cpus()
 
 
 def _items_per_block(items: Sequence[WorkItem], slots: int) -> int:
@@ -109,7 +86,7 @@ def _items_per_block(items: Sequence[WorkItem], slots: int) -> int:
 
 
 def _execute(
-    blocks: Sequence[Sequence[ItemRow]], steps: Stages, num_workers: int, download: Parallelism | None = None
+    blocks: Sequence[Sequence[ItemRow]], steps: Stages, num_workers: int, download: ReadingConfig | None = None
 ) -> Iterator[ItemRow]:
     import ray
 

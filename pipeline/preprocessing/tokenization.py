@@ -23,7 +23,6 @@ from pipeline.errors import UserError
 from pipeline.preprocessing import deduplication, ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import add_counts
 from pipeline.preprocessing.planning import plan_all
-from pipeline.preprocessing.ray_dataflow import Parallelism
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.preprocessing.stages import EncodeJob
 from pipeline.preprocessing.tokenizer_training import learn
@@ -104,7 +103,6 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     resume_state.claim(output, run)
     items = plan_all(config, source, output)
     tokenizer = _prepare_tokenizer(config, given, source, output)
-    parallelism = Parallelism.of(config)
     job = EncodeJob(
         output=str(output),
         tokenizer=ray_dataflow.share(tokenizer),
@@ -115,7 +113,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         part_bytes=_PARTS_PER_ITEM * config.item_bytes,
         skip_damaged=config.skip_bad_files,
         num_items=len(items),
-        partitions=_find_duplicates(config, items, output, parallelism) if config.dedup == "exact" else 0,
+        partitions=_find_duplicates(config, items, output) if config.dedup == "exact" else 0,
     )
     keys = [job.key(item) for item in items]
     records = resume_state.read_all_records(output, keys, tokenizer.vocab_size)
@@ -124,7 +122,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     encode_start = time.perf_counter()
     text_bytes = tokens = 0
     steps: ray_dataflow.Stages = [(stages.encode, {"job": job}), (stages.write, {"job": job})]
-    for row in ray_dataflow.run_items(left, steps, parallelism, title="tokenize"):
+    for row in ray_dataflow.run_items(left, steps, config, title="tokenize"):
         text_bytes += row.figures["text_bytes"]
         tokens += row.figures["tokens"]
     encode_seconds = time.perf_counter() - encode_start
@@ -165,20 +163,16 @@ def _prepare_tokenizer(
     return tokenizer
 
 
-def _find_duplicates(
-    config: TokenizeConfig, items: Sequence[WorkItem], output: Folder, parallelism: Parallelism
-) -> int:
+def _find_duplicates(config: TokenizeConfig, items: Sequence[WorkItem], output: Folder) -> int:
     """Find the documents that are copies of earlier ones; returns the number of files that name them."""
     left = [item for item in items if output.size(deduplication.hashes_name(item.index)) is None]
     arguments = {"output": str(output), "skip_damaged": config.skip_bad_files}
-    for _ in ray_dataflow.run_items(left, [(stages.hash_documents, arguments)], parallelism, title="find copies"):
+    for _ in ray_dataflow.run_items(left, [(stages.hash_documents, arguments)], config, title="find copies"):
         pass
     sizes = [output.size(deduplication.hashes_name(item.index)) or 0 for item in items]
     partitions = deduplication.num_partitions(sum(map(deduplication.num_documents, sizes)))
     search = {"output": str(output), "num_items": len(items), "partitions": partitions}
-    ray_dataflow.run_rows(
-        [str(partition) for partition in range(partitions)], stages.search_duplicates, search, parallelism
-    )
+    ray_dataflow.run_rows([str(partition) for partition in range(partitions)], stages.search_duplicates, search, config)
     return partitions
 
 

@@ -88,9 +88,7 @@ def _count(
     figures: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     parts: list[bpe_training.PretokenCounts] = []
-    for row in ray_dataflow.run_items(
-        items, [(stages.count, arguments)], ray_dataflow.Parallelism.of(config), title="count"
-    ):
+    for row in ray_dataflow.run_items(items, [(stages.count, arguments)], config, title="count"):
         figures.update({name: row.figures[name] for name in ("documents", "text_bytes")})
         skipped.update(row.figures["skipped"])
         table = pa.Table.from_struct_array(row.arrays["counts"]).cast(bpe_training.COUNTS_SCHEMA)

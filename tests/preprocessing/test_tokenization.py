@@ -149,10 +149,8 @@ def test_stages_of_an_item_are_one_task() -> None:
 
     items = [WorkItem(index=index, slices=(), text_column="text") for index in range(4)]
     steps: ray_dataflow.Stages = [(tell_task, {"name": name}) for name in ("first", "second", "third")]
-    parallelism = ray_dataflow.Parallelism(num_workers=2, download_workers=None, cache_bytes=1)
-    tasks = [
-        set(row.figures["tasks"].values()) for row in ray_dataflow.run_items(items, steps, parallelism, title="test")
-    ]
+    settings = TokenizeConfig(num_workers=2)
+    tasks = [set(row.figures["tasks"].values()) for row in ray_dataflow.run_items(items, steps, settings, title="test")]
     assert all(len(task) == 1 for task in tasks)
     assert len(set.union(*tasks)) == 4
 
@@ -168,10 +166,8 @@ def test_no_more_items_at_a_time_than_workers(num_workers: int) -> None:
         yield ItemRow(item=row.item, figures=figures).to_table()
 
     items = [WorkItem(index=index, slices=(), text_column="text") for index in range(6)]
-    parallelism = ray_dataflow.Parallelism(num_workers=num_workers, download_workers=None, cache_bytes=1)
-    times = [
-        row.figures["times"] for row in ray_dataflow.run_items(items, [(note_times, {})], parallelism, title="test")
-    ]
+    settings = TokenizeConfig(num_workers=num_workers)
+    times = [row.figures["times"] for row in ray_dataflow.run_items(items, [(note_times, {})], settings, title="test")]
     at_once = [sum(begin <= start < end for begin, end in times) for start, _ in times]
     assert len(times) == 6 and max(at_once) <= num_workers
 
