@@ -21,8 +21,6 @@ from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.tracker import RunInput, Tracker
 
-"""The figures of a job that is done, in its output folder."""
-
 
 class Report(Protocol):
     """A dataclass of figures."""
