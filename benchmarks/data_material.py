@@ -114,7 +114,7 @@ def make_job(config: TokenizeConfig) -> tuple[list[WorkItem], stages.EncodeJob]:
     )
 
 
-# ---- bare: no Ray, no ledger -----------------------------------------------------------------------------------------
+# ---- bare: no Ray, no resume state -----------------------------------------------------------------------------------
 
 
 def run_bare(

@@ -33,7 +33,8 @@ from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.distributed.fsdp import Workers
 from pipeline.pretrained.resolve import resolve_checkpoint
 from pipeline.training.run_folder import finished_summary, read_best
-from pipeline.dataset.shards import Manifest, verify
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.verification import verify
 from pipeline.storage.folders import open_folder
 from pipeline.tracking.run_history import tell
 from pipeline.preprocessing.train_tokenizer_job import train_into
