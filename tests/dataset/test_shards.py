@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,61 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import verification
-from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import (
     ShardFiles,
     TokenStream,
     open_files,
     open_shard,
     open_split,
-    shard_parts,
     token_dtype,
     write_shard,
 )
 from pipeline.dataset.verification import verify
 from pipeline.errors import UserError
-from pipeline.storage import node_copy
-from pipeline.storage.folders import Folder, in_threads, open_folder, write_atomically
-from tests.support.s3_server import S3, Fault, environment
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def by_hand(tokens: list[int], *, wide: bool = False) -> bytes:
-    """The shard's bytes from the format's description."""
-    header = struct.pack("<3i", *((20240801, 7) if wide else (20240520, 1)), len(tokens))
-    return header.ljust(1024, b"\0") + struct.pack(f"<{len(tokens)}{'I' if wide else 'H'}", *tokens)
-
-
-def save_folder(folder: Folder | Path, shards: dict[str, list[int]], *, vocab_size: int = 1000) -> Manifest:
-    """Shards and their manifest; 0 begins a document."""
-    folder = open_folder(folder) if isinstance(folder, Path) else folder
-    entries = [
-        ShardEntry(
-            name=name,
-            split=name.split("_")[0],
-            tokens=len(tokens),
-            documents=tokens.count(0),
-            text_bytes=7,
-            sha256=folder.write(name, shard_parts(np.array(tokens), vocab_size=vocab_size)),
-            source="x",
-        )
-        for name, tokens in shards.items()
-    ]
-    manifest = Manifest(
-        tokenizer_fingerprint="f",
-        vocab_size=vocab_size,
-        eot_id=0,
-        settings={"val_fraction": 0.1},
-        inputs=({"name": "x"}, {"name": "żółw"}),
-        shards=tuple(entries),
-        skipped={"empty": 2},
-        damaged=({"name": "y", "reason": "is damaged"},),
-        document_lengths=(0, 1, 2),
-    )
-    manifest.save(folder)
-    return manifest
+from pipeline.storage.folders import in_threads, write_atomically
+from tests.support.shards import by_hand, save_folder
 
 
 @pytest.mark.parametrize(("vocab_size", "wide"), [(65536, False), (65537, True)])
@@ -238,77 +193,6 @@ def test_shards_that_changed_after_the_manifest(tmp_path: Path) -> None:
         open_split(tmp_path, "train")
 
 
-# ---- verification ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["local", "bucket"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    """An empty folder of each kind; copies of a bucket's shards go below ``tmp_path/cache``."""
-    monkeypatch.setenv("GPT25_CACHE", str(tmp_path / "cache"))
-    if request.param == "local":
-        (tmp_path / "data").mkdir()
-        return open_folder(tmp_path / "data")
-    return open_folder(request.getfixturevalue("s3").url + "/data")
-
-
-def test_verification_names_everything_that_is_wrong(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_READ_BYTES", 8)  # four ids at a time
-    names = [f"train_{index:06d}.bin" for index in range(9)]
-    content = [0, 1, 2, 0, 4, 5, 6, 7, 8, 0, 10]
-    manifest = save_folder(folder, dict.fromkeys(names, content) | {"val_000000.bin": [0]}, vocab_size=20)
-    done: list[int] = []
-    assert verify(folder, progress=done.append) == []
-    assert done == [1] * 10
-    folder.delete(names[1])
-    folder.write(names[2], [by_hand(content)[:-2]])
-    folder.write(names[3], [by_hand([*content[:-1], 11])])
-    folder.write(names[4], [by_hand([*content[:-1], 20])])
-    folder.write(names[5], [b"?" + by_hand(content)[1:]])
-    folder.write(names[6], [by_hand([3, *content[1:]])])
-    folder.write("train_000099.bin", [by_hand([0])])
-    folder.write("items/leftover.bin", [b""])  # not a shard
-    lied = dataclasses.replace(manifest.shards[8], documents=4)
-    dataclasses.replace(manifest, shards=(*manifest.shards[:8], lied, *manifest.shards[8:])).save(folder)
-    digest = manifest.shards[0].sha256[:16]
-
-    def damaged(index: int, changed: list[int], first: bytes = b"") -> str:
-        found = hashlib.sha256(first + by_hand(changed)[len(first) :]).hexdigest()[:16]
-        return f"shard {folder}/{names[index]} is damaged: its sha256 is {found}..., the manifest says {digest}..."
-
-    magic = int.from_bytes(b"?" + by_hand([0])[1:4], "little")
-    for threads in (1, 8):
-        assert verify(folder, num_threads=threads) == [
-            f"shard {folder}/{names[1]} is missing",
-            f"shard {folder}/{names[2]} has 1,044 bytes, but its 11 tokens take 1,046",
-            damaged(3, [*content[:-1], 11]),
-            damaged(4, [*content[:-1], 20]),
-            f"shard {folder}/{names[4]} holds the id 20, but ids are below 20",
-            f"{folder}/{names[5]} is no shard: it begins with the numbers {magic}, 1 in place of 20240520, 1 "
-            "or 20240801, 7",
-            damaged(5, content, b"?"),
-            damaged(6, [3, *content[1:]]),
-            f"shard {folder}/{names[6]} holds 2 documents, but the manifest says 3",
-            f"shard {folder}/{names[6]} begins with the id 3, not with 0, as every document does",
-            f"shard {folder}/{names[8]} holds 3 documents, but the manifest says 4",
-            f"shard {folder}/{names[8]} is 2 times in the manifest",
-            f"shard {folder}/train_000099.bin is not in the manifest",
-        ]
-
-
-def test_verification_needs_a_manifest(folder: Folder) -> None:
-    with pytest.raises(
-        UserError, match=r"is not finished: it has no manifest\.json; run jobs/tokenize.py with --output"
-    ):
-        verify(folder)
-
-
-def test_wide_shards_are_verified(folder: Folder) -> None:
-    save_folder(folder, {"train_000000.bin": [0, 70_000, 0]}, vocab_size=70_001)
-    assert verify(folder) == []
-    folder.write("train_000000.bin", [by_hand([0, 1, 2, 3, 4, 5])])  # as many bytes
-    assert "has tokens of 2 bytes, but the manifest says 4" in verify(folder)[0]
-
-
 # ---- many shards -----------------------------------------------------------------------------------------------------
 
 
@@ -368,102 +252,6 @@ def test_threads_stop_at_the_first_error() -> None:
     in_threads(begun.append, [], 4)
     in_threads(begun.append, [7, 8], 4)
     assert sorted(begun) == [7, 8]
-
-
-# ---- shards of a bucket ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bucket(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    """A folder in a bucket with shards; ranges of 1,000 bytes."""
-    monkeypatch.setenv("GPT25_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(node_copy, "_RANGE_BYTES", 1000)
-    bucket = open_folder(s3.url + "/data")
-    save_folder(bucket, {"train_000000.bin": [0, *range(999)], "train_000001.bin": [0, 7], "val_000000.bin": [0, 8]})
-    return bucket
-
-
-def test_shards_of_a_bucket_are_copied_once(bucket: Folder, s3: S3, tmp_path: Path) -> None:
-    train = open_split(bucket, "train")
-    assert train.read(0, len(train)).tolist() == [0, *range(999), 0, 7]
-    copies = tmp_path / "cache" / f"shards-{Manifest.load(bucket).fingerprint[:20]}"
-    assert sorted(path.name for path in copies.iterdir()) == [".lock", "train_000000.bin", "train_000001.bin"]
-    s3.proxy.forget()
-    assert open_split(bucket, "train").read(1000, 2).tolist() == [0, 7]
-    assert [request for request in s3.requests if ".bin" in request] == []
-    assert open_split(bucket, "val").read(0, 2).tolist() == [0, 8]
-    (copies / "train_000001.bin").write_bytes(b"short")
-    (copies / ".tmp-train_000000.bin-0").write_bytes(b"of a killed process")
-    assert open_split(bucket, "train").read(1000, 2).tolist() == [0, 7]
-    assert list(copies.glob(".tmp-*")) == []
-    save_folder(bucket, {"train_000000.bin": [0, 5]})  # made anew
-    assert open_split(bucket, "train").read(0, 2).tolist() == [0, 5]
-
-
-def test_processes_that_start_together_copy_once(bucket: Folder, s3: S3, tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "from pipeline.dataset.shards import open_split\n"
-        "from pipeline.storage.folders import open_folder\n"
-        "stream = open_split(open_folder(sys.argv[1]), 'train')\n"
-        "print(len(stream), int(stream.read(0, len(stream)).sum()))\n"
-    )
-
-    def asked(name: str) -> list[str]:
-        return [request for request in s3.requests if request.startswith("GET") and name in request]
-
-    copies = tmp_path / "cache" / f"shards-{Manifest.load(bucket).fingerprint[:20]}"
-    copies.mkdir(parents=True)
-    s3.proxy.forget()
-    variables = {**os.environ, **environment(s3.proxy.url), "GPT25_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", code, bucket.url]
-    with (copies / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as a fourth process that fetches
-        processes = [subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE) for _ in range(3)]
-        while len(asked("manifest.json")) < 3 and all(process.poll() is None for process in processes):
-            time.sleep(0.05)
-        time.sleep(0.3)
-        assert asked(".bin") == []
-    answers = [process.communicate(timeout=120)[0].decode().split() for process in processes]
-    assert answers == [["1002", str(sum(range(999)) + 7)]] * 3
-    assert (len(asked(".bin")), len(set(asked(".bin")))) == (2, 2)
-
-
-def test_copying_is_verified(bucket: Folder, s3: S3, tmp_path: Path) -> None:
-    s3.put("data/train_000001.bin", by_hand([0, 9]))
-    with pytest.raises(UserError, match=rf"shard {bucket}/train_000001\.bin is damaged: its sha256"):
-        open_split(bucket, "train")
-    s3.put("data/train_000001.bin", by_hand([0, 7])[:-1])
-    with pytest.raises(UserError, match="is damaged"):
-        open_split(bucket, "train")
-    s3.put("data/train_000000.bin", by_hand([0, 7]))  # ends before the second range
-    with pytest.raises(UserError, match="is damaged"):
-        open_split(bucket, "train")
-    save_folder(bucket, {"train_000000.bin": [0, *range(999)], "train_000001.bin": [0, 7], "val_000000.bin": [0, 8]})
-    bucket.delete("train_000001.bin")
-    with pytest.raises(UserError, match=rf"shard {bucket}/train_000001\.bin is missing; run jobs/tokenize"):
-        open_split(bucket, "train")
-    (copies,) = (tmp_path / "cache").iterdir()
-    assert {path.name for path in copies.iterdir()} <= {".lock", "train_000000.bin"}
-    s3.put("data/train_000001.bin", by_hand([0, 7]))
-    s3.fail(
-        Fault(contains=".bin", status=503), Fault(contains=".bin"), Fault(contains=".bin", forward=True, cut_after=9)
-    )
-    assert open_split(bucket, "train").read(1000, 2).tolist() == [0, 7]
-
-
-def test_copying_to_a_full_disk(bucket: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3000))
-        with pytest.raises(
-            UserError, match=rf"the shards of {bucket} take 0\.00 GB, but the disk of .*set GPT25_CACHE to a"
-        ):
-            open_split(bucket, "train")
-    monkeypatch.setenv("GPT25_CACHE", str(tmp_path / "file"))
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=f"folder {tmp_path}/file/shards-.* cannot be made"):
-        open_split(bucket, "train")
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------
