@@ -11,6 +11,8 @@ own terms, which become AVX-512, AVX2, SSE2 or NEON, as the machine has them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,16 +46,38 @@ class _SixteenModel(models.PrimitiveModel):
         super().__init__(manager, kind, _SIXTEEN)
 
 
+def _operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function that builds LLVM code: it becomes an operation of these types that kernels can call.
+
+    The function gets a builder and the arguments as LLVM values, and returns a value, a list of values for a tuple, or
+    None.
+    """
+
+    def decorate(build: Callable[..., Any]) -> Any:
+        signature = result(*parameters)
+
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            value = build(builder, *arguments)
+            if isinstance(value, list):
+                return context.make_tuple(builder, signature.return_type, value)
+            return context.get_dummy_value() if value is None else value
+
+        @functools.wraps(build)
+        def define(_typing_context: Any, *_arguments: Any) -> Any:
+            return signature, generate
+
+        return intrinsic(define)
+
+    return decorate
+
+
 def _loader(bits: int, result: Any) -> Any:
-    """load(address) of an integer without alignment; below 64 bits zeros are added in front."""
+    """load(address) of an integer without alignment; below 64 bits it is extended with zeros."""
 
-    @intrinsic
-    def load(typing_context: Any, address: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            return builder.zext(builder.load(pointer, align=1), _WORD)
-
-        return result(types.int64), generate
+    @_operation(result, types.int64)
+    def load(builder: Any, address: Any) -> Any:
+        pointer = builder.inttoptr(address, ir.IntType(bits).as_pointer())
+        return builder.zext(builder.load(pointer, align=1), _WORD)
 
     return load
 
@@ -61,14 +85,10 @@ def _loader(bits: int, result: Any) -> Any:
 def _storer(bits: int) -> Any:
     """store(address, value) of the lowest bits of a uint64 without alignment."""
 
-    @intrinsic
-    def store(typing_context: Any, address: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            builder.store(builder.trunc(arguments[1], ir.IntType(bits)), pointer, align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.uint64), generate
+    @_operation(types.void, types.int64, types.uint64)
+    def store(builder: Any, address: Any, value: Any) -> None:
+        pointer = builder.inttoptr(address, ir.IntType(bits).as_pointer())
+        builder.store(builder.trunc(value, ir.IntType(bits)), pointer, align=1)
 
     return store
 
@@ -76,13 +96,10 @@ def _storer(bits: int) -> Any:
 def _getter(bits: int) -> Any:
     """get(array, index) of a signed integer of the array at an address."""
 
-    @intrinsic
-    def get(typing_context: Any, array: Any, index: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            return builder.sext(builder.load(builder.gep(pointer, [arguments[1]])), _WORD)
-
-        return types.int64(types.int64, types.int64), generate
+    @_operation(types.int64, types.int64, types.int64)
+    def get(builder: Any, array: Any, index: Any) -> Any:
+        pointer = builder.inttoptr(array, ir.IntType(bits).as_pointer())
+        return builder.sext(builder.load(builder.gep(pointer, [index])), _WORD)
 
     return get
 
@@ -90,87 +107,80 @@ def _getter(bits: int) -> Any:
 def _putter(bits: int) -> Any:
     """put(array, index, value) of a signed integer into the array at an address."""
 
-    @intrinsic
-    def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
-            builder.store(builder.trunc(arguments[2], ir.IntType(bits)), builder.gep(pointer, [arguments[1]]))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), generate
+    @_operation(types.void, types.int64, types.int64, types.int64)
+    def put(builder: Any, array: Any, index: Any, value: Any) -> None:
+        pointer = builder.inttoptr(array, ir.IntType(bits).as_pointer())
+        builder.store(builder.trunc(value, ir.IntType(bits)), builder.gep(pointer, [index]))
 
     return put
 
 
-def _trailing_zeros(_typing_context: Any, _word: Any) -> Any:
-    """trailing_zeros(word): number of zero bits below the lowest one bit; 64 for zero."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(_BOOL, 0))
-
-    return types.int64(types.uint64), generate
-
-
-def _ones(_typing_context: Any, _word: Any) -> Any:
-    """ones(word): number of one bits."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.int64(types.uint64), generate
+load_byte = _loader(8, types.int64)
+load_16 = _loader(16, types.int64)
+load_32 = _loader(32, types.int64)
+load_word = _loader(64, types.uint64)
+store_byte = _storer(8)
+store_16 = _storer(16)
+store_32 = _storer(32)
+store_word = _storer(64)
+get_32 = _getter(32)
+get_64 = _getter(64)
+put_32 = _putter(32)
+put_64 = _putter(64)
 
 
-def _leading_zeros(_typing_context: Any, _word: Any) -> Any:
-    """leading_zeros(word): number of zero bits above the highest one bit; 64 for zero."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.ctlz(arguments[0], ir.Constant(_BOOL, 0))
-
-    return types.int64(types.uint64), generate
+@_operation(types.int64, types.uint64)
+def trailing_zeros(builder: Any, word: Any) -> Any:
+    """Number of zero bits below the lowest one bit; 64 for zero."""
+    return builder.cttz(word, ir.Constant(_BOOL, 0))
 
 
-def _prefetch(_typing_context: Any, _address: Any) -> Any:
-    """prefetch(address): bring the cache line in, without waiting for it. Any address will do."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
-        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # To be read, with the highest locality, from the data cache: LLVM Language Reference, llvm.prefetch.
-        builder.call(hint, [pointer, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
+@_operation(types.int64, types.uint64)
+def ones(builder: Any, word: Any) -> Any:
+    """Number of one bits."""
+    return builder.ctpop(word)
 
 
-def _byte_masks(_typing_context: Any, _address: Any) -> Any:
-    """byte_masks(address): six masks of the 64 bytes there as words, lowest bit first.
+@_operation(types.int64, types.uint64)
+def leading_zeros(builder: Any, word: Any) -> Any:
+    """Number of zero bits above the highest one bit; 64 for zero."""
+    return builder.ctlz(word, ir.Constant(_BOOL, 0))
+
+
+@_operation(types.void, types.int64)
+def prefetch(builder: Any, address: Any) -> None:
+    """Request the cache line without waiting for it; any address is allowed."""
+    pointer = builder.inttoptr(address, _BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
+    hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # To be read, with the highest locality, from the data cache: LLVM Language Reference, llvm.prefetch.
+    builder.call(hint, [pointer, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
+
+
+@_operation(types.UniTuple(types.uint64, 6), types.int64)
+def byte_masks(builder: Any, address: Any) -> list[Any]:
+    """Six masks of the 64 bytes at an address as words, lowest bit first.
 
     ASCII letters, ASCII digits, ASCII white space, blanks, apostrophes, first bytes of longer characters (from 0xC0).
     """
+    data = builder.load(builder.inttoptr(address, _BLOCK.as_pointer()), align=1)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = builder.load(builder.inttoptr(arguments[0], _BLOCK.as_pointer()), align=1)
+    def every(value: int) -> Any:
+        return ir.Constant(_BLOCK, [value] * BLOCK_BYTES)
 
-        def every(value: int) -> Any:
-            return ir.Constant(_BLOCK, [value] * BLOCK_BYTES)
+    def within(source: Any, first: int, count: int) -> Any:
+        return builder.icmp_unsigned("<", builder.sub(source, every(first)), every(count))
 
-        def within(source: Any, first: int, count: int) -> Any:
-            return builder.icmp_unsigned("<", builder.sub(source, every(first)), every(count))
-
-        blanks = builder.icmp_unsigned("==", data, every(0x20))
-        flags = (
-            within(builder.or_(data, every(0x20)), 0x61, 26),
-            within(data, 0x30, 10),
-            builder.or_(within(data, 0x09, 5), blanks),
-            blanks,
-            builder.icmp_unsigned("==", data, every(0x27)),
-            builder.icmp_unsigned(">=", data, every(0xC0)),
-        )
-        words = [builder.bitcast(flag, _WORD) for flag in flags]
-        return context.make_tuple(builder, signature.return_type, words)
-
-    return types.UniTuple(types.uint64, 6)(types.int64), generate
+    blanks = builder.icmp_unsigned("==", data, every(0x20))
+    flags = (
+        within(builder.or_(data, every(0x20)), 0x61, 26),
+        within(data, 0x30, 10),
+        builder.or_(within(data, 0x09, 5), blanks),
+        blanks,
+        builder.icmp_unsigned("==", data, every(0x27)),
+        builder.icmp_unsigned(">=", data, every(0xC0)),
+    )
+    return [builder.bitcast(flag, _WORD) for flag in flags]
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -188,96 +198,51 @@ def _reduce(builder: Any, vector: Any) -> Any:
     )
 
 
-def _least(_typing_context: Any, _address: Any) -> Any:
-    """least(address): the least of the 16 uint32 there, and the first place where it is."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = builder.load(builder.inttoptr(arguments[0], _SIXTEEN.as_pointer()), align=1)
-        value = _reduce(builder, data)
-        equal = builder.bitcast(builder.icmp_unsigned("==", data, _splat(builder, value)), ir.IntType(16))
-        place = builder.cttz(builder.zext(equal, _WORD), ir.Constant(_BOOL, 1))
-        return context.make_tuple(builder, signature.return_type, [builder.zext(value, _WORD), place])
-
-    return types.UniTuple(types.int64, 2)(types.int64), generate
+@_operation(types.UniTuple(types.int64, 2), types.int64)
+def least(builder: Any, address: Any) -> list[Any]:
+    """The least of the 16 uint32 at an address, and the first place where it is."""
+    data = builder.load(builder.inttoptr(address, _SIXTEEN.as_pointer()), align=1)
+    value = _reduce(builder, data)
+    equal = builder.bitcast(builder.icmp_unsigned("==", data, _splat(builder, value)), ir.IntType(16))
+    place = builder.cttz(builder.zext(equal, _WORD), ir.Constant(_BOOL, 1))
+    return [builder.zext(value, _WORD), place]
 
 
-def _load_sixteen(_typing_context: Any, _address: Any) -> Any:
-    """load_sixteen(address): the 16 uint32 there."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.load(builder.inttoptr(arguments[0], _SIXTEEN.as_pointer()), align=1)
-
-    return Sixteen()(types.int64), generate
+@_operation(Sixteen(), types.int64)
+def load_sixteen(builder: Any, address: Any) -> Any:
+    """The 16 uint32 at an address."""
+    return builder.load(builder.inttoptr(address, _SIXTEEN.as_pointer()), align=1)
 
 
-def _least_lane(_typing_context: Any, _vector: Any) -> Any:
-    """least_lane(vector): the least of the 16."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.zext(_reduce(builder, arguments[0]), _WORD)
-
-    return types.int64(Sixteen()), generate
+@_operation(types.int64, Sixteen())
+def least_lane(builder: Any, vector: Any) -> Any:
+    """The least of the 16."""
+    return builder.zext(_reduce(builder, vector), _WORD)
 
 
-def _with_lane(_typing_context: Any, _vector: Any, _place: Any, _value: Any) -> Any:
-    """with_lane(vector, place, value): the vector with another value at a place, if there is such a place."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        vector, place, value = arguments
-        places = ir.Constant(_SIXTEEN, list(range(16)))
-        chosen = builder.icmp_unsigned("==", _splat(builder, builder.trunc(place, _INT32)), places)
-        return builder.select(chosen, _splat(builder, builder.trunc(value, _INT32)), vector)
-
-    return Sixteen()(Sixteen(), types.int64, types.int64), generate
+@_operation(Sixteen(), Sixteen(), types.int64, types.int64)
+def with_lane(builder: Any, vector: Any, place: Any, value: Any) -> Any:
+    """The vector with another value at a place, if there is such a place."""
+    places = ir.Constant(_SIXTEEN, list(range(16)))
+    chosen = builder.icmp_unsigned("==", _splat(builder, builder.trunc(place, _INT32)), places)
+    return builder.select(chosen, _splat(builder, builder.trunc(value, _INT32)), vector)
 
 
-def _less(_typing_context: Any, _one: Any, _other: Any) -> Any:
-    """less(one, other): whether a number of one is below that of the other, one bit for each of the 16."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.zext(builder.bitcast(builder.icmp_unsigned("<", *arguments), ir.IntType(16)), _WORD)
-
-    return types.uint64(Sixteen(), Sixteen()), generate
+@_operation(types.uint64, Sixteen(), Sixteen())
+def less(builder: Any, one: Any, other: Any) -> Any:
+    """Whether a number of one is below that of the other, one bit for each of the 16."""
+    return builder.zext(builder.bitcast(builder.icmp_unsigned("<", one, other), ir.IntType(16)), _WORD)
 
 
-def _apart(_typing_context: Any) -> Any:
-    """apart(): do not inline the helper that calls this.
+@_operation(types.void)
+def apart(builder: Any) -> None:
+    """Do not inline the helper that calls this.
 
     A loop that is inlined into a large function shares the registers with all the rest of it, and its variables are
     spilled to memory. numba passes "inlined" on to the helpers of an inlined helper, so nearly all would be inlined.
     """
-
-    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        builder.function.attributes.discard("alwaysinline")
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-load_byte = _loader(8, types.int64)
-load_16 = _loader(16, types.int64)
-load_32 = _loader(32, types.int64)
-load_word = _loader(64, types.uint64)
-store_byte = _storer(8)
-store_16 = _storer(16)
-store_32 = _storer(32)
-store_word = _storer(64)
-get_32 = _getter(32)
-get_64 = _getter(64)
-put_32 = _putter(32)
-put_64 = _putter(64)
-trailing_zeros: Any = intrinsic(_trailing_zeros)
-leading_zeros: Any = intrinsic(_leading_zeros)
-ones: Any = intrinsic(_ones)
-prefetch: Any = intrinsic(_prefetch)
-byte_masks: Any = intrinsic(_byte_masks)
-least: Any = intrinsic(_least)
-load_sixteen: Any = intrinsic(_load_sixteen)
-least_lane: Any = intrinsic(_least_lane)
-with_lane: Any = intrinsic(_with_lane)
-less: Any = intrinsic(_less)
-apart: Any = intrinsic(_apart)
+    builder.function.attributes.discard("alwaysinline")
+    builder.function.attributes.add("noinline")
 
 
 @helper
