@@ -34,7 +34,7 @@ from pipeline.tracking.run_history import Story, read_history
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
-_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+_TEMPLATE = Path(__file__).with_name("model_card.md")
 _TABLE_ROWS = 12  # of the loss curve
 _RECIPE = {
     "train_steps": "steps",
