@@ -29,7 +29,7 @@ from pipeline.run_files import CURVES_FILE, SCORES_FILE
 from pipeline.storage.folders import Folder
 from pipeline.tracking.mlflow_run import noted_run_id
 from pipeline.tracking.report import draw_curves
-from pipeline.tracking.run_history import Story, read_history
+from pipeline.tracking.run_history import RunHistory
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Run:
     manifest: Manifest | None = None
     scores: dict[str, Any] = field(default_factory=dict)
     """Content of evaluation.json where it was measured with this checkpoint."""
-    history: Story = field(default_factory=Story)
+    history: RunHistory = field(default_factory=RunHistory)
     """The run's journal up to the step of the checkpoint."""
     mlflow_run_id: str | None = None
     old_card: str | None = None
@@ -97,7 +97,7 @@ def read_run(source: ModelSource) -> Run:
     folder = source.run_folder
     if folder is None:
         return known
-    history = read_history(folder)
+    history = RunHistory.from_folder(folder)
     for name, points in history.metrics.items():
         history.metrics[name] = {step: value for step, value in points.items() if step <= info.step}
     scores = _read_scores(folder, source.address)

@@ -1,112 +1,125 @@
 """The report of a run, on one page: <run>/report.html, which needs no other file and no network; and curves.png.
 
-It is made from the run's folder alone: the journal of what was told (journal.py), summary.json and, where
-jobs/evaluate.py was run before, evaluation.json. MLflow gets it as an artifact.
+It is made from the run's folder alone: the journal, summary.json and, where jobs/evaluate.py was run before,
+evaluation.json. What they do not hold is left out of the page. MLflow gets it as an artifact.
 """
 
 from __future__ import annotations
 
 import base64
 import datetime
-import html
+import functools
 import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from pipeline.console import format_seconds
-from pipeline.run_files import CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
+from pipeline.run_files import CHECKPOINTS_FOLDER, CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import Folder
 from pipeline.tracking.journal import Entry
-from pipeline.tracking.run_history import Story, tell
+from pipeline.tracking.run_history import RunHistory
 
-_NO_RECIPE = (
-    "data",
-    "output",
-    "tracking_uri",
-    "experiment",
-    "registered_model",
-    "price_per_hour",
-    "dry_run",
-    "hellaswag",
-)
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_NO_RECIPE = {
+    *("data", "output", "tracking_uri", "experiment", "registered_model", "price_per_hour", "dry_run", "hellaswag"),
+}
+_PANELS = {
+    "loss (nats per token)": ("train/loss", "val/loss"),
+    "learning rate": ("train/lr",),
+    "tokens per second": ("perf/tokens_per_second",),
+    "gradient norm": ("train/grad_norm",),
+    "HellaSwag": ("eval/hellaswag_acc_norm", "eval/hellaswag_acc"),
+}
+"""Label of an axis -> the metrics drawn on it."""
+_OPTIONAL_PANELS = {"HellaSwag"}
 _MOST_POINTS = 2000  # of a curve, in the picture
 _MOST_SAMPLES = 5
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2rem; border-bottom: 1px solid #d0d7de; }
-table { border-collapse: collapse; } td, th { padding: .15rem 1.2rem .15rem 0; text-align: left; vertical-align: top; }
-td:first-child { color: #57606a; white-space: nowrap; } code, pre { font: 13px/1.45 ui-monospace, monospace; }
-pre { background: #f6f8fa; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  max-height: 14rem; overflow-y: auto; } img { max-width: 100%; }
-.recipe { columns: 3 12rem; } .recipe div { break-inside: avoid; } .recipe span { color: #57606a; }
-"""
 
 Rows = list[tuple[str, str]]
 
 
 def write_pages(folder: Folder, entries: Iterable[Entry]) -> list[str]:
-    """Write curves.png and report.html of the run in ``folder``; returns the names of those that there are now.
+    """Write curves.png and report.html of the run in ``folder``, and return the names of the files written.
 
-    entries: of its journal.
+    Args:
+        folder: the run folder.
+        entries: those of its journal.
     """
-    story = tell(entries)
-    curves = draw_curves(story)
+    history = RunHistory.from_journal(entries)
+    curves = draw_curves(history)
     if curves is not None:
         folder.write(CURVES_FILE, [curves])
     summary, scores = _read_json(folder, SUMMARY_FILE), _read_json(folder, SCORES_FILE)
-    folder.write(REPORT_FILE, [render(folder, story, summary, scores, curves).encode("utf-8", "replace")])
+    folder.write(REPORT_FILE, [render(folder, history, summary, scores, curves).encode("utf-8", "replace")])
     return [REPORT_FILE] if curves is None else [CURVES_FILE, REPORT_FILE]
 
 
 def render(
-    folder: Folder, story: Story, summary: Mapping[str, Any], scores: Mapping[str, Any], curves: bytes | None
+    folder: Folder, history: RunHistory, summary: Mapping[str, Any], scores: Mapping[str, Any], curves: bytes | None
 ) -> str:
-    """The page. Of the run only what is known is on it: a run that goes on has no summary yet."""
-    name = folder.url.rpartition("/")[2]
-    parts = [
-        f"<h1>{html.escape(name)}</h1><p>{html.escape(_headline(story, summary))}</p>",
-        _section("Result", _table(_result(summary, scores))),
-        _section("Curves", _picture(curves)),
-        _section("Made from", _table(_inputs(story))),
-        _section("Recipe", _recipe(story)),
-        _section("Speed and cost", _table(_speed(story, summary))),
-        _section("Samples", _samples(story)),
-        _section("Made by", _table(sorted(story.tags.items()))),
-        _section("Use it", _usage(folder.url, name, summary)),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(name)}</title><style>{_STYLE}</style></head>\n<body>{''.join(parts)}</body></html>\n"
+    """The page as HTML. A run that has not finished has an empty ``summary``.
+
+    Args:
+        curves: a PNG, which becomes part of the page.
+    """
+    best = summary.get("best_step")
+    params = history.params.items()
+    return _template().render(
+        name=folder.url.rpartition("/")[2],
+        history=history,
+        summary=summary,
+        begin=_date(history.periods[0][0]) if history.periods else None,
+        result=_result(summary, scores),
+        curves=None if curves is None else base64.b64encode(curves).decode("ascii"),
+        inputs=[_input(item) for item in history.inputs],
+        recipe=[(name, value) for name, value in params if name not in _NO_RECIPE and value is not None],
+        speed=_speed(history, summary),
+        samples=[*history.samples[:1], *history.samples[1:][-(_MOST_SAMPLES - 1) :]],  # the first and the last ones
+        checkpoint=(
+            summary.get("checkpoint", folder.url)
+            if best is None
+            else f"{folder.url}/{CHECKPOINTS_FOLDER}/step-{best:06d}"
+        ),
     )
 
 
-def draw_curves(story: Story) -> bytes | None:
-    """Loss, learning rate, speed, gradient norm and HellaSwag by step, a PNG.
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
-    None where nothing was trained, or matplotlib, which MLflow brings along, is not installed.
+
+def draw_curves(history: RunHistory) -> bytes | None:
+    """Loss, learning rate, speed, gradient norm and HellaSwag by step, as a PNG.
+
+    None where nothing was trained, or where matplotlib, which MLflow brings along, is not installed.
     """
-    if not story.metrics.get("train/loss"):
+    if not history.metrics.get("train/loss"):
         return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    panels: list[tuple[str, list[str]]] = [
-        ("loss (nats per token)", ["train/loss", "val/loss"]),
-        ("learning rate", ["train/lr"]),
-        ("tokens per second", ["perf/tokens_per_second"]),
-        ("gradient norm", ["train/grad_norm"]),
+    panels = [
+        (label, names)
+        for label, names in _PANELS.items()
+        if label not in _OPTIONAL_PANELS or any(history.metrics.get(name) for name in names)
     ]
-    if story.metrics.get("eval/hellaswag_acc_norm"):
-        panels.append(("HellaSwag", ["eval/hellaswag_acc_norm", "eval/hellaswag_acc"]))
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
     for place, (label, names) in enumerate(panels, 1):
         axis = figure.add_subplot(rows, 2, place)
         for name in names:
-            _plot(axis, name, story.metrics.get(name, {}))
+            points = history.metrics.get(name, {})
+            steps = sorted(points)
+            steps = steps[:: -(-len(steps) // _MOST_POINTS) or 1]
+            marker = "o" if len(steps) < 20 else None
+            axis.plot(steps, [points[step] for step in steps], label=name, linewidth=1.2, marker=marker, markersize=3)
         axis.set(xlabel="optimizer step", ylabel=label)
         axis.grid(alpha=0.3)
         if len(names) > 1:
@@ -116,20 +129,8 @@ def draw_curves(story: Story) -> bytes | None:
     return picture.getvalue()
 
 
-def _plot(axis: Any, name: str, points: Mapping[int, float]) -> None:
-    steps = sorted(points)
-    steps = steps[:: -(-len(steps) // _MOST_POINTS) or 1]
-    marker = "o" if len(steps) < 20 else None
-    axis.plot(steps, [points[step] for step in steps], label=name, linewidth=1.2, marker=marker, markersize=3)
-
-
-def _headline(story: Story, summary: Mapping[str, Any]) -> str:
-    begin = datetime.datetime.fromtimestamp(story.periods[0][0], datetime.UTC) if story.periods else None
-    return (
-        f"GPT-2.5 training run{f' of {begin:%Y-%m-%d}' if begin else ''}: "
-        f"{summary.get('parameters', 0):,} parameters, {summary.get('tokens_seen', 0):,} tokens in "
-        f"{summary.get('steps', 0):,} steps."
-    )
+def _date(seconds: float) -> str:
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d}"
 
 
 def _result(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:
@@ -141,104 +142,54 @@ def _result(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:
         rows.append(("best checkpoint", f"step {summary['best_step']:,}, val loss {summary['best_val_loss']:.4f}"))
     if scores.get("val_loss") is not None:
         rows.append(("whole val set", f"{scores['val_loss']:.4f} on {scores['val_tokens']:,} tokens"))
-    found = scores if scores.get("hellaswag_acc_norm") is not None else summary
-    if found.get("hellaswag_acc_norm") is not None:
-        rows.append(
-            (
-                "HellaSwag",
-                f"{found['hellaswag_acc_norm']:.4f} acc_norm, {found['hellaswag_acc']:.4f} acc, on "
-                f"{found['hellaswag_questions']:,} questions (guessing: 0.25)",
-            )
+    hellaswag = scores if scores.get("hellaswag_acc_norm") is not None else summary
+    if hellaswag.get("hellaswag_acc_norm") is not None:
+        text = (
+            f"{hellaswag['hellaswag_acc_norm']:.4f} acc_norm, {hellaswag['hellaswag_acc']:.4f} acc, on "
+            f"{hellaswag['hellaswag_questions']:,} questions (guessing: 0.25)"
         )
+        rows.append(("HellaSwag", text))
     return rows
 
 
-def _inputs(story: Story) -> Rows:
-    rows = []
-    for item in story.inputs:
-        figures = ", ".join(
-            f"{value:,} {name}" for name, value in item["profile"].items() if isinstance(value, int | float)
-        )
-        rows.append((item["context"], f"{item['source']}: {figures}; sha256 {item['fingerprint']}"))
-    return rows
+def _input(item: Mapping[str, Any]) -> tuple[str, str]:
+    """What an input was used for; where it came from, its figures and its fingerprint."""
+    numbers = {name: value for name, value in item["profile"].items() if isinstance(value, int | float)}
+    figures = ", ".join(f"{value:,} {name}" for name, value in numbers.items())
+    return item["context"], f"{item['source']}: {figures}; sha256 {item['fingerprint']}"
 
 
-def _recipe(story: Story) -> str:
-    named = [(name, value) for name, value in story.params.items() if name not in _NO_RECIPE and value is not None]
-    cells = (f"<div><span>{html.escape(name)}</span> {html.escape(str(value))}</div>" for name, value in named)
-    return f'<div class="recipe">{"".join(cells)}</div>' if named else ""
-
-
-def _speed(story: Story, summary: Mapping[str, Any]) -> Rows:
-    """Figures of the steps are medians of the points told; hours are those of the processes that trained."""
-    rows: Rows = []
+def _speed(history: RunHistory, summary: Mapping[str, Any]) -> Rows:
+    """Figures per step are medians over the logged steps; hours are those of the processes that trained."""
     speed, mfu, wait, step = (
-        _median(story, f"perf/{name}") for name in ("tokens_per_second", "mfu", "data_wait_seconds", "step_seconds")
+        _median(history, f"perf/{name}") for name in ("tokens_per_second", "mfu", "data_wait_seconds", "step_seconds")
     )
+    rows: Rows = []
     if speed is not None:
         rows.append(("tokens per second", f"{speed:,.0f}"))
     if mfu is not None:
         rows.append(("MFU", f"{mfu:.1%} of the devices' peak"))
     if wait is not None and step:
         rows.append(("waiting for data", f"{wait / step:.1%} of a step"))
-    if story.periods:
-        interruptions = len(story.periods) - 1
-        rows.append(("time", f"{format_seconds(story.hours * 3600)}, from start to end"))
-        rows.append(("interruptions", str(interruptions)))
-        rows.append(("worker hours", f"{story.worker_hours:,.2f}"))
-    price = story.params.get("price_per_hour")
+    if history.periods:
+        rows.append(("time", f"{format_seconds(history.hours * 3600)}, from start to end"))
+        rows.append(("interruptions", str(len(history.periods) - 1)))
+        rows.append(("worker hours", f"{history.worker_hours:,.2f}"))
+    price = history.params.get("price_per_hour")
     if price is not None:
-        rows.append(("cost", f"${story.worker_hours * price:,.2f} at ${price:,.2f} per worker and hour"))
+        rows.append(("cost", f"${history.worker_hours * price:,.2f} at ${price:,.2f} per worker and hour"))
     if summary.get("peak_memory_gib"):
         rows.append(("peak memory", f"{summary['peak_memory_gib']:.1f} GiB on rank 0"))
     return rows
 
 
-def _median(story: Story, name: str) -> float | None:
-    points = story.metrics.get(name)
+def _median(history: RunHistory, name: str) -> float | None:
+    points = history.metrics.get(name)
     return statistics.median(points.values()) if points else None
 
 
-def _samples(story: Story) -> str:
-    """The first and the last ones."""
-    chosen = [*story.samples[:1], *story.samples[1:][-(_MOST_SAMPLES - 1) :]]
-    return "".join(f"<p>step {step:,}</p><pre>{html.escape(text)}</pre>" for step, _, text in chosen)
-
-
-def _usage(run: str, name: str, summary: Mapping[str, Any]) -> str:
-    best = summary.get("best_step")
-    checkpoint = summary.get("checkpoint", run) if best is None else f"{run}/checkpoints/step-{best:06d}"
-    commands = "\n".join(
-        f"python jobs/{line}"
-        for line in (
-            f"generate.py --checkpoint {checkpoint} --prompt 'Once upon a time, '",
-            f"evaluate.py --checkpoint {checkpoint}",
-            f"export.py {checkpoint} --output export/{name}",
-            f"serve.py {checkpoint}",
-        )
-    )
-    note = "export.py writes a folder for transformers, vLLM and llama.cpp; serve.py speaks OpenAI's protocol."
-    return f"<pre>{html.escape(commands)}</pre><p>{note}</p>"
-
-
-def _section(title: str, content: str) -> str:
-    return f"\n<h2>{title}</h2>\n{content}" if content else ""
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    lines = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{lines}</table>" if lines else ""
-
-
-def _picture(curves: bytes | None) -> str:
-    if curves is None:
-        return ""
-    data = base64.b64encode(curves).decode("ascii")
-    return f'<img alt="loss, learning rate, speed and gradient norm by step" src="data:image/png;base64,{data}">'
-
-
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """Empty where there is none, or none that can be read."""
+    """The content of a JSON file; empty where it is missing or cannot be parsed."""
     try:
         values = json.loads(folder.read(name))
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,8 @@
-"""What a run's journal tells, as a reader wants it: settings, curves, samples, how long it took on how many workers."""
+"""What a run's journal records, in the form that the report and the model card need: settings, curves, samples, times.
+
+Every line of the journal becomes part of a RunHistory. A point that was logged twice, by a process that died and by the
+one that repeated its steps, is one point.
+"""
 
 from __future__ import annotations
 
@@ -14,59 +18,61 @@ from pipeline.tracking.journal import Entry, read_entries
 
 
 @dataclass(kw_only=True)
-class Story:
-    """What a journal tells, as a reader wants it."""
+class RunHistory:
+    """The journal of one run, sorted by kind."""
 
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
-    """Values by step."""
+    """Metric -> step -> value."""
     samples: list[tuple[int, str, str]] = field(default_factory=list)
+    """Step, prompt and generated text."""
     periods: list[tuple[float, float, int]] = field(default_factory=list)
-    """Begin and end of each process, seconds since 1970, and its number of training workers."""
+    """Begin and end of each process, in seconds since 1970, and its number of training workers."""
+
+    @classmethod
+    def from_journal(cls, entries: Iterable[Entry]) -> RunHistory:
+        """The history that a journal's entries add up to."""
+        history = cls()
+        for entry in entries:
+            history._add(entry)
+        return history
+
+    @classmethod
+    def from_folder(cls, folder: Folder) -> RunHistory:
+        """The history of the run in ``folder``, on a disk or in a bucket; empty where it has no journal."""
+        try:
+            content = folder.read(JOURNAL_FILE)
+        except FileNotFoundError:
+            return cls()
+        return cls.from_journal(entry for entry, _ in read_entries(io.BytesIO(content), 0, len(content)))
 
     @property
     def hours(self) -> float:
+        """Hours that processes of the run trained for."""
         return sum(end - begin for begin, end, _ in self.periods) / 3600
 
     @property
     def worker_hours(self) -> float:
+        """Hours times workers, summed over the processes of the run."""
         return sum((end - begin) * workers for begin, end, workers in self.periods) / 3600
 
-
-def tell(entries: Iterable[Entry]) -> Story:
-    """The story of a run."""
-    story = Story()
-    for entry in entries:
-        _tell(story, entry)
-    return story
-
-
-def read_history(folder: Folder) -> Story:
-    """The history of the run in ``folder``, on a disk or in a bucket; empty where it has no journal."""
-    try:
-        content = folder.read(JOURNAL_FILE)
-    except FileNotFoundError:
-        return Story()
-    return tell(entry for entry, _ in read_entries(io.BytesIO(content), 0, len(content)))
-
-
-def _tell(story: Story, entry: Mapping[str, Any]) -> None:
-    kind, seconds = entry["kind"], entry["time"] / 1000
-    if kind == "start" or not story.periods:
-        story.periods.append((seconds, seconds, 1))
-    begin, _, workers = story.periods[-1]
-    if kind == "tags":
-        story.tags.update(entry["values"])
-        workers = int(entry["values"].get("workers", workers))
-    story.periods[-1] = (begin, seconds, workers)
-    if kind == "params":
-        story.params.update(entry["values"])
-    elif kind == "inputs":
-        story.inputs = list(entry["values"])
-    elif kind == "metrics":
-        for name, value in entry["values"].items():
-            story.metrics[name][entry["step"]] = value
-    elif kind == "sample":
-        story.samples.append((entry["step"], entry["prompt"], entry["text"]))
+    def _add(self, entry: Mapping[str, Any]) -> None:
+        kind, seconds = entry["kind"], entry["time"] / 1000
+        if kind == "start" or not self.periods:
+            self.periods.append((seconds, seconds, 1))
+        begin, _, workers = self.periods[-1]
+        if kind == "tags":
+            self.tags.update(entry["values"])
+            workers = int(entry["values"].get("workers", workers))
+        self.periods[-1] = (begin, seconds, workers)
+        if kind == "params":
+            self.params.update(entry["values"])
+        elif kind == "inputs":
+            self.inputs = list(entry["values"])
+        elif kind == "metrics":
+            for name, value in entry["values"].items():
+                self.metrics[name][entry["step"]] = value
+        elif kind == "sample":
+            self.samples.append((entry["step"], entry["prompt"], entry["text"]))

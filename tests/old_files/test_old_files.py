@@ -36,7 +36,7 @@ from pipeline.training.run_folder import finished_summary, read_best
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.verification import verify
 from pipeline.storage.folders import open_folder
-from pipeline.tracking.run_history import tell
+from pipeline.tracking.run_history import RunHistory
 from pipeline.preprocessing.train_tokenizer_job import train_into
 from pipeline.tracking.tracker import MemoryTracker, Tracker, Trackers
 from pipeline.training.trainer import Trainer
@@ -182,7 +182,7 @@ def test_the_journal_of_an_unfinished_run_goes_on(home: Path) -> None:
     assert list(losses) == list(range(1, 31))
     points = MlflowClient(store).get_metric_history(run.run_id, "train/loss")  # a new store gets the old lines too
     assert [(point.step, point.value) for point in points] == list(losses.items())
-    assert len(tell(entry for entry, _ in Journal(folder).read(0)).periods) == 2
+    assert len(RunHistory.from_journal(entry for entry, _ in Journal(folder).read(0)).periods) == 2
 
 
 def old_entries(name: str) -> list[dict[str, Any]]:
@@ -199,7 +199,7 @@ def test_a_finished_run_is_done_and_its_report_is_made_again(home: Path) -> None
     best = read_best(folder)
     assert best is not None and (best.step, best.val_loss) == (30, exact(EXPECTED["val_losses"])[30])
     entries = [entry for entry, _ in Journal(folder).read(0)]
-    history = tell(entries)
+    history = RunHistory.from_journal(entries)
     early = {entry["step"]: entry["values"] for entry in old_entries("unfinished_run") if "train/loss" in str(entry)}
     expected = {step: early[step]["train/loss"] for step in range(1, 21)} | exact(EXPECTED["losses"])
     assert history.metrics["train/loss"] == expected

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.storage.folders import LocalFolder, open_folder
 from pipeline.tracking.journal import Journal, count_waiting
-from pipeline.tracking.run_history import tell
+from pipeline.tracking.run_history import RunHistory
 from tests.support.s3_server import S3
 
 
@@ -117,6 +117,6 @@ def test_time_and_workers_are_counted_process_by_process(tmp_path: Path) -> None
         {"kind": "status", "time": 43_200_000, "status": "FINISHED"},
     ]
     (tmp_path / "tracking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    story = tell(entries(Journal(LocalFolder(url=str(tmp_path)))))
-    assert (story.hours, story.worker_hours) == (3.0, 1 * 4 + 2 * 2)
-    assert len(story.periods) == 2 and story.metrics == {"train/loss": {1: 2.0}}
+    history = RunHistory.from_journal(entries(Journal(LocalFolder(url=str(tmp_path)))))
+    assert (history.hours, history.worker_hours) == (3.0, 1 * 4 + 2 * 2)
+    assert len(history.periods) == 2 and history.metrics == {"train/loss": {1: 2.0}}
