@@ -42,9 +42,9 @@ from pipeline.distributed.fsdp import (
     set_gradient_sync,
 )
 from pipeline.tokenizer.training import train_bpe
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.optimizer import build_optimizer, compiles
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_heads": 2, "d_model": 64, "d_ff": 176, "context_length": 64, "batch_size": 2},

@@ -30,8 +30,8 @@ from benchmarks.results import Results, add_result_arguments
 from pipeline.config.training import PretrainConfig
 from pipeline.distributed.fsdp import join_workers, peak_memory_gib
 from pipeline.errors import UserError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 96, "context_length": 32, "tokens_per_step": 256,

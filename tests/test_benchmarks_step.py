@@ -22,8 +22,8 @@ from benchmarks.gpu_run import Log, Process, run_part
 from benchmarks.results import Results, read_results
 from benchmarks.train_step_report import Report
 from pipeline.distributed.fsdp import join_workers
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,7 +25,7 @@ from pipeline.tracking.mlflow_run import MLflowRun, first_line, mlflow_client, m
 from pipeline.tracking.mlflow_writer import Sending, is_refused
 from pipeline.tracking.report import write_pages
 from pipeline.tracking.system_metrics import SystemSampler
-from pipeline.tracking.tracker import RunInput, Status
+from pipeline.tracking.tracker import RunInput, Status, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _IDLE_SECONDS = 10.0  # what ``finish`` waits for a queue that does not move
 _MOST_ENTRIES = 200  # sent with one request, if they are metrics
 
 
-class MLflowTracker:
+class MLflowTracker(Tracker):
     """Tells one MLflow run.
 
     Args:

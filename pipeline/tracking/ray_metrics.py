@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.tracking.tracker import SilentTracker
+from pipeline.tracking.tracker import Tracker
 
 _DESCRIPTIONS = {
     "train/loss": "training loss, nats per token",
@@ -26,7 +26,7 @@ _DESCRIPTIONS = {
 }
 
 
-class RayMetrics(SilentTracker):
+class RayMetrics(Tracker):
     """Sets one gauge per metric, in a process that Ray started.
 
     Args:

@@ -1,15 +1,14 @@
-"""What a run tells the outside: the Tracker protocol that the trainer sees, and trackers that need nothing installed.
+"""The Tracker that the trainer logs to, and its subclass that passes everything on to several trackers.
 
-MLflow's is in mlflow_tracker.py, that of Ray's dashboard in ray_metrics.py; ``Trackers`` makes one of several.
+A tracker needs nothing installed. The one of MLflow is in mlflow_tracker.py, that of Ray's dashboard in ray_metrics.py.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pipeline.storage.folders import Folder
 
@@ -18,7 +17,7 @@ Status: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunInput:
-    """Something the run was made from: a data set or a tokenizer."""
+    """An input of a run: a data set or a tokenizer."""
 
     name: str
     fingerprint: str
@@ -26,176 +25,77 @@ class RunInput:
     source: str
     """Path or address."""
     context: str
-    """What for: training, validation, tokenizer."""
+    """Its use: training, validation or tokenizer."""
     profile: Mapping[str, Any] = field(default_factory=dict)
     """Figures about it, for instance tokens and documents."""
 
 
-class Tracker(Protocol):
-    """What a run tells the outside. No method raises because of the outside, none waits for it but ``finish``."""
+class Tracker:
+    """Base class of trackers; this one ignores everything that is logged, and a subclass takes what it needs.
 
-    def log_params(self, params: Mapping[str, Any]) -> None: ...
-
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        """What a run is made by: commit, versions, hardware. May differ after a restart."""
-
-    def log_inputs(self, inputs: Sequence[RunInput]) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Points of curves. A point whose step was told before, by a process that died, is the same point."""
-
-    def log_sample(self, step: int, prompt: str, text: str) -> None: ...
-
-    def log_checkpoint(
-        self, step: int, path: Path | Folder, metrics: Mapping[str, float], *, best: bool = False
-    ) -> None:
-        """A checkpoint is saved, or more is known of one told before; best: its val loss is the lowest so far."""
-
-    def log_file(self, path: Path) -> None:
-        """A file of the run's folder, which stays there."""
-
-    def log_page(self, name: str) -> None:
-        """A file of the run's folder, by its name there, on a disk or in a bucket; it stays there."""
-
-    def flush(self) -> None:
-        """What was told outlasts the end of this process."""
-
-    def finish(self, status: Status) -> None:
-        """Nothing more comes. Waits some seconds for what is still on its way."""
-
-
-class SilentTracker:
-    """Takes everything and does nothing; base class of trackers that want a part of it."""
+    No method raises because a server or a disk fails, and none waits for a server but ``finish``.
+    """
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        pass
+        """Log the settings of the run."""
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        pass
+        """Log commit, versions and hardware, which may change when the run is restarted."""
 
     def log_inputs(self, inputs: Sequence[RunInput]) -> None:
-        pass
+        """Log the data sets and the tokenizer of the run."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
+        """Log points of curves. A point of a step that was logged before, by a process that died, is the same point."""
 
     def log_sample(self, step: int, prompt: str, text: str) -> None:
-        pass
+        """Log a generated text, which includes its prompt."""
 
     def log_checkpoint(
         self, step: int, path: Path | Folder, metrics: Mapping[str, float], *, best: bool = False
     ) -> None:
-        pass
+        """Log a new checkpoint, or further metrics of one that was logged before.
+
+        Args:
+            best: its val loss is the lowest of the run so far.
+        """
 
     def log_file(self, path: Path) -> None:
-        pass
+        """Log a file of this node, which must not be removed before ``finish``."""
 
     def log_page(self, name: str) -> None:
-        pass
+        """Log a file of the run folder, on a disk or in a bucket, by its name there."""
 
     def flush(self) -> None:
-        pass
+        """Return when everything logged so far would survive the end of this process."""
 
     def finish(self, status: Status) -> None:
-        pass
+        """End the run; waits some seconds for entries that have not been sent yet."""
 
 
-class MemoryTracker(SilentTracker):
-    """Keeps everything in attributes: for tests, and for runs where MLflow is not installed."""
+def _each(name: str) -> Callable[..., None]:
+    """A method of Trackers that calls the method ``name`` of each of its trackers."""
 
-    def __init__(self) -> None:
-        self.params: dict[str, Any] = {}
-        self.tags: dict[str, str] = {}
-        self.inputs: list[RunInput] = []
-        self.metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        self.samples: list[tuple[int, str, str]] = []
-        self.checkpoints: list[tuple[int, Path | Folder]] = []
-        self.checkpoint_metrics: dict[int, dict[str, float]] = defaultdict(dict)
-        self.best: int | None = None
-        """Step of the best checkpoint."""
-        self.files: list[Path] = []
-        self.pages: list[str] = []
-        self.status: str | None = None
+    def call_each(self: Trackers, *values: Any, **options: Any) -> None:
+        for tracker in self.trackers:
+            getattr(tracker, name)(*values, **options)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        self.params.update(params)
-
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        self.tags.update(tags)
-
-    def log_inputs(self, inputs: Sequence[RunInput]) -> None:
-        self.inputs.extend(inputs)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self.metrics[name].append((step, value))
-
-    def log_sample(self, step: int, prompt: str, text: str) -> None:
-        self.samples.append((step, prompt, text))
-
-    def log_checkpoint(
-        self, step: int, path: Path | Folder, metrics: Mapping[str, float], *, best: bool = False
-    ) -> None:
-        if step not in self.checkpoint_metrics:
-            self.checkpoints.append((step, path))
-        self.checkpoint_metrics[step].update(metrics)
-        if best:
-            self.best = step
-
-    def log_file(self, path: Path) -> None:
-        self.files.append(path)
-
-    def log_page(self, name: str) -> None:
-        self.pages.append(name)
-
-    def finish(self, status: Status) -> None:
-        self.status = status
+    return call_each
 
 
-class Trackers:
-    """Several trackers as one; the first is told first."""
+class Trackers(Tracker):
+    """Several trackers as one; every call reaches them in the order given."""
 
     def __init__(self, *trackers: Tracker) -> None:
-        self._trackers = trackers
+        self.trackers = trackers
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        for tracker in self._trackers:
-            tracker.log_params(params)
-
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        for tracker in self._trackers:
-            tracker.log_tags(tags)
-
-    def log_inputs(self, inputs: Sequence[RunInput]) -> None:
-        for tracker in self._trackers:
-            tracker.log_inputs(inputs)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log_metrics(metrics, step)
-
-    def log_sample(self, step: int, prompt: str, text: str) -> None:
-        for tracker in self._trackers:
-            tracker.log_sample(step, prompt, text)
-
-    def log_checkpoint(
-        self, step: int, path: Path | Folder, metrics: Mapping[str, float], *, best: bool = False
-    ) -> None:
-        for tracker in self._trackers:
-            tracker.log_checkpoint(step, path, metrics, best=best)
-
-    def log_file(self, path: Path) -> None:
-        for tracker in self._trackers:
-            tracker.log_file(path)
-
-    def log_page(self, name: str) -> None:
-        for tracker in self._trackers:
-            tracker.log_page(name)
-
-    def flush(self) -> None:
-        for tracker in self._trackers:
-            tracker.flush()
-
-    def finish(self, status: Status) -> None:
-        for tracker in self._trackers:
-            tracker.finish(status)
+    log_params = _each("log_params")
+    log_tags = _each("log_tags")
+    log_inputs = _each("log_inputs")
+    log_metrics = _each("log_metrics")
+    log_sample = _each("log_sample")
+    log_checkpoint = _each("log_checkpoint")
+    log_file = _each("log_file")
+    log_page = _each("log_page")
+    flush = _each("flush")
+    finish = _each("finish")

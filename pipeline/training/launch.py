@@ -34,7 +34,7 @@ from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker, send_waiting
 from pipeline.tracking.ray_metrics import RayMetrics
-from pipeline.tracking.tracker import SilentTracker, Tracker, Trackers
+from pipeline.tracking.tracker import Tracker, Trackers
 from pipeline.training.run_folder import RunSummary, finished_summary
 from pipeline.training.trainer import Trainer
 
@@ -234,7 +234,7 @@ def _pretrain(settings: Settings) -> Settings:
     workers = join_workers(config.device, deterministic=config.deterministic == "on")
     show_progress(workers.is_first)
     data, output = open_folder(settings["data"]), open_folder(settings["output"])
-    tracker = _tracker(config, settings, output) if workers.is_first else SilentTracker()
+    tracker = _tracker(config, settings, output) if workers.is_first else Tracker()
     notes, stop_note = open_folder(settings["notes"]), settings["stop_note"]
     note_found = NoteWatcher(lambda: workers.is_first and notes.size(stop_note) is not None)
     is_told = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"

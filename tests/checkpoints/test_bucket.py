@@ -19,10 +19,10 @@ from pipeline.checkpoints.writer import CheckpointWriter
 from pipeline.errors import UserError
 from pipeline.pretrained import resolve
 from pipeline.storage.folders import Folder, open_folder
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.run_folder import finished_summary
 from pipeline.training.trainer import Trainer
 from tests.checkpoints.test_writer import WORKERS, info, trained
+from tests.support.memory_tracker import MemoryTracker
 from tests.support.s3_server import S3
 from tests.training.test_trainer import CONFIG, STEPS, train_here
 

@@ -18,9 +18,9 @@ import yaml
 
 from pipeline.dataset.shards import open_split
 from pipeline.distributed.fsdp import Workers
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
+from tests.support.memory_tracker import MemoryTracker
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("[a-z]*.py"))

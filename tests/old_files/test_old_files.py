@@ -38,7 +38,8 @@ from pipeline.dataset.verification import verify
 from pipeline.storage.folders import open_folder
 from pipeline.tracking.run_history import RunHistory
 from pipeline.preprocessing.train_tokenizer_job import train_into
-from pipeline.tracking.tracker import MemoryTracker, Tracker, Trackers
+from pipeline.tracking.tracker import Tracker, Trackers
+from tests.support.memory_tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
 from tests.support.fixtures import contents
 

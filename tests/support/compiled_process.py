@@ -23,8 +23,8 @@ from torch._dynamo.utils import counters
 from pipeline.config.training import PretrainConfig
 from pipeline.distributed import fsdp
 from pipeline.distributed.fsdp import join_workers
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 
 
 def counted(trainer: Trainer) -> list[tuple[str, int]]:

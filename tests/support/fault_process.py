@@ -32,8 +32,8 @@ from pipeline.config.training import PretrainConfig
 from pipeline.distributed.fsdp import join_workers
 from pipeline.distributed.signals import Interruptions, stop_on_signals
 from pipeline.errors import RunStopped, UserError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 from tests.support.small_memory import small_device, small_memory
 
 

@@ -11,9 +11,9 @@ import torch
 from pipeline.config.training import PretrainConfig
 from pipeline.distributed.fsdp import Workers
 from pipeline.storage.folders import open_folder
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
+from tests.support.memory_tracker import MemoryTracker
 
 # One thread: what torch's threads wait for each other takes longer than a model of this size.
 os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count() or 1))

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import MicroBatch
 from pipeline.distributed.fsdp import join_workers
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 
 
 def recorded(trainer: Trainer) -> list[tuple[int, list[list[int]]]]:

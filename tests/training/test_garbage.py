@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.garbage import GarbageCollection
 from pipeline.training.trainer import StepResult, Trainer
+from tests.support.memory_tracker import MemoryTracker
 from tests.training.test_trainer import ALONE, CONFIG
 
 

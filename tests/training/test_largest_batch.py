@@ -24,11 +24,11 @@ from pipeline.checkpoints.reader import newest_info
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.storage.folders import open_folder
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import largest_batch
 from pipeline.training.batch_size import possible_sizes
 from pipeline.training.largest_batch import NOTE_FILE, Probe, largest_that_fits
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 from tests.support.small_memory import StandIn
 from tests.training.test_trainer import ALONE, CONFIG, checkpoint_tensors, train_here
 

@@ -17,11 +17,11 @@ from model.transformer import Transformer
 from pipeline.cluster import ray_cluster
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import launch
 from pipeline.training.batch_size import next_smaller, out_of_memory_told, possible_sizes
 from pipeline.training.trainer import Trainer
 from tests.support import out_of_memory_workers as workers
+from tests.support.memory_tracker import MemoryTracker
 from tests.support.small_memory import small_memory
 from tests.training.test_trainer import ALONE, CONFIG
 

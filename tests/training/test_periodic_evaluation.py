@@ -21,12 +21,12 @@ from pipeline.evaluation import hellaswag
 from pipeline.evaluation.validation import ValidationResult
 from pipeline.pretrained import resolve
 from pipeline.storage.folders import open_folder
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import periodic_evaluation
 from pipeline.training.run_folder import RunSummary, read_best
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
 from tests.support.hellaswag_questions import make_questions, write_questions
+from tests.support.memory_tracker import MemoryTracker
 from tests.support.models import ALONE
 from tests.support.s3_server import S3
 

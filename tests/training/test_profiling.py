@@ -16,9 +16,9 @@ from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.tracking.mlflow_run import open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.trainer import Trainer
+from tests.support.memory_tracker import MemoryTracker
 from tests.support.s3_server import S3
 from tests.training.test_trainer import ALONE, CONFIG, train_here
 

@@ -25,11 +25,11 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
 from pipeline.distributed.fsdp import Workers, join_workers
 from pipeline.errors import UserError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.run_folder import RunSummary, finished_summary
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
 from tests.support.llama_twin import llama_twin
+from tests.support.memory_tracker import MemoryTracker
 
 STEPS = 12
 CONFIG = tiny_config(

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.errors import UserError
 from pipeline.evaluation import validation
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import periodic_evaluation
 from pipeline.training.trainer import Trainer
 from tests.checkpoints.test_writer import steps_in
+from tests.support.memory_tracker import MemoryTracker
 from tests.training.test_trainer import ALONE, CONFIG, train_here
 
 
