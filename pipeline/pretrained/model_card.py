@@ -27,7 +27,7 @@ from pipeline.pretrained import huggingface
 from pipeline.pretrained.resolve import ModelSource
 from pipeline.run_files import CURVES_FILE, SCORES_FILE
 from pipeline.storage.folders import Folder
-from pipeline.tracking.mlflow_run import noted_run_id
+from pipeline.tracking.mlflow_run import recorded_run_id
 from pipeline.tracking.report import draw_curves
 from pipeline.tracking.run_history import RunHistory
 
@@ -101,7 +101,7 @@ def read_run(source: ModelSource) -> Run:
     for name, points in history.metrics.items():
         history.metrics[name] = {step: value for step, value in points.items() if step <= info.step}
     scores = _read_scores(folder, source.address)
-    return replace(known, scores=scores, history=history, mlflow_run_id=noted_run_id(folder))
+    return replace(known, scores=scores, history=history, mlflow_run_id=recorded_run_id(folder))
 
 
 def write(folder: Path, run: Run, config: ModelConfig, *, name: str, dtype: str) -> None:

@@ -12,8 +12,8 @@ from pipeline.distributed.fsdp import Workers
 from pipeline.versions import commit, versions
 
 
-def describe(workers: Workers) -> dict[str, str]:
-    """Names and values, all text; the hardware is that of this rank's node."""
+def hardware_tags(workers: Workers) -> dict[str, str]:
+    """Tags with the commit, the number of workers and nodes, the hardware of this rank's node, and library versions."""
     nodes = -(-workers.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", workers.world_size)))
     return {
         "commit": commit(),
@@ -26,15 +26,15 @@ def describe(workers: Workers) -> dict[str, str]:
 
 def _hardware(device: torch.device) -> dict[str, str]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {"cpu": _cpu_model(), "cpus": str(os.cpu_count() or 1), "memory_gib": f"{memory_bytes / 2**30:.0f}"}
+    values = {"cpu": _cpu_model(), "cpus": str(os.cpu_count() or 1), "memory_gib": f"{memory_bytes / 2**30:.0f}"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        values |= {
             "gpu": properties.name,
             "gpus": str(torch.cuda.device_count()),
             "gpu_memory_gib": f"{properties.total_memory / 2**30:.0f}",
         }
-    return found
+    return values
 
 
 def _cpu_model() -> str:

@@ -1,17 +1,17 @@
-"""Everything that a run tells, in order, in a file of its folder: tracking.jsonl, one JSON object a line.
+"""The journal of a run: everything it logs, in order, in tracking.jsonl of its folder, one JSON object per line.
 
-The file is the run's own memory and the queue of what MLflow has not got yet: tracking_sent.json beside it says up to
-which byte a store has it. A line is in the operating system's hands when ``append`` returns, so it outlasts a killed
-process; after ``sync`` it outlasts the machine. One process writes at a time. A line that was cut off by a full disk
-or by a failure of the machine is dropped. Where the run's folder is in a bucket, which cannot be appended to, the file
-lies on this node and is copied to the bucket by ``mirror``; what a lost node took with it is told again by the steps
-that are done again.
+The file is the record of the run and the queue of entries for MLflow: tracking_sent.json beside it holds the number of
+bytes that a store has received. The operating system has a line when ``append`` returns, so it survives the death of
+the process; after ``sync`` it survives a failure of the machine. One process writes at a time. A line that a full disk
+or a failure of the machine cut off is dropped. An object in a bucket cannot be appended to: the journal of a run in a
+bucket is a file on this node that ``mirror`` copies there, and lines that are lost with a node are logged again when
+their steps are repeated.
 
 An entry is a dictionary with ``kind`` and ``time`` (milliseconds since 1970) and, by kind:
 
     start        a process begins to write
     params tags  values
-    inputs       values: tracking.RunInput's fields
+    inputs       values: the fields of tracker.RunInput
     metrics      step, values
     sample       step, prompt, text
     checkpoint   step, path, values, best
@@ -42,7 +42,7 @@ from pipeline.storage.folders import Folder, LocalFolder, node_cache
 
 logger = logging.getLogger(__name__)
 
-_MOST_HELD = 100_000  # entries in memory while the disk takes none
+_MOST_HELD = 100_000  # entries kept in memory while the disk accepts none
 
 Entry: TypeAlias = dict[str, Any]
 
@@ -51,35 +51,35 @@ class Journal:
     """The entries of one run.
 
     Args:
-        folder: the run's; None keeps the entries in a temporary file, for as long as the process lives.
+        folder: the run folder; None keeps the entries in a temporary file until the process ends.
     """
 
     def __init__(self, folder: Folder | None) -> None:
         self.folder = folder
         self.last_step: dict[str, int] = defaultdict(lambda: -1)
-        """Of each metric, the step of its last point."""
+        """Metric -> step of its last point, -1 where it has none."""
         self.samples: list[int] = []
-        """Steps that had one."""
+        """Steps with a sample."""
         self.checkpoints: dict[int, set[str]] = {}
-        """Of each checkpoint that was told of, by step, what is known: names of its metrics, and "best"."""
+        """Step of each logged checkpoint -> names of its metrics, and "best" where it was the best."""
         self.start_time: int | None = None
-        """Of the first entry, milliseconds since 1970."""
+        """Time of the first entry, in milliseconds since 1970."""
         self._lock = threading.Lock()
         self._held: list[bytes] = []
         self._mirrored = 0
-        self._temporary = tempfile.TemporaryDirectory(prefix="gpt25-") if folder is None else None
-        self.place = Path(self._temporary.name) if self._temporary else _place_of(folder)
-        self.path = self.place / JOURNAL_FILE
+        self._temporary = tempfile.TemporaryDirectory(prefix="gpt25-") if folder is None else None  # removed with it
+        self._local = LocalFolder(url=self._temporary.name) if self._temporary else _local_folder(folder)
+        self.path = self._local.path / JOURNAL_FILE
         self._file = self.path.open("ab", buffering=0)
         self.size = _cut_to_whole_lines(self.path)
         for entry, _ in self.read(0):
-            self._learn(entry)
+            self._count(entry)
 
     def append(self, kind: str, **values: Any) -> None:
-        """Add an entry. A disk that takes nothing costs a warning: the entry is held, and written with a later one."""
+        """Add an entry. If the disk accepts nothing, there is a warning, and a later call writes the entry."""
         entry = {"kind": kind, "time": int(time.time() * 1000), **values}
         with self._lock:
-            self._learn(entry)
+            self._count(entry)
             self._held.append(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             self._write()
 
@@ -90,59 +90,59 @@ class Journal:
                 raise OSError("the disk is full")
         except OSError as error:
             if len(self._held) == 1:
-                logger.warning("%s cannot be written (%s); its lines wait in memory", self.path, error)
+                logger.warning("%s cannot be written (%s); its lines are kept in memory", self.path, error)
             del self._held[:-_MOST_HELD]
             with contextlib.suppress(OSError):
-                os.truncate(self.path, self.size)  # what was written of the block
+                os.truncate(self.path, self.size)  # the part of the block that was written
         else:
             self.size += len(block)
             self._held.clear()
 
     def sync(self) -> None:
-        """Wait until the disk has everything."""
+        """Return when all entries are on the disk."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             logger.warning("%s cannot be flushed (%s)", self.path, error)
 
     def mirror(self) -> None:
-        """Copy what is new to the run's bucket, where it is in one."""
+        """Copy the journal to the run's bucket, if the run is in one and the journal has grown."""
         if self.folder is None or isinstance(self.folder, LocalFolder) or self._mirrored == self.size:
             return
-        size, sent = self.size, _read_or_none(self.place / JOURNAL_SENT_FILE)
+        size = self.size
         try:
-            with self.path.open("rb") as file:
-                self.folder.write(JOURNAL_FILE, [file.read(size)])
-            if sent is not None:
+            sent = _read_or_empty(self._local, JOURNAL_SENT_FILE)
+            self.folder.write(JOURNAL_FILE, [self._local.read_range(JOURNAL_FILE, 0, size)])
+            if sent:
                 self.folder.write(JOURNAL_SENT_FILE, [sent])
             self._mirrored = size
         except UserError as error:
             logger.warning("%s; the run goes on", error)
 
     def read(self, start: int) -> Iterator[tuple[Entry, int]]:
-        """Entries from byte ``start`` on, each with the byte that it ends before."""
+        """The entries from byte ``start`` on, each with the position of its end."""
         with self.path.open("rb") as file:
             yield from read_entries(file, start, self.size)
 
     def sent(self, run_id: str) -> int:
-        """Bytes that the MLflow run ``run_id`` has; 0 for a run that has nothing of this journal yet."""
-        return min(_sent_bytes(_read_or_none(self.place / JOURNAL_SENT_FILE), run_id), self.size)
+        """Number of bytes that the MLflow run ``run_id`` has received; 0 where another run has received some."""
+        return min(_sent_bytes(self._local, run_id), self.size)
 
-    def note_sent(self, run_id: str, num_bytes: int) -> None:
-        """Whole or not at all; a note that is lost costs a comparison with the store, not doubled points."""
-        temporary = self.place / f".tmp-{JOURNAL_SENT_FILE}"
+    def mark_sent(self, run_id: str, num_bytes: int) -> None:
+        """Record how much has been sent. A lost record costs a comparison with the store, not doubled points."""
+        content = json.dumps({"run_id": run_id, "num_bytes": num_bytes}).encode()
         try:
-            temporary.write_text(json.dumps({"run_id": run_id, "num_bytes": num_bytes}), encoding="utf-8")
-            temporary.replace(self.place / JOURNAL_SENT_FILE)
-        except OSError as error:
-            logger.debug("%s cannot be written (%s)", self.place / JOURNAL_SENT_FILE, error)
+            self._local.write(JOURNAL_SENT_FILE, [content], flush="nothing")
+        except UserError as error:
+            logger.debug("%s", error)
 
     def close(self) -> None:
-        """Nothing more is added."""
+        """Copy the journal to the bucket for the last time; no entry may follow."""
         self.mirror()
         self._file.close()
 
-    def _learn(self, entry: Entry) -> None:
+    def _count(self, entry: Entry) -> None:
+        """Bring the attributes up to date."""
         self.start_time = self.start_time or entry["time"]
         if entry["kind"] == "metrics":
             for name in entry["values"]:
@@ -154,28 +154,26 @@ class Journal:
             known.update(entry["values"], ["best"] if entry["best"] else [])
 
 
+def read_journal(folder: Folder, start: int = 0) -> Iterator[Entry]:
+    """The entries of the journal in ``folder`` from byte ``start`` on; none where there is no journal."""
+    content = _read_or_empty(folder, JOURNAL_FILE)
+    yield from (entry for entry, _ in read_entries(io.BytesIO(content), start, len(content)))
+
+
 def count_waiting(folder: Folder, run_id: str) -> int:
-    """Points and other entries of the journal in ``folder`` that the MLflow run ``run_id`` has not got."""
-    try:
-        content = folder.read(JOURNAL_FILE)
-    except FileNotFoundError:
-        return 0
-    try:
-        sent = _sent_bytes(folder.read(JOURNAL_SENT_FILE), run_id)
-    except FileNotFoundError:
-        sent = 0
-    return sum(weight(entry) for entry, _ in read_entries(io.BytesIO(content), sent, len(content)))
+    """Number of points and other entries in ``folder``'s journal that the MLflow run ``run_id`` has not received."""
+    return sum(map(weight, read_journal(folder, _sent_bytes(folder, run_id))))
 
 
 def weight(entry: Entry) -> int:
-    """Points of an entry of metrics; any other entry counts as one, a start as none."""
+    """Number of points in an entry of metrics; 0 for a start, 1 for any other entry."""
     if entry["kind"] == "start":
         return 0
     return len(entry["values"]) if entry["kind"] == "metrics" else 1
 
 
 def read_entries(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[Entry, int]]:
-    """Entries of bytes ``[start, stop)``, each with the byte that it ends before; what is no entry is left out."""
+    """The entries in bytes ``[start, stop)``, each with the position of its end; damaged lines are left out."""
     file.seek(start)
     position = start
     while position < stop:
@@ -191,43 +189,40 @@ def read_entries(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[Entry,
         yield entry, position
 
 
-def _place_of(folder: Folder | None) -> Path:
-    """Where on this node the journal of ``folder`` lies; for a bucket, what is there already is fetched."""
+def _local_folder(folder: Folder | None) -> LocalFolder:
+    """The folder on this node that holds the journal of ``folder``; a bucket's journal is fetched to it."""
     assert folder is not None
     if isinstance(folder, LocalFolder):
-        return folder.path
-    place = node_cache("runs") / hashlib.sha256(folder.url.encode()).hexdigest()[:16]
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        there = folder.read(JOURNAL_FILE)
-    except FileNotFoundError:
-        there = b""
-    here = _read_or_none(place / JOURNAL_FILE) or b""
-    if not there or not here.startswith(there):  # another run's, or another node went on with this one
-        (place / JOURNAL_FILE).write_bytes(there)
-        (place / JOURNAL_SENT_FILE).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            (place / JOURNAL_SENT_FILE).write_bytes(folder.read(JOURNAL_SENT_FILE))
-    return place
+        return folder
+    local = LocalFolder(url=str(node_cache("runs") / hashlib.sha256(folder.url.encode()).hexdigest()[:16]))
+    local.make()
+    in_bucket, here = _read_or_empty(folder, JOURNAL_FILE), _read_or_empty(local, JOURNAL_FILE)
+    if not in_bucket or not here.startswith(in_bucket):  # another run's, or another node has continued this one
+        local.delete(JOURNAL_SENT_FILE)
+        local.write(JOURNAL_FILE, [in_bucket], flush="nothing")
+        if sent := _read_or_empty(folder, JOURNAL_SENT_FILE):
+            local.write(JOURNAL_SENT_FILE, [sent], flush="nothing")
+    return local
 
 
-def _sent_bytes(note: bytes | None, run_id: str) -> int:
+def _sent_bytes(folder: Folder, run_id: str) -> int:
+    """Number of bytes that the MLflow run has received, by the record in ``folder``; 0 where there is none of it."""
     try:
-        noted = json.loads(note or b"{}")
-    except ValueError:
+        sent = json.loads(_read_or_empty(folder, JOURNAL_SENT_FILE))
+    except ValueError:  # empty, or cut off
         return 0
-    return int(noted["num_bytes"]) if noted.get("run_id") == run_id else 0
+    return int(sent["num_bytes"]) if sent.get("run_id") == run_id else 0
 
 
-def _read_or_none(path: Path) -> bytes | None:
+def _read_or_empty(folder: Folder, name: str) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError:
-        return None
+        return folder.read(name)
+    except FileNotFoundError:
+        return b""
 
 
 def _cut_to_whole_lines(path: Path) -> int:
-    """Drop what a dying process or machine left of a line; returns the size afterwards."""
+    """Drop the part of a line that a dying process or machine left; returns the size afterwards."""
     content = path.read_bytes()
     size = content.rfind(b"\n") + 1
     if size < len(content):

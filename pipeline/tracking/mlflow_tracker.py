@@ -1,9 +1,10 @@
-"""MLflow's tracker: it writes to the run's journal (journal.py), and a background thread sends the journal's entries.
+"""MLflow's tracker: it writes to the run's journal (journal.py), and a background thread uploads the journal's entries.
 
-Training never waits for MLflow. A server that is away costs one warning; what it should get stays in the journal and is
-sent when it is back, or by the next process of the run, in order and once: every entry is sent so that sending it again
-changes nothing. MLflow merges points of equal key, step, time and value, and the journal keeps the time; points whose
-step the server has already, from a journal that was lost, are left out.
+Training never waits for MLflow. While a server does not answer there is one warning, and the entries stay in the
+journal. They are uploaded when the server answers again, or by the next process of the run, in order and once: every
+entry is sent in such a way that sending it again changes nothing. MLflow merges points of equal key, step, time and
+value, and the journal keeps the time. Points of a step that the server has already, from a journal that was lost, are
+left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pipeline.paths import without_password
 from pipeline.storage.folders import Folder
 from pipeline.tracking.journal import Entry, Journal, weight
 from pipeline.tracking.mlflow_run import MLflowRun, first_line, mlflow_client, mlflow_errors
-from pipeline.tracking.mlflow_writer import Sending, is_refused
+from pipeline.tracking.mlflow_writer import MLflowWriter, is_refused
 from pipeline.tracking.report import write_pages
 from pipeline.tracking.system_metrics import SystemSampler
 from pipeline.tracking.tracker import RunInput, Status, Tracker
@@ -31,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 _PERIOD_SECONDS = 5.0
 _MIRROR_SECONDS = 60.0
-_MOST_PERIOD_SECONDS = 60.0  # between two attempts at a server that is away
-_IDLE_SECONDS = 10.0  # what ``finish`` waits for a queue that does not move
-_MOST_ENTRIES = 200  # sent with one request, if they are metrics
+_MOST_PERIOD_SECONDS = 60.0  # between two attempts to reach a server that does not answer
+_IDLE_SECONDS = 10.0  # that ``finish`` waits while no entry is uploaded
+_MOST_ENTRIES = 200  # of metrics, in one request
 
 
 class MLflowTracker(Tracker):
-    """Tells one MLflow run.
+    """Logs to one MLflow run, through the run's journal.
 
     Args:
-        run: where to.
-        folder: the training run's, which gets the journal, the curves and the report; None for what is told once, at
-            the end of a job: nothing then outlasts the process.
-        registered_model: name in the model registry for the best checkpoint, under the alias "best"; None: not there.
-        sample_system: log system/... every some seconds.
+        run: the MLflow run.
+        folder: the run folder, which gets the journal, the curves and the report. None for a job that logs once, at its
+            end: the journal is then a temporary file, and entries that cannot be sent are lost with the process.
+        registered_model: name to register the best checkpoint under, with the alias "best"; None registers none.
+        sample_system: log CPU, memory and GPU figures of this node (system/...) every few seconds.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class MLflowTracker(Tracker):
     ) -> None:
         self.run, self.folder = run, folder
         self.journal = Journal(folder)
-        self.sender = Sender(run, self.journal, registered_model)
+        self.uploader = JournalUploader(run, self.journal, registered_model)
         self.journal.append("start")
         self._sampler = SystemSampler(self._log_system) if sample_system else None
 
@@ -92,17 +93,17 @@ class MLflowTracker(Tracker):
     def log_file(self, path: Path) -> None:
         self.journal.append("file", path=str(path))
         if self.folder is None:  # the file may be a temporary one
-            self.sender.drain()
+            self.uploader.drain()
 
     def log_page(self, name: str) -> None:
         self.journal.append("page", name=name)
 
     def flush(self) -> None:
-        """Everything is on disk; without a folder, sent as far as the store takes it."""
+        """Return when everything is on disk or, without a run folder, sent as far as the store accepts it."""
         self.journal.sync()
-        self.sender.wake()
+        self.uploader.wake()
         if self.folder is None:
-            self.sender.drain()
+            self.uploader.drain()
 
     def finish(self, status: Status) -> None:
         if self._sampler is not None:
@@ -114,62 +115,67 @@ class MLflowTracker(Tracker):
         self.close()
 
     def close(self) -> None:
-        """Send what waits, for as long as the store takes it; then nothing more can be told."""
-        left = self.sender.drain()
-        self.sender.stop()
+        """Send the entries that are left, as far as the store accepts them, and close the journal."""
+        left = self.uploader.drain()
+        self.uploader.stop()
         self.journal.close()
         if left:
-            where = f"; they wait in {self.journal.path}, and the next start sends them" if self.folder else ""
-            logger.warning("MLflow has not got %d points%s", left, where)
+            where = f"; they are in {self.journal.path}, and the next start sends them" if self.folder else ""
+            logger.warning("MLflow has not received %d points%s", left, where)
 
     def _log_system(self, values: Mapping[str, float]) -> None:
-        """Points whose step is the seconds since the run began: they go on after a restart, with a gap."""
+        """Log with the seconds since the run began as the step, so that a restart continues the curves after a gap."""
         begin = self.journal.start_time or 0
         self.log_metrics(values, int(time.time() - begin / 1000))
 
     def _write_pages(self, folder: Folder) -> None:
         try:
             names = write_pages(folder, (entry for entry, _ in self.journal.read(0)))
-        except (UserError, ValueError, LookupError, TypeError) as error:  # no page is worth a run that is done
-            logger.warning("there is no report: %s", error)
+        except (
+            UserError,
+            ValueError,
+            LookupError,
+            TypeError,
+        ) as error:  # must not fail a finished run
+            logger.warning("the report could not be written: %s", error)
             return
         for name in names:
             self.log_page(name)
 
 
 def send_waiting(run: MLflowRun, folder: Folder, registered_model: str | None = None) -> None:
-    """Send what a run, which is over, could not send while its server was away."""
+    """Send the entries that a finished run could not send because its server did not answer."""
     journal = Journal(folder)
     if journal.sent(run.run_id) < journal.size:
-        sender = Sender(run, journal, registered_model)
-        if sender.drain() == 0:
-            logger.info("MLflow has now got what waited in %s", journal.path)
-        sender.stop()
+        uploader = JournalUploader(run, journal, registered_model)
+        if uploader.drain() == 0:
+            logger.info("MLflow has received all that was left in %s", journal.path)
+        uploader.stop()
     journal.close()
 
 
-class Sender:
-    """The thread that sends a journal's entries, from the first that the store has not got."""
+class JournalUploader:
+    """A thread that sends a journal's entries to MLflow, beginning with the first that the store does not have."""
 
     def __init__(self, run: MLflowRun, journal: Journal, registered_model: str | None) -> None:
         self.run, self.journal = run, journal
         self.registered_model = registered_model
         self._sent = journal.sent(run.run_id)
-        self._failures = 0  # attempts in a row that did not get through
-        self._attempts_failed = 0
+        self._failures = 0  # failed attempts since the last success
+        self._attempts_failed = 0  # failed attempts in all
         self._wake = threading.Event()
-        self._stopped = self._mirror_asked = False
+        self._stopped = self._mirror_requested = False
         self._mirrored = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Send now, not at the end of the period, and bring a bucket's copy of the journal up to date."""
-        self._mirror_asked = True
+        """Send at once instead of at the end of the period, and update a bucket's copy of the journal."""
+        self._mirror_requested = True
         self._wake.set()
 
     def drain(self) -> int:
-        """Wait for as long as the queue moves; returns the number of points and other entries that are left."""
+        """Wait while entries are being uploaded; returns the number of points and other entries that are left."""
         failed_before, seen, since = self._attempts_failed, self._sent, time.monotonic()
         while self._sent < self.journal.size and self._attempts_failed == failed_before:
             self._wake.set()
@@ -181,34 +187,33 @@ class Sender:
         return sum(weight(entry) for entry, _ in self.journal.read(self._sent))
 
     def stop(self) -> None:
-        """End the thread; a request that is under way ends by itself."""
+        """End the thread, without waiting for a request that it is sending."""
         self._stopped = True
         self._wake.set()
 
     def _work(self) -> None:
-        sending: Sending | None = None
+        writer: MLflowWriter | None = None
         while not self._stopped:
             period = min(_MOST_PERIOD_SECONDS, _PERIOD_SECONDS * 2 ** min(self._failures, 5))
             self._wake.wait(period)
             self._wake.clear()
             try:
-                if sending is None:
-                    sending = Sending(
-                        self.run, mlflow_client(self.run.tracking_uri), self.journal.folder, self.registered_model
-                    )
-                self._send_all(sending)
+                if writer is None:
+                    client = mlflow_client(self.run.tracking_uri)
+                    writer = MLflowWriter(self.run, client, self.journal.folder, self.registered_model)
+                self._send_all(writer)
             except mlflow_errors() as error:
                 self._failed(error)
             self._mirror()
 
     def _mirror(self) -> None:
-        """A bucket's object is written as a whole, so not at every period."""
-        if self._mirror_asked or time.monotonic() - self._mirrored > _MIRROR_SECONDS:
-            self._mirror_asked, self._mirrored = False, time.monotonic()
+        """Copy the journal to a bucket, but not at every period: an object is always written as a whole."""
+        if self._mirror_requested or time.monotonic() - self._mirrored > _MIRROR_SECONDS:
+            self._mirror_requested, self._mirrored = False, time.monotonic()
             self.journal.mirror()
 
-    def _send_all(self, sending: Sending) -> None:
-        """Send until nothing is left; raises what a store raises that is away."""
+    def _send_all(self, writer: MLflowWriter) -> None:
+        """Send until nothing is left; raises the client's error where the store does not answer."""
         while self._sent < self.journal.size and not self._stopped:
             batch: list[Entry] = []
             end = self._sent
@@ -220,21 +225,21 @@ class Sender:
                 end = position
                 if alone:
                     break
-            self._send(sending, batch)
+            self._send(writer, batch)
             self._sent = max(end, self._sent)
-            if not batch:  # the rest is no entry
+            if not batch:  # the rest is damaged
                 self._sent = self.journal.size
-            self.journal.note_sent(self.run.run_id, self._sent)
+            self.journal.mark_sent(self.run.run_id, self._sent)
             if self._failures:
                 logger.info("MLflow at %s answers again", without_password(self.run.tracking_uri))
                 self._failures = 0
 
-    def _send(self, sending: Sending, batch: Sequence[Entry]) -> None:
-        """Send entries of one kind; what the store will never take is left out with a warning."""
+    def _send(self, writer: MLflowWriter, batch: Sequence[Entry]) -> None:
+        """Send entries of one kind; an entry that the store refuses is left out with a warning."""
         if not batch:
             return
         try:
-            sending.send(batch)
+            writer.write(batch)
         except mlflow_errors() as error:
             if not is_refused(error):
                 raise
@@ -246,7 +251,7 @@ class Sender:
         self._attempts_failed += 1
         if self._failures == 1:
             logger.warning(
-                "MLflow at %s does not answer (%s); the run goes on, and what it tells waits in %s",
+                "MLflow at %s does not answer (%s); the run goes on and keeps its entries in %s",
                 without_password(self.run.tracking_uri),
                 first_line(error),
                 self.journal.path,

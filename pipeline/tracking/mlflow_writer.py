@@ -1,4 +1,4 @@
-"""How a journal entry of each kind becomes part of an MLflow run. Sending it again, whole or in part, adds nothing."""
+"""Writes a journal entry of each kind to an MLflow run. Writing it again, whole or in part, adds nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DIGEST_CHARACTERS = 36  # MLflow's limit of a data set digest
 _SAMPLES_FILE = "samples.json"
 _TABLES_TAG = "mlflow.loggedArtifacts"  # what the UI shows as tables
 _COMMIT_TAG = "mlflow.source.git.commit"  # what the UI shows beside the source
-_VERSIONS_TAG = "mlflow.modelVersions"  # of a model, what the UI links to; a server sets it, a sqlite store does not
+_VERSIONS_TAG = "mlflow.modelVersions"  # a link of a model in the UI; a server sets it, a sqlite store does not
 _BEST = "best"
 _DESCRIPTION = "Checkpoints of training runs, each the best of its run by val loss when it was saved: see its tags"
 _REFUSALS = {
@@ -33,41 +33,41 @@ _REFUSALS = {
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether trying again is in vain: the store answered, and did not want it; or a file to send is gone."""
+    """Whether trying again cannot help: the store answered with a refusal, or a file to send no longer exists."""
     return getattr(error, "error_code", None) in _REFUSALS or isinstance(error, FileNotFoundError)
 
 
-class Sending:
-    """Sends entries to one run. Raises what MLflow raises."""
+class MLflowWriter:
+    """Writes entries to one MLflow run; errors of MLflow's client are raised as they are."""
 
     def __init__(self, run: MLflowRun, client: Any, folder: Folder | None, registered_model: str | None) -> None:
         self.run, self.client, self.folder, self.registered_model = run, client, folder, registered_model
-        self._known_steps: dict[str, set[int]] = {}  # of each metric, before this process sent any
+        self._known_steps: dict[str, set[int]] = {}  # metric -> steps that the store had before this process
         self._models: dict[int, str] = {}  # checkpoint's step -> model id
         self._samples: dict[int, tuple[str, str]] = {}
 
-    def send(self, entries: Sequence[Entry]) -> None:
-        """Entries of one kind; more than one of metrics only."""
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Write entries of one kind; several at once are possible for metrics only."""
         kind = entries[0]["kind"]
         if kind == "metrics":
-            self._send_metrics(entries)
+            self._write_metrics(entries)
             return
         action = {
             "start": lambda entry: None,
-            "params": self._send_params,
-            "tags": self._send_tags,
-            "inputs": self._send_inputs,
-            "sample": self._send_sample,
-            "checkpoint": self._send_checkpoint,
+            "params": self._write_params,
+            "tags": self._write_tags,
+            "inputs": self._write_inputs,
+            "sample": self._write_sample,
+            "checkpoint": self._write_checkpoint,
             "file": lambda entry: self.client.log_artifact(self.run.run_id, entry["path"]),
-            "page": self._send_page,
-            "status": self._send_status,
+            "page": self._write_page,
+            "status": self._write_status,
         }[kind]
         for entry in entries:
             action(entry)
 
-    def _send_params(self, entry: Entry) -> None:
-        """MLflow's params cannot change; what a resumed run changes (--train_steps) becomes a tag."""
+    def _write_params(self, entry: Entry) -> None:
+        """Log parameters. MLflow's cannot change, so a setting that a resumed run changes becomes a tag."""
         from mlflow.entities import Param
 
         values = {name: str(value)[:_MAX_PARAM_CHARACTERS] for name, value in entry["values"].items()}
@@ -78,12 +78,12 @@ class Sending:
         changed = {name: value for name, value in values.items() if logged.get(name, value) != value}
         self._set_tags({f"resumed.{name}": value for name, value in changed.items()})
 
-    def _send_tags(self, entry: Entry) -> None:
+    def _write_tags(self, entry: Entry) -> None:
         commit = entry["values"].get("commit", "unknown").removesuffix("+changes")
         known = {} if commit == "unknown" else {_COMMIT_TAG: commit}
         self._set_tags(entry["values"] | known)
 
-    def _send_inputs(self, entry: Entry) -> None:
+    def _write_inputs(self, entry: Entry) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         datasets = [
@@ -102,7 +102,7 @@ class Sending:
         self.client.log_inputs(self.run.run_id, datasets=datasets)
         self._set_tags({f"{item['context']}_fingerprint": item["fingerprint"] for item in entry["values"]})
 
-    def _send_metrics(self, entries: Sequence[Entry]) -> None:
+    def _write_metrics(self, entries: Sequence[Entry]) -> None:
         from mlflow.entities import Metric
 
         points = [
@@ -120,18 +120,18 @@ class Sending:
             self._known_steps[name] = {point.step for point in history}
         return self._known_steps[name]
 
-    def _send_sample(self, entry: Entry) -> None:
-        """The whole table each time: rows cannot be added to one."""
+    def _write_sample(self, entry: Entry) -> None:
+        """Write the whole table of samples again, because MLflow cannot add a row to one."""
         if not self._samples:
-            self._samples = self._sent_samples()
+            self._samples = self._stored_samples()
         self._samples[entry["step"]] = (entry["prompt"], entry["text"])
         rows = [[step, prompt, text] for step, (prompt, text) in sorted(self._samples.items())]
         table = {"columns": ["step", "prompt", "text"], "data": rows}
         self.client.log_dict(self.run.run_id, table, _SAMPLES_FILE)
         self._set_tags({_TABLES_TAG: json.dumps([{"path": _SAMPLES_FILE, "type": "table"}])})
 
-    def _sent_samples(self) -> dict[int, tuple[str, str]]:
-        """The rows that an earlier process sent."""
+    def _stored_samples(self) -> dict[int, tuple[str, str]]:
+        """The rows that an earlier process wrote."""
         if _TABLES_TAG not in self.client.get_run(self.run.run_id).data.tags:
             return {}
         with tempfile.TemporaryDirectory() as folder:
@@ -139,8 +139,8 @@ class Sending:
             rows = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
         return {int(step): (prompt, text) for step, prompt, text in rows}
 
-    def _send_checkpoint(self, entry: Entry) -> None:
-        """A checkpoint as an MLflow model that names its folder; nothing is copied."""
+    def _write_checkpoint(self, entry: Entry) -> None:
+        """Log a checkpoint as an MLflow model with the checkpoint's address; no file is copied."""
         from mlflow.entities import LoggedModelStatus
 
         step, path = entry["step"], entry["path"]
@@ -155,7 +155,7 @@ class Sending:
                 self._register(self.registered_model, entry, model_id)
 
     def _model(self, step: int, path: str) -> str:
-        """Id of the model of a checkpoint, which is made unless it is there."""
+        """Id of the MLflow model of a checkpoint, which is created unless it exists."""
         if step in self._models:
             return self._models[step]
         from mlflow.entities import LoggedModelOutput
@@ -182,7 +182,7 @@ class Sending:
         return self._models[step]
 
     def _register(self, name: str, entry: Entry, model_id: str) -> None:
-        """A version of the registered model; the alias moves to it unless another run's best is better on this data."""
+        """Register a version, and give it the alias unless another run has a better one on the same data."""
         data = self.client.get_run(self.run.run_id).data.tags.get("validation_fingerprint", "")
         holder = self._registered(name).aliases.get(_BEST)
         version = self._version(name, entry, model_id, data)
@@ -190,10 +190,10 @@ class Sending:
             self.client.set_registered_model_alias(name, _BEST, version)
 
     def _version(self, name: str, entry: Entry, model_id: str, data: str) -> str:
-        """Number of the version that a checkpoint is, which is made unless it is there; its model's page names it."""
+        """Number of a checkpoint's version, which is created unless it exists and linked from its model's page."""
         step = str(entry["step"])
-        found = self.client.search_model_versions(f"run_id = '{self.run.run_id}'")
-        mine = [version for version in found if version.name == name and version.tags.get("step") == step]
+        versions = self.client.search_model_versions(f"run_id = '{self.run.run_id}'")
+        mine = [version for version in versions if version.name == name and version.tags.get("step") == step]
         model = self.client.get_logged_model(model_id)
         tags = {
             "checkpoint": entry["path"],
@@ -211,7 +211,7 @@ class Sending:
         return str(version.version)
 
     def _is_better(self, name: str, holder: str, data: str, val_loss: float) -> bool:
-        """Than the version that has the alias: it is of this run, of other data, or has a higher val loss."""
+        """Whether the version ``holder`` is of this run, of other data, or has a higher val loss."""
         rival = self.client.get_model_version(name, holder)
         same_data = rival.tags.get("validation_fingerprint") == data
         return rival.run_id == self.run.run_id or not same_data or val_loss < float(rival.tags["val_loss"])
@@ -226,7 +226,7 @@ class Sending:
                 raise
             return self.client.create_registered_model(name, description=_DESCRIPTION)
 
-    def _send_page(self, entry: Entry) -> None:
+    def _write_page(self, entry: Entry) -> None:
         assert self.folder is not None
         with tempfile.TemporaryDirectory() as temporary:
             folder, _, name = entry["name"].rpartition("/")
@@ -234,7 +234,7 @@ class Sending:
             path.write_bytes(self.folder.read(entry["name"]))
             self.client.log_artifact(self.run.run_id, str(path), folder or None)
 
-    def _send_status(self, entry: Entry) -> None:
+    def _write_status(self, entry: Entry) -> None:
         self.client.set_terminated(self.run.run_id, entry["status"], end_time=entry["time"])
 
     def _set_tags(self, values: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""A run's figures as Ray's own metrics: on the dashboard, and at every node's Prometheus endpoint.
+"""The metrics of a run as Ray's own metrics, which its dashboard and every node's Prometheus endpoint show.
 
-``train/loss`` becomes the gauge ``gpt25_train_loss`` (Ray puts ``ray_`` before it), with the run's name as a tag. Ray
-exports a gauge's last value every few seconds.
+``train/loss`` becomes the gauge ``gpt25_train_loss`` (Ray prefixes it with ``ray_``), with the run's name as a tag. Ray
+exports the last value of a gauge every few seconds.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _DESCRIPTIONS = {
     "perf/mfu": "model FLOPs utilisation",
     "perf/step_seconds": "seconds per optimizer step",
     "perf/data_wait_seconds": "seconds per step that rank 0 waited for batches",
-    "perf/checkpoint_stall_seconds": "seconds that training stood still for the last checkpoint",
+    "perf/checkpoint_stall_seconds": "seconds that training waited for the last checkpoint",
     "step": "optimizer steps done",
 }
 
 
 class RayMetrics(Tracker):
-    """Sets one gauge per metric, in a process that Ray started.
+    """Sets one gauge for each metric, in a process that Ray started.
 
     Args:
-        run: name of the run, a tag of every gauge.
+        run: name of the run, which becomes a tag of every gauge.
     """
 
     def __init__(self, run: str) -> None:
@@ -51,5 +51,5 @@ class RayMetrics(Tracker):
 
 
 def gauge_name(metric: str) -> str:
-    """What a metric is called in Ray; Prometheus takes letters, digits and underscores."""
+    """Name of a metric in Ray, with the letters, digits and underscores that Prometheus allows."""
     return f"gpt25_{re.sub('[^A-Za-z0-9_]', '_', metric)}"

@@ -6,15 +6,13 @@ one that repeated its steps, is one point.
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.run_files import JOURNAL_FILE
 from pipeline.storage.folders import Folder
-from pipeline.tracking.journal import Entry, read_entries
+from pipeline.tracking.journal import Entry, read_journal
 
 
 @dataclass(kw_only=True)
@@ -42,11 +40,7 @@ class RunHistory:
     @classmethod
     def from_folder(cls, folder: Folder) -> RunHistory:
         """The history of the run in ``folder``, on a disk or in a bucket; empty where it has no journal."""
-        try:
-            content = folder.read(JOURNAL_FILE)
-        except FileNotFoundError:
-            return cls()
-        return cls.from_journal(entry for entry, _ in read_entries(io.BytesIO(content), 0, len(content)))
+        return cls.from_journal(read_journal(folder))
 
     @property
     def hours(self) -> float:

@@ -1,7 +1,7 @@
-"""CPU, memory, disk, network and GPU of this node, every some seconds, under MLflow's names: system/...
+"""CPU, memory, disk, network and GPU figures of this node every few seconds, under MLflow's names: system/...
 
-MLflow's own monitor sends by itself, waits for the server, and stops for good at its first error; this one hands its
-figures to whoever asked, here the run's journal.
+Not MLflow's own monitor: that one sends its figures itself, waits for the server, and stops for good at the first
+error. This one passes them to a callback, which writes them to the run's journal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INTERVAL_SECONDS = 10.0
 
 
 class SystemSampler:
-    """A thread that calls ``report`` with figures, until ``stop``. Without psutil there are none."""
+    """A thread that calls ``report`` with figures until ``stop`` is called; never where psutil is not installed."""
 
     def __init__(self, report: Callable[[Mapping[str, float]], None]) -> None:
         self._report = report
@@ -40,7 +40,7 @@ class SystemSampler:
             return
         gpus = _open_gpus()
         network = psutil.net_io_counters()
-        psutil.cpu_percent()  # the first reading has nothing to compare with
+        psutil.cpu_percent()  # the first call has no earlier one to compare with
         while not self._stopped.wait(self._interval):
             figures = _node(psutil, network) | _gpu_figures(gpus)
             self._report({f"system/{name}": value for name, value in figures.items()})
@@ -62,7 +62,7 @@ def _node(psutil: Any, network_before: Any) -> dict[str, float]:
 
 
 def _open_gpus() -> list[Any]:
-    """NVIDIA's devices of this node; none without nvidia-ml-py or a driver."""
+    """The NVIDIA devices of this node; none where nvidia-ml-py or a driver is missing."""
     try:
         import pynvml
     except ImportError:
@@ -82,7 +82,7 @@ def _gpu_figures(gpus: list[Any]) -> dict[str, float]:
 
     figures: dict[str, float] = {}
     for index, gpu in enumerate(gpus):
-        with contextlib.suppress(pynvml.NVMLError):  # a figure that this GPU does not give
+        with contextlib.suppress(pynvml.NVMLError):  # this GPU does not report this figure
             memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
             figures[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
             figures[f"gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total

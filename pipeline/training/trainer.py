@@ -345,7 +345,7 @@ class Trainer:
             for sentence in determinism.broken_promises():
                 logger.warning(sentence)
         self.tracker.log_params({**to_dict(self.config), "parameters": self.model_config.num_parameters})
-        self.tracker.log_tags(hardware.describe(self.workers))
+        self.tracker.log_tags(hardware.hardware_tags(self.workers))
         self.tracker.log_inputs(run_inputs(self.data, self.manifest))
         logger.info(
             "%s parameters, %s train tokens, %d workers on %s, %s; %s",

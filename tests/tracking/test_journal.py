@@ -91,7 +91,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_node(s3: S3, tmp_path: Path, monke
     monkeypatch.setenv("GPT25_CACHE", str(tmp_path / "first"))
     first = Journal(folder)
     first.append("metrics", step=1, values={"a": 1.0})
-    first.note_sent("run", first.size)
+    first.mark_sent("run", first.size)
     first.append("metrics", step=2, values={"a": 1.0, "b": 1.0})
     first.mirror()
     first.append("metrics", step=3, values={"a": 1.0})  # goes down with the node

@@ -65,8 +65,8 @@ def track(run: MLflowRun, folder: Path, **settings: Any) -> MLflowTracker:
 
 def kill(tracker: MLflowTracker) -> None:
     """Nothing more is sent, as if the process were gone."""
-    tracker.sender.stop()
-    tracker.sender._thread.join(30)
+    tracker.uploader.stop()
+    tracker.uploader._thread.join(30)
 
 
 def history(run: MLflowRun, name: str) -> list[tuple[int, float]]:
@@ -74,7 +74,7 @@ def history(run: MLflowRun, name: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
-def tell_everything(tracker: MLflowTracker, checkpoint: Path, steps: range = range(1, 4)) -> None:
+def log_everything(tracker: MLflowTracker, checkpoint: Path, steps: range = range(1, 4)) -> None:
     tracker.log_params({"lr": 0.1, "checkpoint": None})
     tracker.log_tags({"commit": "c0ffee"})
     docs: dict[str, Any] = {"source": "data/docs", "fingerprint": "a" * 64}
@@ -119,7 +119,7 @@ def check_everything(run: MLflowRun, checkpoint: Path, steps: range = range(1, 4
 def test_everything_is_there_afterwards(tmp_path: Path, store: str) -> None:
     run = start(tmp_path, store)
     tracker = track(run, tmp_path / "run", registered_model="gpt")
-    tell_everything(tracker, tmp_path / "step-000003")
+    log_everything(tracker, tmp_path / "step-000003")
     tracker.finish("FINISHED")
     check_everything(run, tmp_path / "step-000003")
     assert list((tmp_path / "mlartifacts").rglob("curves.png")), "artifacts lie in the working folder"
@@ -142,7 +142,7 @@ def test_a_restarted_run_goes_on_without_doubled_points(tmp_path: Path, store: s
         tracker.log_metrics({"train/loss": float(step)}, step)
     tracker.log_metrics({"val/loss": 9.0}, 2)
     tracker.log_sample(2, "a", "b")
-    assert tracker.sender.drain() == 0
+    assert tracker.uploader.drain() == 0
     kill(tracker)  # the newest checkpoint is that of step 1
     second = start(tmp_path, store)
     assert second == first
@@ -167,22 +167,22 @@ def test_a_restarted_run_goes_on_without_doubled_points(tmp_path: Path, store: s
 def test_what_was_sent_but_not_noted_is_not_doubled(tmp_path: Path, store: str, lost: str) -> None:
     run, folder, checkpoint = start(tmp_path, store), tmp_path / "run", tmp_path / "step-000003"
     tracker = track(run, folder, registered_model="gpt")
-    tell_everything(tracker, checkpoint)
-    assert tracker.sender.drain() == 0
+    log_everything(tracker, checkpoint)
+    assert tracker.uploader.drain() == 0
     kill(tracker)
     if lost != "nothing":
         (folder / "tracking_sent.json").unlink()
     if lost == "the journal too":
         (folder / "tracking.jsonl").unlink()
     tracker = track(start(tmp_path, store), folder, registered_model="gpt")
-    tell_everything(tracker, checkpoint)  # the steps are done again
+    log_everything(tracker, checkpoint)  # the steps are done again
     tracker.finish("FINISHED")
     check_everything(run, checkpoint)
 
 
-def test_the_whole_story_goes_to_a_store_that_lost_it(tmp_path: Path, store: str, empty_store: Path) -> None:
+def test_the_whole_history_goes_to_a_store_that_lost_it(tmp_path: Path, store: str, empty_store: Path) -> None:
     tracker = track(start(tmp_path, store), tmp_path / "run")
-    tell_everything(tracker, tmp_path / "step-000003", range(1, 6))
+    log_everything(tracker, tmp_path / "step-000003", range(1, 6))
     tracker.finish("FAILED")
     run = start(tmp_path, copy_store(empty_store, tmp_path / "other.db"))
     tracker = track(run, tmp_path / "run", registered_model="gpt")
@@ -286,19 +286,19 @@ def test_a_server_and_then_the_run_are_killed_and_nothing_is_lost_or_doubled(
         first = track(run, folder, registered_model="gpt")
         for step in (1, 2):
             first.log_metrics({"train/loss": 10.0 / step, "train/lr": 0.1}, step)
-        assert first.sender.drain() == 0
+        assert first.uploader.drain() == 0
         stop(process)
     with caplog.at_level(logging.WARNING, logger="pipeline.tracking.mlflow_tracker"):
         for step in (3, 4, 5):
             first.log_metrics({"train/loss": 10.0 / step, "train/lr": 0.1}, step)
-        assert first.sender.drain() == 6
+        assert first.uploader.drain() == 6
         kill(first)
         assert "does not answer" in caplog.text and "the run goes on" in caplog.text
         assert start(tmp_path, url) == run, "a restart goes on without the server"
     command = [sys.executable, "-c", DYING, url, run.experiment_id, run.run_id, str(folder)]
     assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == -9
     last = track(start(tmp_path, url), folder, registered_model="gpt")
-    tell_everything(last, checkpoint, range(4, 11))
+    log_everything(last, checkpoint, range(4, 11))
     last.finish("FINISHED")
     waiting = journal.count_waiting(open_folder(folder), run.run_id)
     assert waiting >= 2 * 8 + 8  # eight steps of two metrics, and the rest of what there is to tell
