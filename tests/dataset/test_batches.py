@@ -109,16 +109,19 @@ def test_a_step_costs_the_same_wherever_it_lies(num_windows: int, share: float, 
         return feistel(numbers, half_bits, keys)
 
     feistel = batches._feistel
+    step, peaks = int(share * num_windows / 2048), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "_feistel", counting)
+        windows = order.step_windows(step, rank, 4)
+    for _ in range(3):  # the peak counts what other threads of this process take meanwhile
         tracemalloc.start()
-        windows = order.step_windows(int(share * num_windows / 2048), rank, 4)
-        _, peak_bytes = tracemalloc.get_traced_memory()
+        order.step_windows(step, rank, 4)
+        peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert len(windows) == 512
     # At least a quarter of the domain is inside, so a window takes four walks at most on average: 2048, deviation 80.
     assert sum(values) < 2 * 4 * 512
-    assert peak_bytes < 64 * 8 * 512
+    assert min(peaks) < 64 * 8 * 512
 
 
 def stream_of(num_tokens: int) -> TokenStream:
