@@ -37,7 +37,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.checkpoints.writer import CheckpointWriter
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 
 RECIPE = ModelConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048)
 LIMIT = 0.05
@@ -98,7 +98,7 @@ def measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, l
     """The ways take turns."""
     device = next(iter(state.values())).device
     writer = CheckpointWriter(
-        folder / "ours", Workers(rank=0, world_size=1, device=device), tokenizer_json="{}", keep=1
+        folder / "ours", ProcessGroup(rank=0, world_size=1, device=device), tokenizer_json="{}", keep=1
     )
     ways: dict[str, Callable[[int], Seconds]] = {
         "one copy in one piece (floor)": _floor(state),

@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks.measuring import median_seconds
 from benchmarks.results import Results, add_result_arguments
 from model.layers import sum_rows
-from pipeline.distributed.fsdp import join_workers, repeatable
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.process_group import init_distributed
 
 RUNS = 3
 """Whose bits are compared."""
@@ -39,7 +40,7 @@ def main() -> None:
     add_result_arguments(parser)
     arguments = parser.parse_args()
     results = Results(arguments.jsonl, arguments.label)
-    device = join_workers(arguments.device).device
+    device = init_distributed(arguments.device).device
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(arguments.rows, arguments.width, generator=generator).to(device, torch.bfloat16)
     print(f"{'':46}{'ms':>9}{'error':>10}  same bits in {RUNS} runs")
@@ -82,7 +83,7 @@ def exact_sums(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
 def measure(way: Way, rows: Tensor, ids: Tensor, exact: Tensor, *, what: dict[str, str], results: Results) -> None:
     """Prints and writes one line of the table, ``what`` in front."""
     num_rows, device = exact.shape[0], rows.device
-    with repeatable(device, enabled=what["deterministic"] == "on"):
+    with deterministic(device, enabled=what["deterministic"] == "on"):
         runs = [way(rows, ids, num_rows) for _ in range(RUNS)]
         milliseconds = 1000 * median_seconds(lambda: way(rows, ids, num_rows), device)
     error = ((runs[0].double().cpu() - exact).norm() / exact.norm()).item()

@@ -31,7 +31,9 @@ from model.layers import sum_rows
 from model.muon import Muon, muon_groups, orthogonalize
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups
 from model.transformer import Transformer, init_weights
-from pipeline.distributed.fsdp import Workers, join_workers, parallelize, repeatable
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.process_group import ProcessGroup, init_distributed
 
 WINDOWS = 4
 FLOAT32_ERROR, BFLOAT16_ERROR = 1e-4, 1e-1
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_result_arguments(parser)
     arguments = parser.parse_args()
-    workers = join_workers(arguments.device)
+    workers = init_distributed(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     config = PRESETS[arguments.preset]
     results = Results(arguments.jsonl, arguments.label)
@@ -66,7 +68,7 @@ def main() -> None:
     raise SystemExit(1 if failed else 0)
 
 
-def checks(config: ModelConfig, compiled_layers: int, workers: Workers) -> Iterator[Check]:
+def checks(config: ModelConfig, compiled_layers: int, workers: ProcessGroup) -> Iterator[Check]:
     """What takes least time first."""
     few = dataclasses.replace(config, num_layers=compiled_layers)
     yield from part_checks(config, workers)
@@ -80,7 +82,7 @@ def checks(config: ModelConfig, compiled_layers: int, workers: Workers) -> Itera
     yield from network_checks(few, workers, compiled=True)
 
 
-def network_checks(config: ModelConfig, workers: Workers, *, compiled: bool) -> Iterator[Check]:
+def network_checks(config: ModelConfig, workers: ProcessGroup, *, compiled: bool) -> Iterator[Check]:
     """Loss and gradients of the whole network for every type; uncompiled, for every attention kernel too."""
     reference: list[Tensor] = []
 
@@ -100,7 +102,7 @@ def network_checks(config: ModelConfig, workers: Workers, *, compiled: bool) -> 
             yield (f"{name}, {kernel.name}", partial(error, dtype, kernel), allowed)
 
 
-def attention_kernels(workers: Workers, dtype: torch.dtype) -> list[SDPBackend]:
+def attention_kernels(workers: ProcessGroup, dtype: torch.dtype) -> list[SDPBackend]:
     if workers.device.type != "cuda":
         return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     if dtype == torch.float32:
@@ -108,7 +110,7 @@ def attention_kernels(workers: Workers, dtype: torch.dtype) -> list[SDPBackend]:
     return [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def part_checks(config: ModelConfig, workers: Workers) -> Iterator[Check]:
+def part_checks(config: ModelConfig, workers: ProcessGroup) -> Iterator[Check]:
     """The parts with a form of their own on this device."""
     yield ("sum of embedding gradients", partial(sums_differ, config, workers), 1e-6)
     yield ("Muon's polynomial in bfloat16", partial(polynomial_differs, config, workers), 0.1)
@@ -116,7 +118,7 @@ def part_checks(config: ModelConfig, workers: Workers) -> Iterator[Check]:
     yield ("chunked loss", partial(chunks_differ, config, workers), FLOAT32_ERROR)
 
 
-def sums_differ(config: ModelConfig, workers: Workers) -> float:
+def sums_differ(config: ModelConfig, workers: ProcessGroup) -> float:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2048, config.d_model, generator=generator)
     ids = torch.randint(0, 50, (2048,), generator=generator)
@@ -124,25 +126,25 @@ def sums_differ(config: ModelConfig, workers: Workers) -> float:
     return relative(sum_rows(rows.to(workers.device), ids.to(workers.device), config.vocab_size), exact)
 
 
-def polynomial_differs(config: ModelConfig, workers: Workers) -> float:
+def polynomial_differs(config: ModelConfig, workers: ProcessGroup) -> float:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(3, config.d_model, config.d_ff, generator=generator)
     return relative(orthogonalize(matrix.to(workers.device)), orthogonalize(matrix.double(), torch.float64))
 
 
-def make_model(config: ModelConfig, workers: Workers, dtype: torch.dtype, compiled: bool) -> Transformer:
+def make_model(config: ModelConfig, workers: ProcessGroup, dtype: torch.dtype, compiled: bool) -> Transformer:
     model = Transformer(config)
     init_weights(model, seed=0)
     return parallelize(model, workers, dtype=dtype, compile_blocks=compiled)
 
 
-def batch_of(config: ModelConfig, workers: Workers) -> tuple[Tensor, Tensor]:
+def batch_of(config: ModelConfig, workers: ProcessGroup) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, config.vocab_size, (WINDOWS, config.context_length + 1), generator=generator)
     return tokens[:, :-1].contiguous().to(workers.device), tokens[:, 1:].contiguous().to(workers.device)
 
 
-def gradients(model: Transformer, workers: Workers) -> list[Tensor]:
+def gradients(model: Transformer, workers: ProcessGroup) -> list[Tensor]:
     """Of two micro-batches added up, and the loss."""
     inputs, targets = batch_of(model.config, workers)
     total = torch.zeros((), device=workers.device)
@@ -163,7 +165,7 @@ def relative(found: Tensor, reference: Tensor) -> float:
     return ((found.double().cpu() - exact).norm() / exact.norm()).item()
 
 
-def chunks_differ(config: ModelConfig, workers: Workers) -> float:
+def chunks_differ(config: ModelConfig, workers: ProcessGroup) -> float:
     kind = workers.device.type
     before, results = loss.CHUNK_BYTES[kind], []
     rows = WINDOWS // 2 * config.context_length
@@ -174,7 +176,7 @@ def chunks_differ(config: ModelConfig, workers: Workers) -> float:
     return distance(*results)
 
 
-def adamw_distance(workers: Workers, compiled: bool) -> float:
+def adamw_distance(workers: ProcessGroup, compiled: bool) -> float:
     def run(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         shapes = [(1000, 300), (700,), (64, 64)]
@@ -191,14 +193,14 @@ def adamw_distance(workers: Workers, compiled: bool) -> float:
     return distance(ours, theirs)
 
 
-def steps_of(config: ModelConfig, workers: Workers, compiled: bool, name: str = "adamw") -> Callable[[], Tensor]:
+def steps_of(config: ModelConfig, workers: ProcessGroup, compiled: bool, name: str = "adamw") -> Callable[[], Tensor]:
     model = make_model(config, workers, torch.bfloat16, compiled)
     groups = muon_groups(model, model.blocks, 0.1) if name == "muon" else parameter_groups(model, 0.1)
     optimizer = (Muon if name == "muon" else AdamW)(groups, 1e-3, compile=compiled)
     inputs, targets = batch_of(config, workers)
 
     def step() -> Tensor:
-        with repeatable(workers.device):
+        with deterministic(workers.device):
             value = model(inputs, targets)
             value.backward()
             clip_grad_norm([p.grad for p in model.parameters() if p.grad is not None], 1.0)
@@ -209,7 +211,7 @@ def steps_of(config: ModelConfig, workers: Workers, compiled: bool, name: str = 
     return step
 
 
-def waits(config: ModelConfig, workers: Workers, name: str) -> int:
+def waits(config: ModelConfig, workers: ProcessGroup, name: str) -> int:
     """1 if a compiled step with this optimizer makes Python wait for the GPU."""
     step = steps_of(config, workers, compiled=True, name=name)
     step()
@@ -224,7 +226,7 @@ def waits(config: ModelConfig, workers: Workers, name: str) -> int:
     return 0
 
 
-def repeats_differ(config: ModelConfig, workers: Workers, compiled: bool) -> int:
+def repeats_differ(config: ModelConfig, workers: ProcessGroup, compiled: bool) -> int:
     """1 if three steps from the same start give other losses the second time: then a resumed run is not bit for bit."""
     losses = []
     for _ in range(2):

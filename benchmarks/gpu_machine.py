@@ -29,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measuring import median_seconds
 from benchmarks.results import Results, add_result_arguments
-from pipeline.distributed.fsdp import join_workers, repeatable
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.process_group import init_distributed
 from pipeline.errors import UserError
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "pyarrow", "safetensors")
@@ -45,7 +46,7 @@ def main() -> None:
     results = Results(arguments.jsonl, arguments.label)
     print_driver()
     try:
-        device = join_workers(arguments.device).device
+        device = init_distributed(arguments.device).device
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     looks: dict[str, Callable[[torch.device], dict[str, Any]]] = {
@@ -100,7 +101,7 @@ def attention_priority(device: torch.device) -> dict[str, Any]:
     queries, keys, values = attention_inputs(device)
     chosen = {}
     for mode in ("on", "off"):
-        with repeatable(device, enabled=mode == "on"):
+        with deterministic(device, enabled=mode == "on"):
             number = torch._fused_sdp_choice(queries, keys, values, is_causal=True)
         chosen[f"chosen, deterministic {mode}"] = SDPBackend(number).name
     return {"order": order, **chosen}
@@ -115,7 +116,7 @@ def attention_times(device: torch.device) -> dict[str, Any]:
     for kernel in kernels:
         for mode in ("on", "off"):
             name = f"{kernel.name}, deterministic {mode}, ms"
-            with repeatable(device, enabled=mode == "on"), sdpa_kernel(kernel):
+            with deterministic(device, enabled=mode == "on"), sdpa_kernel(kernel):
                 try:
                     found[name] = round(1000 * median_seconds(attention_step(device), device), 3)
                 except RuntimeError as error:  # torch refuses a kernel that has no deterministic form

@@ -28,7 +28,9 @@ from model.config import ModelConfig
 from model.muon import Muon, muon_groups
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups
 from model.transformer import Transformer, init_weights
-from pipeline.distributed.fsdp import compute_dtype, join_workers, parallelize
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.hardware import compute_dtype
+from pipeline.distributed.process_group import init_distributed
 from pipeline.tokenizer.training import train_bpe
 
 VAL_WINDOWS = 64
@@ -135,7 +137,7 @@ def read_texts(folder: Path, num_bytes: int) -> list[str]:
 
 
 def train(run: Run, task: Task, device: str) -> Run:
-    workers = join_workers(device)  # type: ignore[arg-type]
+    workers = init_distributed(device)  # type: ignore[arg-type]
     model = Transformer(task.config)
     init_weights(model, seed=0)
     parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)

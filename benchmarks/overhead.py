@@ -32,15 +32,10 @@ from model.transformer import Transformer, init_weights
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import write_shard
-from pipeline.distributed.fsdp import (
-    Workers,
-    compute_dtype,
-    join_workers,
-    local_part,
-    parallelize,
-    repeatable,
-    set_gradient_sync,
-)
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.fsdp import local_part, parallelize, set_gradient_sync
+from pipeline.distributed.hardware import compute_dtype
+from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.tokenizer.training import train_bpe
 from pipeline.training.optimizer import build_optimizer, compiles
 from pipeline.training.trainer import Trainer
@@ -56,7 +51,7 @@ MICRO_BATCHES = 2
 
 def main() -> None:
     arguments = parse()
-    workers = join_workers(arguments.device)
+    workers = init_distributed(arguments.device)
     results = Results(arguments.jsonl, arguments.label)
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or write_random_shards(Path(scratch) / "data", num_tokens=500_000)
@@ -93,7 +88,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_config(arguments: argparse.Namespace, workers: Workers, scratch: Path) -> PretrainConfig:
+def run_config(arguments: argparse.Namespace, workers: ProcessGroup, scratch: Path) -> PretrainConfig:
     size = SIZES[arguments.size or ("124M" if workers.device.type == "cuda" else "small")]
     never = 10**9
     return PretrainConfig(
@@ -123,7 +118,7 @@ def trainer_step(trainer: Trainer) -> Callable[[], None]:
 class BareStep:
     """The Trainer's step without the Trainer: the same network, optimizer, micro-batches (of step 0) and modes."""
 
-    def __init__(self, config: PretrainConfig, trainer: Trainer, workers: Workers) -> None:
+    def __init__(self, config: PretrainConfig, trainer: Trainer, workers: ProcessGroup) -> None:
         self.config, self.workers = config, workers
         self.model = Transformer(trainer.model_config)
         init_weights(self.model, config.seed)
@@ -134,7 +129,7 @@ class BareStep:
         self.allowed = torch.ones((), dtype=torch.bool, device=workers.device)
 
     def __call__(self) -> None:
-        with repeatable(self.workers.device):
+        with deterministic(self.workers.device):
             loss = torch.zeros((), device=self.workers.device)
             for index, batch in enumerate(self.batches):
                 set_gradient_sync(self.model, enabled=index == len(self.batches) - 1)
@@ -147,7 +142,7 @@ class BareStep:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def seconds_of(step: Callable[[], None], num_steps: int, workers: Workers) -> float:
+def seconds_of(step: Callable[[], None], num_steps: int, workers: ProcessGroup) -> float:
     wait(workers.device)
     start = time.perf_counter()
     for _ in range(num_steps):

@@ -32,14 +32,15 @@ from benchmarks.results import Results, add_result_arguments
 from benchmarks.train_step_models import OURS, PEERS, PRESETS, Setting, make_step
 from benchmarks.train_step_profile import profile_step
 from benchmarks.train_step_report import Report, Result
-from pipeline.distributed.fsdp import backend_name, compute_dtype, join_workers, peak_flops
+from pipeline.distributed.hardware import compute_dtype, peak_flops
+from pipeline.distributed.process_group import backend_name, init_distributed
 
 
 def main() -> None:
     arguments = parse()
     if arguments.fsdp:
         start_group_of_one(arguments.device)
-    workers = join_workers(arguments.device)
+    workers = init_distributed(arguments.device)
     on_gpu = workers.device.type == "cuda"
     if not on_gpu:
         torch._inductor.config.cpp.enable_kernel_profile = True  # names in the profile

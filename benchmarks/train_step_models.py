@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups
 from model.transformer import Transformer, init_weights
-from pipeline.distributed.fsdp import Workers, local_part, parallelize, repeatable
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.fsdp import local_part, parallelize
+from pipeline.distributed.process_group import ProcessGroup
 
 PRESETS = {
     "124M": ModelConfig(vocab_size=50_257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048),
@@ -38,7 +40,7 @@ class Setting:
     """Windows of one forward pass; a step has one micro-batch."""
     dtype: torch.dtype
     """Of the matrix products; weights and optimizer are float32."""
-    workers: Workers
+    workers: ProcessGroup
     deterministic: bool = True
     """Our steps in a form that gives the same bits every time, as the Trainer's are; the peers' are not."""
     fsdp: bool = False
@@ -72,7 +74,7 @@ def our_step(setting: Setting, *, compiled: bool) -> Callable[[], Tensor]:
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> Tensor:
-        with repeatable(setting.workers.device, enabled=setting.deterministic):
+        with deterministic(setting.workers.device, enabled=setting.deterministic):
             loss = model(inputs, targets)
             loss.backward()
             clip_grad_norm([local_part(p.grad) for p in model.parameters() if p.grad is not None], CLIP)

@@ -28,7 +28,8 @@ from benchmarks.measuring import forget_compiled
 from benchmarks.overhead import write_random_shards
 from benchmarks.results import Results, add_result_arguments
 from pipeline.config.training import PretrainConfig
-from pipeline.distributed.fsdp import join_workers, peak_memory_gib
+from pipeline.distributed.hardware import peak_memory_gib
+from pipeline.distributed.process_group import init_distributed
 from pipeline.errors import UserError
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
@@ -128,7 +129,7 @@ def train(config: PretrainConfig, data: Path, folder: Path, results: Results) ->
         trainer.run()
     report = {"optimizer": config.optimizer, "lr": config.lr, **known(tracker), "seconds": time.perf_counter() - start}
     print(", ".join(f"{name} {value}" for name, value in report.items()), flush=True)
-    results.add("training", **report, peak_memory_gib=peak_memory_gib(join_workers(config.device)))
+    results.add("training", **report, peak_memory_gib=peak_memory_gib(init_distributed(config.device)))
 
 
 def known(tracker: MemoryTracker) -> dict[str, float | int]:
@@ -154,7 +155,7 @@ def known(tracker: MemoryTracker) -> dict[str, float | int]:
 
 
 def _trainer(config: PretrainConfig, data: Path, folder: Path, tracker: MemoryTracker) -> Trainer:
-    return Trainer(config, data=data, output=folder, workers=join_workers(config.device), tracker=tracker)
+    return Trainer(config, data=data, output=folder, workers=init_distributed(config.device), tracker=tracker)
 
 
 if __name__ == "__main__":

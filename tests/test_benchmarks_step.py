@@ -21,7 +21,7 @@ from benchmarks.gpu_parts import FIRST_CALL
 from benchmarks.gpu_run import Log, Process, run_part
 from benchmarks.results import Results, read_results
 from benchmarks.train_step_report import Report
-from pipeline.distributed.fsdp import join_workers
+from pipeline.distributed.process_group import init_distributed
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
 
@@ -36,7 +36,7 @@ PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in {blocke
 
 @pytest.fixture(autouse=True)
 def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many workers as cores: join_workers gives each one thread, as the tests' other networks have."""
+    """As many workers as cores: init_distributed gives each one thread, as the tests' other networks have."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
 
 
@@ -149,7 +149,7 @@ def tiny_setting(micro_batch: int = 1) -> train_step_models.Setting:
         config=train_step_models.PRESETS["tiny"],
         micro_batch=micro_batch,
         dtype=torch.float32,
-        workers=join_workers("cpu"),
+        workers=init_distributed("cpu"),
     )
 
 
@@ -210,13 +210,13 @@ def test_the_bare_step_is_the_trainers_step(tiny_data: Path, tmp_path: Path, mon
     inside: list[str] = []
 
     @contextmanager
-    def repeatable(_: torch.device, *, enabled: bool = True) -> Iterator[None]:
+    def deterministic(_: torch.device, *, enabled: bool = True) -> Iterator[None]:
         inside.append("entered")
         yield
         inside.append("left")
 
-    monkeypatch.setattr(overhead, "repeatable", repeatable)
-    workers = join_workers("cpu")
+    monkeypatch.setattr(overhead, "deterministic", deterministic)
+    workers = init_distributed("cpu")
     arguments = argparse.Namespace(size="tiny", compile="off", checkpoint_every=1000)
     config = overhead.run_config(arguments, workers, tmp_path)
     trainer = Trainer(config, data=tiny_data, output=tmp_path / "run", workers=workers, tracker=MemoryTracker())

@@ -30,7 +30,7 @@ from pipeline.checkpoints.metadata import (
     DamagedError,
     Description,
 )
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder, open_folder
 from pipeline.storage.node_copy import FileEntry
@@ -50,7 +50,7 @@ class FoundCheckpoint:
 
 
 @contextlib.contextmanager
-def open_newest(folder: Path | Folder, workers: Workers) -> Iterator[FoundCheckpoint | None]:
+def open_newest(folder: Path | Folder, workers: ProcessGroup) -> Iterator[FoundCheckpoint | None]:
     """The newest sound checkpoint in ``<run>/checkpoints``, to be read within the block; None where there is none.
 
     A damaged one is put aside with a warning, and the one before it is looked at. Collective: every rank gets the same.
@@ -65,11 +65,11 @@ def open_newest(folder: Path | Folder, workers: Workers) -> Iterator[FoundCheckp
         if isinstance(found, FoundCheckpoint):
             yield found
             if not isinstance(place, LocalFolder):  # a resumed run reads it once
-                workers.agree(0)
+                workers.broadcast_int(0)
                 checkpoint_integrity.forget_copy(found.path)
             return
         damage = found
-        workers.raise_together(_put_aside(folder, step, damage) if workers.is_first else None)
+        workers.raise_on_all_ranks(_put_aside(folder, step, damage) if workers.is_rank_zero else None)
     if damage:
         raise UserError(
             f"no checkpoint in {folder} can be used, the oldest because its {damage}; put back a copy of one, or give "
@@ -169,19 +169,19 @@ def read_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         raise UserError(f"checkpoint {path} cannot be read: {_root_cause(error)}") from error
 
 
-def _newest_step(folder: Folder, workers: Workers) -> int:
+def _newest_step(folder: Folder, workers: ProcessGroup) -> int:
     """As rank 0 sees it; -1 where there is none."""
     newest, error = -1, None
-    if workers.is_first:
+    if workers.is_rank_zero:
         try:
             newest = max(checkpoint_directory.list_steps(folder), default=-1)
         except UserError as caught:
             error = caught
-    workers.raise_together(error)
-    return workers.agree(newest)
+    workers.raise_on_all_ranks(error)
+    return workers.broadcast_int(newest)
 
 
-def _open(place: Folder, workers: Workers) -> FoundCheckpoint | str:
+def _open(place: Folder, workers: ProcessGroup) -> FoundCheckpoint | str:
     """The checkpoint, or which of its files is damaged in what way."""
     description, damage, error = None, "", None
     try:
@@ -192,10 +192,10 @@ def _open(place: Folder, workers: Workers) -> FoundCheckpoint | str:
         damage = f"{DESCRIPTION_FILE} {caught}"
     except UserError as caught:
         error = caught
-    workers.raise_together(error)
-    if workers.agree(int(bool(damage))):  # rank 0's word, so that all do the same
+    workers.raise_on_all_ranks(error)
+    if workers.broadcast_int(int(bool(damage))):  # rank 0's word, so that all do the same
         return damage or f"{DESCRIPTION_FILE} is damaged"
-    workers.raise_together(UserError(f"checkpoint {place}: its {damage}, on one worker only") if damage else None)
+    workers.raise_on_all_ranks(UserError(f"checkpoint {place}: its {damage}, on one worker only") if damage else None)
     assert description is not None
     if isinstance(place, LocalFolder):
         path, findings = place.path, checkpoint_integrity.look_at_all(place, description.files)

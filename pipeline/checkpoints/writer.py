@@ -31,7 +31,7 @@ from model.transformer import Transformer
 from pipeline.checkpoints import directory as checkpoint_directory
 from pipeline.checkpoints.metadata import DESCRIPTION_FILE, TOKENIZER_FILE, CheckpointInfo, to_bytes
 from pipeline.checkpoints.staging import StagedState
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder, in_threads, node_cache, write_error
 from pipeline.storage.node_copy import FileEntry
@@ -60,7 +60,7 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: Path | Folder,
-        workers: Workers,
+        workers: ProcessGroup,
         *,
         tokenizer_json: str,
         keep: int,
@@ -82,7 +82,7 @@ class CheckpointWriter:
         # Background collectives need a group of their own, or they would mix with the training step's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         shutil.rmtree(self._staging_folder(), ignore_errors=True)  # of a process that was killed
-        self.workers.raise_together(_error_of(self._prepare) if self.workers.is_first else None)
+        self.workers.raise_on_all_ranks(_error_of(self._prepare) if self.workers.is_rank_zero else None)
 
     def reserve(self, state: Mapping[str, Tensor]) -> None:
         """Get the memory that saving ``state`` takes, in the background: the first save is then as short as any."""
@@ -118,7 +118,7 @@ class CheckpointWriter:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        self.workers.raise_together(_error_of(pending.result))
+        self.workers.raise_on_all_ranks(_error_of(pending.result))
 
     def error(self) -> UserError | None:
         """Why the last save failed on this rank, if that is known already; never waits.
@@ -135,7 +135,7 @@ class CheckpointWriter:
 
     def _write(self, staged: StagedState, info: CheckpointInfo) -> None:
         """In the background, on every rank. A rank that fails says so to the others and raises; they end quietly."""
-        first, step = self.workers.is_first, info.step
+        first, step = self.workers.is_rank_zero, info.step
         error = _error_of(lambda: checkpoint_directory.begin(self.folder, step)) if first else None
         if self._exchange(None if error else []) is None:
             return _raise(error)

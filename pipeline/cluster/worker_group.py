@@ -56,11 +56,11 @@ class _WorkerGroupBackend(_TorchBackend):
         with _cleared_away(worker_group):
             worker_group.execute(load_libraries)
             if backend_config.deterministic:
-                worker_group.execute(determinism.prepare)
+                worker_group.execute(determinism.set_environment)
             stamps.append(("imports", time.time()))
             self._join(worker_group, backend_config)
             stamps.append(("process group", time.time()))
-            worker_group.execute(startup_timer.leave_stamps, stamps, again)
+            worker_group.execute(startup_timer.export_marks, stamps, again)
 
     def _join(self, worker_group: Any, backend_config: Any) -> None:
         """A worker may miss the others because one of them was killed meanwhile: Ray Train then tries again."""

@@ -1,7 +1,7 @@
-"""What a process needs around it for the same numbers to give the same bits on GPUs: settings of NCCL and cuBLAS.
+"""Deterministic mode: settings of NCCL, cuBLAS and torch under which the same numbers give the same bits on GPUs.
 
-They are read from the environment when the first communicator or the first cuBLAS handle is made, so they are set
-before a process group is. What the user has set stays; ``broken_promises`` says where that breaks the promise.
+NCCL and cuBLAS read theirs from the environment when the first communicator or the first handle is made, so they are
+set before a process group is. What the user has set stays; ``nondeterministic_settings`` names what conflicts.
 
 Sources: NVIDIA/nccl issue 1497 (a sum inside the NVLink switch, NVLS, comes out differently from one call to the next;
 NCCL_NVLS_ENABLE=0 cures it) and issue 2360 (it depends on what was allocated before); Megatron-LM's deterministic mode,
@@ -13,18 +13,21 @@ where products are split and added up in bfloat16, so torch's allow_bf16_reduced
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
     name: str
     value: str
-    """Set where the user has set nothing."""
+    """The value that is set if the user has set none."""
     also_fixed: tuple[str, ...] = ()
-    """Other values that give the same bits at every start."""
+    """Other values under which every start gives the same bits."""
 
 
 _SETTINGS = (
@@ -35,13 +38,13 @@ _SETTINGS = (
 )
 
 
-def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set in this process what the user has not set. Call it before a process group is made and before CUDA starts."""
+def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what the user has not set; call it before a process group is made and before CUDA starts."""
     for setting in _SETTINGS:
         environment.setdefault(setting.name, setting.value)
 
 
-def broken_promises(environment: MutableMapping[str, str] = os.environ) -> list[str]:
+def nondeterministic_settings(environment: MutableMapping[str, str] = os.environ) -> list[str]:
     """A sentence for every setting in the environment under which a resumed run may differ in its last bits."""
     return [
         f"{setting.name} is set to {environment[setting.name]}, so a resumed run may differ in its last bits from one "
@@ -50,3 +53,25 @@ def broken_promises(environment: MutableMapping[str, str] = os.environ) -> list[
         if environment.get(setting.name, setting.value).lower()
         not in {value.lower() for value in (setting.value, *setting.also_fixed)}
     ]
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device, *, enabled: bool = True) -> Iterator[None]:
+    """A context in which operations on a GPU are deterministic, which an exact resume needs.
+
+    Otherwise the backward pass of flash attention adds atomically, in any order, and cuDNN's attention has no
+    deterministic form. The whole program cannot run so: sampling uses operations without a deterministic form.
+
+    Args:
+        enabled: if False (--deterministic off), torch chooses the kernels as usual.
+    """
+    if device.type != "cuda" or not enabled:
+        yield
+        return
+    # Filling every new tensor only serves to find mistakes, and costs a pass over memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,6 +1,6 @@
-"""Activation checkpointing: what a block computes is forgotten and computed again where the backward pass needs it.
+"""Activation checkpointing: the activations of a block are dropped and computed again for the backward pass.
 
-A block then keeps its input only, (B, T, D), for one more forward pass of the blocks (arXiv 1604.06174). The same
+A block then keeps its input only, (B, T, D), and costs one more forward pass (arXiv 1604.06174). The same
 operations run on the same numbers, so loss and gradients keep their bits; nothing in a block draws random numbers.
 """
 
@@ -18,17 +18,17 @@ from model.transformer import Transformer
 
 
 def recompute_blocks(model: Transformer) -> None:
-    """Make every block of ``model`` compute its insides again in backward, in place; weights keep their names.
+    """Make every block of ``model`` recompute its activations in backward, in place; weights keep their names.
 
-    Call it before the model is compiled or sharded: a compiler then sees the recomputation, and a sharded block's
-    weights are there when it happens.
+    Call it before the model is compiled or sharded: the compiler then sees the recomputation, and FSDP has gathered
+    the weights of the block when it happens.
     """
     for block in model.blocks:
         block.forward = functools.partial(_forward, block.forward)
 
 
 def _forward(forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    if not torch.is_grad_enabled():  # validation and generation keep nothing anyway
+    if not torch.is_grad_enabled():  # validation and generation keep no activations
         return forward(*args)
     result: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
     return result

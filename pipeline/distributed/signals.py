@@ -1,8 +1,8 @@
-"""Ending a run early: what a signal, Ray's job control or a node that is about to leave set going.
+"""Ending a run early: after a signal, through Ray's job control, or because a node is about to be preempted.
 
-The process that the user started has the signal; the workers that train may be on other machines. Between them is a
-note, a file in the run's folder: the driver writes it, rank 0 looks for it, and the ranks agree at the end of a step
-(training/outcomes.py). Under torchrun the workers have the signal themselves.
+The driver gets the signal, but the workers may run on other machines. So the driver writes a stop file into the run's
+folder, rank 0 looks for it, and all ranks learn of it at the end of a step (training/step_guard.py). Under torchrun the
+workers get the signal themselves.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pipeline.errors import UserError
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LOOK_SECONDS = 0.5
-_NOTE_SECONDS = 5.0  # every worker looks, into a bucket too
+_STOP_FILE_SECONDS = 0.5
+_ERROR_FILE_SECONDS = 5.0  # every worker looks, perhaps into a bucket
 _GRACE_SECONDS = 10.0
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h, as of the watchdog
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h, as in watchdog.py
 
 Result = TypeVar("Result")
 
@@ -37,16 +37,16 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Interruptions:
-    """What may end a run early, as one rank learns of it."""
+    """The conditions under which a run ends early, as one rank sees them."""
 
-    stop_asked: Callable[[], bool] = _never
-    """Whether this process was asked to end the run; asked at every step, so it has to be cheap."""
-    nodes_leaving: Callable[[], bool] | None = None
-    """Whether a node of the run is about to be taken away; collective, asked every few seconds by all ranks at once."""
+    stop_requested: Callable[[], bool] = _never
+    """Whether this process is to end the run. Called at every step, so it has to be cheap."""
+    preemption_pending: Callable[[], bool] | None = None
+    """Whether a node of the run is about to be preempted. Collective; all ranks call it every few seconds."""
 
 
 class StopRequest:
-    """Whether, and by which signal, this process was asked to end its run; may be asked and read from any thread."""
+    """Whether a signal has asked this process to end its run, and which one; for use from any thread."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -56,13 +56,13 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals(when_asked: Callable[[], object] = lambda: None) -> Iterator[StopRequest]:
-    """Inside, SIGTERM and Ctrl-C are a request to end the run; a second signal ends the process at once.
+def stop_on_signals(on_request: Callable[[], object] = lambda: None) -> Iterator[StopRequest]:
+    """A context in which SIGTERM and Ctrl-C request the end of the run; a second signal ends the process at once.
 
-    For the main thread; elsewhere the request is never made.
+    Signals reach the main thread only; in another thread the request is never made.
 
     Args:
-        when_asked: called once, by the main thread, at the first signal.
+        on_request: called once, by the main thread, at the first signal.
     """
     request = StopRequest()
 
@@ -77,7 +77,7 @@ def stop_on_signals(when_asked: Callable[[], object] = lambda: None) -> Iterator
             signal.Signals(number).name,
         )
         try:
-            when_asked()
+            on_request()
         except UserError as error:
             logger.warning("the workers cannot be told: %s", error)
 
@@ -93,76 +93,76 @@ def stop_on_signals(when_asked: Callable[[], object] = lambda: None) -> Iterator
 
 
 def call_in_thread(action: Callable[[], Result]) -> Result:
-    """``action()`` in a thread, so that the signals stay the main thread's, and with whom it has given them to."""
+    """``action()`` in a thread, so that it cannot replace the signal handlers of the main thread."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="interruptible") as thread:
         return thread.submit(action).result()
 
 
-class NoteWatcher:
-    """Looks for a note from time to time, in a thread of its own: a look into a bucket takes its time.
+class StopFileWatcher:
+    """A thread that looks for the stop file, as a request to a bucket would take too long for a step.
 
     Args:
-        exists: whether the note is there; a storage that does not answer now is asked again.
+        exists: whether the file is there; if the storage does not answer, it is called again.
     """
 
     def __init__(self, exists: Callable[[], bool]) -> None:
         self._exists = exists
         self._found = False
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stop-note", daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop-file", daemon=True)
         self._thread.start()
 
     def __call__(self) -> bool:
-        """Whether the note was there; false again never."""
+        """Whether the file was there once."""
         return self._found
 
     def close(self) -> None:
         """Stop looking."""
-        self._over.set()
+        self._stopped.set()
 
     def _watch(self) -> None:
-        while not self._found and not self._over.wait(_LOOK_SECONDS):
+        while not self._found and not self._stopped.wait(_STOP_FILE_SECONDS):
             with contextlib.suppress(UserError, OSError):
                 self._found = self._exists()
 
 
-class OthersError:
-    """Ends this process when another worker of its group has left with an error and this one waits for it for ever.
+class PeerErrorWatcher:
+    """A context that ends this process if another worker has left with an error and this one waits for it for ever.
 
-    Over gloo a collective fails as soon as a process leaves; over NCCL it may wait on. A context: inside, a thread
-    looks for the other worker's note, and allows some seconds for a good end.
+    Over gloo a collective fails as soon as a process leaves; over NCCL it may go on waiting. A thread looks for the
+    error file of the other worker, and then allows some seconds for an orderly end.
 
     Args:
-        exists: whether the note is there.
-        tell: called before the end.
-        end: called instead of ending the process (for tests).
+        exists: whether the error file is there.
+        before_exit: called before the process ends.
+        exit_process: called at the end; tests replace it.
     """
 
     def __init__(
         self,
         exists: Callable[[], bool],
-        tell: Callable[[], object],
-        end: Callable[[], None] = lambda: os._exit(EXIT_CODE),
+        before_exit: Callable[[], object],
+        exit_process: Callable[[], None] = lambda: os._exit(EXIT_CODE),
     ) -> None:
-        self._exists, self._tell, self._end = exists, tell, end
-        self._over = threading.Event()
+        self._exists, self._before_exit, self._exit = exists, before_exit, exit_process
+        self._stopped = threading.Event()
 
-    def __enter__(self) -> OthersError:
-        threading.Thread(target=self._watch, name="others-error", daemon=True).start()
+    def __enter__(self) -> PeerErrorWatcher:
+        threading.Thread(target=self._watch, name="peer-error", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(_NOTE_SECONDS):
+        while not self._stopped.wait(_ERROR_FILE_SECONDS):
             try:
                 is_there = self._exists()
-            except (UserError, OSError):  # a storage that does not answer now is asked again
+            except (UserError, OSError):  # the storage does not answer: try again
                 continue
             if is_there:
-                if not self._over.wait(_GRACE_SECONDS):
+                if not self._stopped.wait(_GRACE_SECONDS):
                     logger.error("another worker has left with an error, and this one waits for it: it ends too")
-                    self._tell()
-                    self._end()
+                    self._before_exit()
+                    self._exit()
                 return

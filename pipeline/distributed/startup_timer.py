@@ -1,8 +1,8 @@
-"""What starting costs, and starting again after a loss: seconds by part, until the first step is done.
+"""Seconds that a start takes, or a new start after a loss, part by part until the first step is done.
 
-The parts of a group of workers under Ray, in this order: "shutdown" of what is left of the group before it (only after
-a loss or a resize), "processes" (Ray starts them), "imports", "process group"; and of the trainer, with or without
-Ray: "data", "model", "checkpoint", "first step", which includes compiling.
+The parts of a group of workers under Ray, in order: "shutdown" of the group before it (only after a loss or a resize),
+"processes" (Ray starts them), "imports", "process group". Then the parts of the trainer, with or without Ray: "data",
+"model", "checkpoint", "first step", which includes compiling.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 import time
 from collections.abc import Sequence
 
-_STAMPS = "GPT25_STARTUP"
+_MARKS = "GPT25_STARTUP"
 
 
-class StartUp:
-    """Counts from ``began`` (time.time()); each mark ends a part.
+class StartupTimer:
+    """Measures the parts of a start; each mark ends one.
 
     Args:
-        began: when the loss was noticed, or the program began. Not given: now.
+        began: time.time() when the loss was noticed or the program began. If not given, now.
         again: whether this replaces a group that was lost or is resized.
     """
 
@@ -30,7 +30,7 @@ class StartUp:
         self._since = time.time() if began is None else began
 
     def mark(self, part: str, at: float | None = None) -> None:
-        """What happened since the mark before was ``part``."""
+        """End ``part``, which began at the mark before."""
         now = time.time() if at is None else at
         self.parts[part] = self.parts.get(part, 0.0) + now - self._since
         self._since = now
@@ -47,23 +47,28 @@ class StartUp:
         )
 
     def metrics(self) -> dict[str, float]:
-        """``recovery/seconds`` and one figure per part; none for a first start."""
+        """The metric recovery/seconds and one per part; empty for a first start."""
         if not self.again:
             return {}
         figures = {f"recovery/{part.replace(' ', '_')}_seconds": seconds for part, seconds in self.parts.items()}
         return {"recovery/seconds": self.seconds, **figures}
 
+    @classmethod
+    def from_environment(cls) -> StartupTimer:
+        """The timer of this worker's group, whose marks ``export_marks`` has left in the environment."""
+        exported = json.loads(os.environ[_MARKS])
+        (_, began), *marks = exported["stamps"]
+        timer = cls(began, again=exported["again"])
+        for part, at in marks:
+            timer.mark(part, at)
+        return timer
 
-def leave_stamps(stamps: Sequence[tuple[str, float]], again: bool) -> None:
-    """Leave in this worker what its group's start took so far: (part, when it ended), the first being the beginning."""
-    os.environ[_STAMPS] = json.dumps({"stamps": list(stamps), "again": again})
 
+def export_marks(marks: Sequence[tuple[str, float]], again: bool) -> None:
+    """Set in this worker's environment how long the start of its group has taken.
 
-def from_stamps() -> StartUp:
-    """The start-up that ``leave_stamps`` left, to be continued."""
-    left = json.loads(os.environ[_STAMPS])
-    (_, began), *ended = left["stamps"]
-    startup = StartUp(began, again=left["again"])
-    for part, at in ended:
-        startup.mark(part, at)
-    return startup
+    Args:
+        marks: (part, time.time() at its end); the first one is the beginning, and its name does not count.
+        again: whether the group replaces one that was lost or is resized.
+    """
+    os.environ[_MARKS] = json.dumps({"stamps": list(marks), "again": again})

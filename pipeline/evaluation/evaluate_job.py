@@ -20,7 +20,9 @@ from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.config.inference import EvaluateConfig
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
-from pipeline.distributed.fsdp import Workers, compute_dtype, join_workers, parallelize
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.hardware import compute_dtype
+from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
 from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
@@ -113,7 +115,7 @@ def score_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def score_here(settings: dict[str, Any]) -> dict[str, Any]:
     """This process's share; the whole result on every rank."""
     config, path = EvaluateConfig(**settings["config"]), Path(settings["path"])
-    workers = join_workers(config.device)
+    workers = init_distributed(config.device)
     model = Transformer(weights.read_model_config(path))
     parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)
     weights.load_weights(path, model)
@@ -134,7 +136,7 @@ def score_here(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _val_scores(
-    model: Transformer, tokenizer: Tokenizer, data: Folder, batch_size: int, workers: Workers
+    model: Transformer, tokenizer: Tokenizer, data: Folder, batch_size: int, workers: ProcessGroup
 ) -> dict[str, Any]:
     stream = open_split(data, "val")
     found = validation_loss(model, stream, workers, context_length=model.config.context_length, batch_size=batch_size)

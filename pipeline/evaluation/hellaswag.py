@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from model.transformer import Transformer
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import is_url, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
@@ -158,7 +158,7 @@ def score(
     model: Transformer,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
-    workers: Workers,
+    workers: ProcessGroup,
     *,
     tokens_per_batch: int,
 ) -> HellaSwagResult:
@@ -168,7 +168,7 @@ def score(
 
 @torch.no_grad()
 def score_encoded(
-    model: Transformer, questions: EncodedQuestions, workers: Workers, *, tokens_per_batch: int
+    model: Transformer, questions: EncodedQuestions, workers: ProcessGroup, *, tokens_per_batch: int
 ) -> HellaSwagResult:
     """Accuracy of ``model`` on the questions, shared by the ranks; the same on every rank. Collective.
 

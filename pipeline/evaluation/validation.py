@@ -17,7 +17,7 @@ import torch
 from model.transformer import Transformer
 from pipeline.dataset.batches import read_windows
 from pipeline.dataset.shards import TokenStream
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 
 _COUNT_CHUNK = 1 << 24  # tokens read at once while counting
@@ -39,7 +39,7 @@ class ValidationResult:
 def validation_loss(
     model: Transformer,
     stream: TokenStream,
-    workers: Workers,
+    workers: ProcessGroup,
     *,
     context_length: int,
     batch_size: int,
@@ -73,13 +73,13 @@ def validation_loss(
         tokens = _read(stream, last, length=rest + 1, stride=context_length, device=workers.device)
         with _as_compiled(False):
             loss = _mean_loss(model, tokens)
-        total += workers.is_first * rest * torch.stack([loss, one])
+        total += workers.is_rank_zero * rest * torch.stack([loss, one])
     model.train(training)
     summed, counted = workers.sum(total).tolist()
     return ValidationResult(loss=summed / counted, tokens=int(counted))
 
 
-def _rank_batches(num_windows: int, batch_size: int, workers: Workers) -> list[np.ndarray]:
+def _rank_batches(num_windows: int, batch_size: int, workers: ProcessGroup) -> list[np.ndarray]:
     """The rank's windows in batches; as many batches on every rank, some of them empty."""
     mine = np.arange(workers.rank, num_windows, workers.world_size)
     most = -(-num_windows // workers.world_size)

@@ -15,7 +15,7 @@ from typing import Any
 from model.batching import Batch, Reason, Request
 from model.decoding import Decoder
 from pipeline.config.inference import GenerateConfig
-from pipeline.distributed.fsdp import join_workers
+from pipeline.distributed.process_group import init_distributed
 from pipeline.errors import UserError
 from pipeline.generation.sampling import Detokenizer, decoder_dtype, encode_prompt
 from pipeline.paths import resolve_output, resolve_path
@@ -75,7 +75,7 @@ def generate_texts(config: GenerateConfig) -> Iterator[TextChunk]:
     """
     prompts = [config.prompt] if config.prompts is None else read_prompts(config.prompts)
     path = resolve_checkpoint(config.checkpoint)
-    device = join_workers(config.device).device
+    device = init_distributed(config.device).device
     pretrained = open_model(path, device)
     wanted = list(itertools.product(prompts, range(config.num_samples)))
     encoded = {

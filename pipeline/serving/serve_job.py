@@ -159,7 +159,7 @@ def build_app(settings: ReplicaSettings) -> Any:
 
     from model.batching import Batch
     from model.decoding import Decoder
-    from pipeline.distributed.fsdp import join_workers
+    from pipeline.distributed.process_group import init_distributed
     from pipeline.generation.sampling import decoder_dtype
     from pipeline.pretrained.resolve import open_model
     from pipeline.serving.engine import Engine
@@ -167,7 +167,7 @@ def build_app(settings: ReplicaSettings) -> Any:
     from pipeline.serving.openai_protocol import Limits
 
     config = settings.config
-    device = join_workers(config.device).device
+    device = init_distributed(config.device).device
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_replicas))
     pretrained = open_model(settings.path, device)
     length = pretrained.config.context_length

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.versions import commit, versions
 
 
-def hardware_tags(workers: Workers) -> dict[str, str]:
+def hardware_tags(workers: ProcessGroup) -> dict[str, str]:
     """Tags with the commit, the number of workers and nodes, the hardware of this rank's node, and library versions."""
     nodes = -(-workers.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", workers.world_size)))
     return {

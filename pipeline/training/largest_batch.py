@@ -20,7 +20,9 @@ import torch
 
 from model.transformer import Transformer
 from pipeline.config.training import PretrainConfig
-from pipeline.distributed.fsdp import Workers, repeatable, set_gradient_sync
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.fsdp import set_gradient_sync
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder
 from pipeline.training.batch_size import out_of_memory_told, possible_sizes, windows_per_worker
@@ -71,7 +73,9 @@ def device_memory(device: torch.device) -> Memory | None:
     return CudaMemory(device) if device.type == "cuda" else None
 
 
-def with_batch_size(config: PretrainConfig, model: Transformer, *, output: Folder, workers: Workers) -> PretrainConfig:
+def with_batch_size(
+    config: PretrainConfig, model: Transformer, *, output: Folder, workers: ProcessGroup
+) -> PretrainConfig:
     """``config``, with a number in place of batch_size auto. Collective.
 
     Args:
@@ -88,12 +92,12 @@ def with_batch_size(config: PretrainConfig, model: Transformer, *, output: Folde
     if memory is None:
         return replace(config, batch_size=max(size for size in sizes if size <= _CPU_WINDOWS))
     key = _key(config, model, workers)
-    found = workers.agree(_noted(output, key) if workers.is_first else 0)
+    found = workers.broadcast_int(_noted(output, key) if workers.is_rank_zero else 0)
     if not found:
         probe = Probe(config, model, workers, memory)
-        found = largest_that_fits(sizes, probe.measure, limit=memory.limit(), agree=workers.smallest)
+        found = largest_that_fits(sizes, probe.measure, limit=memory.limit(), agree=workers.all_reduce_min)
         memory.forget_peak()
-        if workers.is_first:
+        if workers.is_rank_zero:
             _note(output, key, found)
             logger.info("batch_size auto: micro-batches of %d windows, the largest that fits", found)
     return replace(config, batch_size=found)
@@ -141,7 +145,7 @@ def _following(sizes: Sequence[int], taken: Mapping[int, int], limit: int) -> in
 class Probe:
     """Measures what the run's own micro-batches take."""
 
-    def __init__(self, config: PretrainConfig, model: Transformer, workers: Workers, memory: Memory) -> None:
+    def __init__(self, config: PretrainConfig, model: Transformer, workers: ProcessGroup, memory: Memory) -> None:
         self.config, self.model, self.workers, self.memory = config, model, workers, memory
         self.windows = windows_per_worker(config, workers.world_size)
 
@@ -150,9 +154,8 @@ class Probe:
         shape = (size, self.config.context_length)
         tokens = torch.zeros(shape, dtype=torch.int64, device=self.workers.device)
         self.memory.forget_peak()
-        deterministic = self.config.deterministic == "on"
         told = out_of_memory_told(replace(self.config, batch_size=size), self.workers.world_size)
-        with told, repeatable(self.workers.device, enabled=deterministic):
+        with told, deterministic(self.workers.device, enabled=self.config.deterministic == "on"):
             for is_last in (True,) if size == self.windows else (False, True):
                 set_gradient_sync(self.model, enabled=is_last)
                 (self.model(tokens, tokens) * 0.0).backward()
@@ -162,7 +165,7 @@ class Probe:
         return taken
 
 
-def _key(config: PretrainConfig, model: Transformer, workers: Workers) -> dict[str, Any]:
+def _key(config: PretrainConfig, model: Transformer, workers: ProcessGroup) -> dict[str, Any]:
     """What the memory of a micro-batch depends on."""
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else workers.device.type
     settings = {name: getattr(config, name) for name in _SETTINGS}

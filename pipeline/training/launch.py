@@ -23,9 +23,15 @@ import psutil
 from pipeline.checkpoints.reader import find_checkpoint
 from pipeline.cluster import ray_cluster
 from pipeline.config.training import PretrainConfig, worker_range
-from pipeline.distributed.fsdp import backend_name
-from pipeline.distributed.signals import Interruptions, NoteWatcher, OthersError, call_in_thread, stop_on_signals
-from pipeline.distributed.startup_timer import from_stamps
+from pipeline.distributed.process_group import backend_name
+from pipeline.distributed.signals import (
+    Interruptions,
+    PeerErrorWatcher,
+    StopFileWatcher,
+    call_in_thread,
+    stop_on_signals,
+)
+from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import RunStopped, UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
@@ -228,17 +234,17 @@ def pretrain_worker(settings: Settings) -> Settings:
 
 
 def _pretrain(settings: Settings) -> Settings:
-    from pipeline.distributed.fsdp import join_workers
+    from pipeline.distributed.process_group import init_distributed
 
     config = PretrainConfig(**settings["config"])
-    workers = join_workers(config.device, deterministic=config.deterministic == "on")
-    show_progress(workers.is_first)
+    workers = init_distributed(config.device, deterministic=config.deterministic == "on")
+    show_progress(workers.is_rank_zero)
     data, output = open_folder(settings["data"]), open_folder(settings["output"])
-    tracker = _tracker(config, settings, output) if workers.is_first else Tracker()
+    tracker = _tracker(config, settings, output) if workers.is_rank_zero else Tracker()
     notes, stop_note = open_folder(settings["notes"]), settings["stop_note"]
-    note_found = NoteWatcher(lambda: workers.is_first and notes.size(stop_note) is not None)
+    note_found = StopFileWatcher(lambda: workers.is_rank_zero and notes.size(stop_note) is not None)
     is_told = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
-    interruptions = Interruptions(stop_asked=note_found, nodes_leaving=_nodes_leaving if is_told else None)
+    interruptions = Interruptions(stop_requested=note_found, preemption_pending=_nodes_leaving if is_told else None)
     told = _failure_told(tracker, lambda: notes.size(settings["error_note"]) is not None)
     with contextlib.closing(note_found), told:
         trainer = Trainer(
@@ -247,7 +253,7 @@ def _pretrain(settings: Settings) -> Settings:
             output=output,
             workers=workers,
             tracker=tracker,
-            startup=from_stamps(),
+            startup=StartupTimer.from_environment(),
             interruptions=interruptions,
         )
         return asdict(trainer.run())
@@ -271,7 +277,7 @@ def _tracker(config: PretrainConfig, settings: Settings, output: Folder) -> Trac
 def _failure_told(tracker: Tracker, other_failed: Callable[[], bool]) -> Iterator[None]:
     """A run that ends with a mistake, of this worker or another, is marked so; the next start marks it as running."""
     try:
-        with OthersError(other_failed, lambda: tracker.finish("FAILED")):
+        with PeerErrorWatcher(other_failed, lambda: tracker.finish("FAILED")):
             yield
     except UserError:
         tracker.finish("FAILED")

@@ -17,7 +17,9 @@ import torch
 from model.transformer import Transformer
 from pipeline.dataset.batches import BatchOrder, micro_batches, read_windows
 from pipeline.dataset.shards import TokenStream
-from pipeline.distributed.fsdp import Workers, local_part, repeatable, set_gradient_sync
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.fsdp import local_part, set_gradient_sync
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.training.outcomes import Outcome
 
@@ -48,7 +50,7 @@ class Search:
     def __init__(
         self,
         model: Transformer,
-        workers: Workers,
+        workers: ProcessGroup,
         stream: TokenStream,
         order: BatchOrder,
         *,
@@ -102,7 +104,7 @@ class Search:
     def _probe(self, inputs: torch.Tensor, targets: torch.Tensor, weight: float) -> tuple[list[bool], bool]:
         """Forward and backward: whose loss is not finite, by rank, and whether the gradient of all is. Collective."""
         set_gradient_sync(self.model, enabled=True)
-        with repeatable(self.workers.device, enabled=self.deterministic):
+        with deterministic(self.workers.device, enabled=self.deterministic):
             loss = self.model(inputs, targets) * weight
             loss.backward()
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]

@@ -11,13 +11,14 @@ from torch import Tensor
 from model.muon import Group, Muon, muon_groups
 from model.optimizer import AdamW, parameter_groups
 from model.transformer import Transformer
-from pipeline.distributed.fsdp import Workers, local_part
+from pipeline.distributed.fsdp import local_part
+from pipeline.distributed.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from pipeline.config.training import PretrainConfig
 
 
-def build_optimizer(model: Transformer, config: PretrainConfig, workers: Workers) -> AdamW:
+def build_optimizer(model: Transformer, config: PretrainConfig, workers: ProcessGroup) -> AdamW:
     """AdamW for all parameters, or with --optimizer muon Muon for the blocks' matrices and AdamW for the rest."""
     settings: dict[str, Any] = {
         "betas": (config.beta1, config.beta2),
@@ -32,7 +33,7 @@ def build_optimizer(model: Transformer, config: PretrainConfig, workers: Workers
     return Muon(groups, config.lr, **settings, local_part=local_part, group=processes)
 
 
-def compiles(config: PretrainConfig, workers: Workers) -> bool:
+def compiles(config: PretrainConfig, workers: ProcessGroup) -> bool:
     """Whether the step is compiled: where asked for, and by default on a GPU."""
     return config.compile == "on" or (config.compile == "auto" and workers.device.type == "cuda")
 

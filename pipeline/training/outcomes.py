@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Outcomes:
     ``add`` is called inside the step and gives what the optimizer needs to know; ``read`` is called between steps.
     """
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: ProcessGroup) -> None:
         self.workers = workers
         self._allowed = torch.ones((), dtype=torch.bool, device=workers.device)
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()

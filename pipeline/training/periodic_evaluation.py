@@ -14,7 +14,7 @@ import torch
 from model.transformer import Transformer
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.shards import TokenStream
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score_encoded
 from pipeline.evaluation.validation import ValidationResult, validation_loss
 from pipeline.generation.sampling import continue_text
@@ -45,7 +45,7 @@ class RunEvaluation:
         val_stream: TokenStream,
         *,
         output: Folder,
-        workers: Workers,
+        workers: ProcessGroup,
         tracker: Tracker,
     ) -> None:
         self.config, self.model, self.tokenizer, self.val_stream = config, model, tokenizer, val_stream
@@ -99,7 +99,7 @@ class RunEvaluation:
         is_best = self.best is None or result.loss < self.best.val_loss or done == self.best.step
         if checkpoint is not None and is_best:
             self.best = Best(step=done, val_loss=result.loss)
-        if not self.workers.is_first:
+        if not self.workers.is_rank_zero:
             return
         self.tracker.log_metrics({"val/loss": result.loss, "val/perplexity": result.perplexity}, done)
         logger.info("step %d: val loss %.4f, perplexity %.2f", done, result.loss, result.perplexity)
@@ -122,7 +122,7 @@ class RunEvaluation:
         assert self._questions is not None
         tokens = min(_HELLASWAG_TOKENS, self.config.micro_batch * self.config.context_length)
         self.hellaswag = found = score_encoded(self.model, self._questions, self.workers, tokens_per_batch=tokens)
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             self.tracker.log_metrics({"eval/hellaswag_acc_norm": found.acc_norm, "eval/hellaswag_acc": found.acc}, done)
             logger.info(
                 "step %d: HellaSwag %.4f acc_norm, %.4f acc on %s questions",
@@ -135,6 +135,6 @@ class RunEvaluation:
     def _sample(self, done: int) -> None:
         prompt, length = self.config.sample_prompt, self.config.sample_tokens
         self.sample = continue_text(self.model, self.tokenizer, prompt, max_new_tokens=length, seed=self.config.seed)
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             self.tracker.log_sample(done, prompt, self.sample)
             logger.info("step %d: sample: %r", done, self.sample)

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config.training import PretrainConfig, step_range
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.storage.folders import Folder
 from pipeline.tracking.tracker import Tracker
 
@@ -35,9 +35,9 @@ class StepProfiler:
         tracker: gets both files too.
     """
 
-    def __init__(self, config: PretrainConfig, *, output: Folder, workers: Workers, tracker: Tracker) -> None:
+    def __init__(self, config: PretrainConfig, *, output: Folder, workers: ProcessGroup, tracker: Tracker) -> None:
         self.output, self.workers, self.tracker = output, workers, tracker
-        asked = config.profile_steps if workers.is_first else None
+        asked = config.profile_steps if workers.is_rank_zero else None
         self.first, self.last = (0, 0) if asked is None else step_range(asked)
         self._profile: profile | None = None
 

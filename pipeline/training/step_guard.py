@@ -16,10 +16,9 @@ import torch.distributed as dist
 
 from pipeline.dataset.shards import TokenStream
 from pipeline.dataset.verification import ShardCheck
-from pipeline.distributed.fsdp import Workers
-from pipeline.distributed.heartbeats import Heartbeats
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import Interruptions
-from pipeline.distributed.watchdog import Watchdog
+from pipeline.distributed.watchdog import Heartbeats, Watchdog
 from pipeline.errors import UserError
 from pipeline.training.outcomes import Flags, Outcome, Outcomes
 
@@ -42,7 +41,7 @@ class Guard:
     def __init__(
         self,
         config: PretrainConfig,
-        workers: Workers,
+        workers: ProcessGroup,
         streams: Sequence[TokenStream],
         interruptions: Interruptions,
     ) -> None:
@@ -78,13 +77,13 @@ class Guard:
         """What this rank has to say at the end of a step; ``trouble``: of the checkpoint writer, if it has any."""
         self.trouble = self.trouble or self.check.error or trouble
         look = (
-            self.workers.is_first
-            and self.interruptions.nodes_leaving is not None
+            self.workers.is_rank_zero
+            and self.interruptions.preemption_pending is not None
             and time.monotonic() - self._looked > _LOOK_SECONDS
         )
         if look:
             self._looked = time.monotonic()
-        return Flags(stop=self.interruptions.stop_asked(), look=look, failed=self.trouble is not None)
+        return Flags(stop=self.interruptions.stop_requested(), look=look, failed=self.trouble is not None)
 
     def read(self, *, everything: bool) -> list[Outcome]:
         """The outcomes that are due, oldest first (see Outcomes.read). Collective where a rank has said something.
@@ -96,7 +95,7 @@ class Guard:
         if any(outcome.needs_all for outcome in found):
             found += self.outcomes.read(everything=True)
         if any(outcome.failed for outcome in found):
-            self.workers.raise_together(self.trouble)
+            self.workers.raise_on_all_ranks(self.trouble)
         if any(outcome.stop for outcome in found):
             self.is_stopping = self.wants_checkpoint = True
         if any(outcome.look for outcome in found):
@@ -104,15 +103,15 @@ class Guard:
         return found
 
     def _look(self) -> None:
-        ask = self.interruptions.nodes_leaving
+        ask = self.interruptions.preemption_pending
         assert ask is not None
         if ask() and not self._knows_of_leaving:
             self._knows_of_leaving = self.wants_checkpoint = True
-            if self.workers.is_first:
+            if self.workers.is_rank_zero:
                 logger.warning("a node is about to leave: one more checkpoint now, from which a new group goes on")
 
 
-def _heartbeats(workers: Workers) -> Heartbeats | None:
+def _heartbeats(workers: ProcessGroup) -> Heartbeats | None:
     if workers.world_size == 1:
         return None
     store = dist.distributed_c10d._get_default_store()

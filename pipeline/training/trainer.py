@@ -28,19 +28,13 @@ from pipeline.dataset.batches import BatchLoader, BatchOrder, MicroBatch
 from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
 from pipeline.dataset.shards import open_split
 from pipeline.distributed import determinism
-from pipeline.distributed.fsdp import (
-    Workers,
-    compute_dtype,
-    local_part,
-    parallelize,
-    peak_flops,
-    peak_memory_gib,
-    repeatable,
-    set_gradient_sync,
-)
+from pipeline.distributed.determinism import deterministic
+from pipeline.distributed.fsdp import local_part, parallelize, set_gradient_sync
+from pipeline.distributed.hardware import compute_dtype, peak_flops, peak_memory_gib
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.recomputation import recompute_blocks
 from pipeline.distributed.signals import Interruptions
-from pipeline.distributed.startup_timer import StartUp
+from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import RunStopped, UserError
 from pipeline.pretrained import weights
 from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
@@ -98,12 +92,12 @@ class Trainer:
         *,
         data: Path | Folder,
         output: Path | Folder,
-        workers: Workers,
+        workers: ProcessGroup,
         tracker: Tracker,
-        startup: StartUp | None = None,
+        startup: StartupTimer | None = None,
         interruptions: Interruptions | None = None,
     ) -> None:
-        self.startup = startup or StartUp()
+        self.startup = startup or StartupTimer()
         self.config, self.workers, self.tracker = config, workers, tracker
         self.is_deterministic = config.deterministic == "on"
         self.data, self.output = data, output = as_folder(data), as_folder(output)
@@ -182,7 +176,7 @@ class Trainer:
             with self.guard.watchdog.phase("at the last checkpoint"):
                 self.writer.wait()
         summary = self._summarize()
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             write_summary(self.output, summary)
             self.tracker.finish("FINISHED")
         return summary
@@ -214,7 +208,7 @@ class Trainer:
         Nothing is updated where loss or gradient is not finite on any rank, or where a rank cannot go on.
         """
         lr = self._learning_rate(step)
-        with repeatable(self.workers.device, enabled=self.is_deterministic):
+        with deterministic(self.workers.device, enabled=self.is_deterministic):
             share, data_wait_seconds = self._gradients(step)
             flags = self.guard.flags(self.writer.error())
             sums: list[Tensor] = []
@@ -287,7 +281,7 @@ class Trainer:
             )
         self.guard.outcomes.go_on()
         self.optimizer.num_steps = outcome.step + 1 - self.skipped_steps  # as if the step had not been
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             logger.warning("%s; the step is left out, %d of %d", sentence, self.skipped_steps, allowed)
             self.tracker.log_metrics({"train/skipped_steps": self.skipped_steps}, outcome.step + 1)
 
@@ -339,10 +333,10 @@ class Trainer:
         return info.step
 
     def _announce(self) -> None:
-        if not self.workers.is_first:
+        if not self.workers.is_rank_zero:
             return
         if self.is_deterministic and self.workers.device.type == "cuda":
-            for sentence in determinism.broken_promises():
+            for sentence in determinism.nondeterministic_settings():
                 logger.warning(sentence)
         self.tracker.log_params({**to_dict(self.config), "parameters": self.model_config.num_parameters})
         self.tracker.log_tags(hardware.hardware_tags(self.workers))
@@ -361,7 +355,7 @@ class Trainer:
         if self.workers.device.type == "cuda":
             torch.cuda.synchronize()
         self.startup.mark("first step")
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             logger.info(self.startup.line())
             self.tracker.log_metrics(self.startup.metrics(), done)
 
@@ -381,7 +375,7 @@ class Trainer:
         loss = result.loss.item()
         self.first_loss = loss if math.isnan(self.first_loss) else self.first_loss
         self.last_loss = loss
-        if not self.workers.is_first:
+        if not self.workers.is_rank_zero:
             return
         speed = self.clock.read()
         self.tracker.log_metrics(
@@ -397,7 +391,7 @@ class Trainer:
         logger.info(self.clock.line(done, loss, result, speed))
 
     def _save(self, done: int) -> Folder:
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             self.tracker.flush()  # every point up to a checkpoint is durable, so a resumed run leaves no gap
         info = CheckpointInfo(
             step=done,
@@ -413,14 +407,14 @@ class Trainer:
             skipped_steps=self.skipped_steps,
         )
         path = self.writer.save(training_state(self.model, self.optimizer), info)
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             self.tracker.log_checkpoint(done, path, {"train_loss": self.last_loss})
             self.tracker.log_metrics({"perf/checkpoint_stall_seconds": self.writer.stall_seconds}, done)
         return path
 
     def _end_early(self, done: int) -> None:
         self.writer.wait()
-        if self.workers.is_first:
+        if self.workers.is_rank_zero:
             self.tracker.finish("KILLED")
         raise RunStopped(f"stopped at step {done} of {self.config.train_steps}; the same command goes on from there")
 

@@ -28,11 +28,11 @@ from pipeline.checkpoints import staging as checkpoint_staging
 from pipeline.checkpoints import writer as checkpoint_writer
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.checkpoints.writer import CheckpointWriter
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 
 MODEL = ModelConfig(vocab_size=300, context_length=16, num_layers=2, num_heads=2, d_model=32, d_ff=64)
-WORKERS = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+WORKERS = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def trained(seed: int = 0) -> tuple[Transformer, AdamW]:

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.distributed import fsdp
-from pipeline.distributed.determinism import broken_promises, prepare
-from pipeline.distributed.fsdp import repeatable
+from pipeline.distributed.determinism import deterministic, nondeterministic_settings, set_environment
 from pipeline.training import nonfinite, trainer
 from tests.training.test_trainer import CONFIG, train_here
 
@@ -26,17 +24,17 @@ PREPARED = {
 
 def test_what_the_user_has_not_set_is_set() -> None:
     environment: dict[str, str] = {}
-    prepare(environment)
+    set_environment(environment)
     assert environment == PREPARED
-    assert not broken_promises(environment)
+    assert not nondeterministic_settings(environment)
 
 
 @pytest.mark.parametrize(("name", "value"), [("NCCL_ALGO", "Tree"), ("NCCL_ALGO", "ring"), ("NCCL_PROTO", "LL128")])
 def test_what_repeats_as_well_stays_without_a_word(name: str, value: str) -> None:
     environment = {name: value}
-    prepare(environment)
+    set_environment(environment)
     assert environment == {**PREPARED, name: value}
-    assert not broken_promises(environment)
+    assert not nondeterministic_settings(environment)
 
 
 @pytest.mark.parametrize(
@@ -44,9 +42,9 @@ def test_what_repeats_as_well_stays_without_a_word(name: str, value: str) -> Non
 )
 def test_what_breaks_the_promise_stays_and_is_said(name: str, value: str) -> None:
     environment = {name: value}
-    prepare(environment)
+    set_environment(environment)
     assert environment[name] == value
-    (sentence,) = broken_promises(environment)
+    (sentence,) = nondeterministic_settings(environment)
     assert sentence.startswith(f"{name} is set to {value}, so a resumed run may differ in its last bits")
     assert sentence.endswith(f"unset it, or set it to {PREPARED[name]}, or give --deterministic off")
 
@@ -54,7 +52,7 @@ def test_what_breaks_the_promise_stays_and_is_said(name: str, value: str) -> Non
 @pytest.mark.parametrize("enabled", [True, False])
 def test_on_a_gpu_the_mode_is_on_inside_and_off_again_outside(enabled: bool) -> None:
     """Setting the mode needs no GPU."""
-    with repeatable(torch.device("cuda"), enabled=enabled):
+    with deterministic(torch.device("cuda"), enabled=enabled):
         assert torch.are_deterministic_algorithms_enabled() is enabled
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -70,8 +68,8 @@ def test_the_setting_reaches_every_step_and_is_recorded(
         asked.append(enabled)
         yield
 
-    for module in (trainer, nonfinite, fsdp):
-        monkeypatch.setattr(module, "repeatable", recording)
+    for module in (trainer, nonfinite):
+        monkeypatch.setattr(module, "deterministic", recording)
     config = dataclasses.replace(CONFIG, deterministic=deterministic)  # type: ignore[arg-type]  # mypy takes a str
     _, tracker = train_here(config, tiny_data, tmp_path)
     assert asked == [enabled] * CONFIG.train_steps

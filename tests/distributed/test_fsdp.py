@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from pipeline.distributed import fsdp
-from pipeline.distributed.fsdp import Workers, parallelize, peak_flops
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.hardware import peak_flops
+from pipeline.distributed.process_group import ProcessGroup
 from tests.support.llama_twin import lively_model, small_config
 
-CPU = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+CPU = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_a_gpu_s_peak_goes_by_its_whole_name(
     name: str, teraflops: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    workers = Workers(rank=1, world_size=4, device=torch.device("cuda", 1))
+    workers = ProcessGroup(rank=1, world_size=4, device=torch.device("cuda", 1))
     expected = None if teraflops is None else pytest.approx(4e12 * teraflops)
     assert peak_flops(workers, torch.bfloat16) == expected
     assert peak_flops(workers, torch.float32) is None, "the table is of bfloat16"

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from model.transformer import Block, Transformer
 from pipeline.distributed import fsdp
-from pipeline.distributed.fsdp import Workers, parallelize
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.recomputation import recompute_blocks
 from tests.support.llama_twin import grad_of, lively_model, random_tokens, small_config
 from tests.training.test_trainer import CONFIG, Run, checkpoint_tensors, run  # noqa: F401  # run is a fixture
 
-ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def make(*, recompute: bool, compile_blocks: bool, dtype: torch.dtype = torch.float32) -> Transformer:

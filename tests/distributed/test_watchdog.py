@@ -12,20 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.fsdp import Workers
-from pipeline.distributed.heartbeats import Heartbeats
-from pipeline.distributed.signals import NoteWatcher, call_in_thread, stop_on_signals
-from pipeline.distributed.watchdog import Watchdog
+from pipeline.distributed.process_group import ProcessGroup
+from pipeline.distributed.signals import StopFileWatcher, call_in_thread, stop_on_signals
+from pipeline.distributed.watchdog import Heartbeats, Watchdog
 from pipeline.training.outcomes import Flags, Outcomes
 
-ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def test_silence_ends_the_process_and_says_where(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended = threading.Event()
-    with Watchdog(rank=3, limit_seconds=0.2, end=ended.set) as watchdog, watchdog.step(7, is_long=False):
+    with Watchdog(rank=3, limit_seconds=0.2, exit_process=ended.set) as watchdog, watchdog.step(7, is_long=False):
         assert ended.wait(30)
     assert "rank 3 stands still: nothing has happened for" in caplog.text and "in step 7" in caplog.text
     assert "test_silence_ends_the_process_and_says_where" in capfd.readouterr().err, "this thread's stack"
@@ -33,7 +32,7 @@ def test_silence_ends_the_process_and_says_where(
 
 def test_progress_and_long_phases_are_no_silence() -> None:
     ended = threading.Event()
-    with Watchdog(rank=0, limit_seconds=1.0, end=ended.set) as watchdog:
+    with Watchdog(rank=0, limit_seconds=1.0, exit_process=ended.set) as watchdog:
         with watchdog.phase("in an evaluation"):
             time.sleep(1.5)
         for step in range(15):
@@ -49,11 +48,11 @@ def test_a_silent_rank_is_told_from_one_that_waits() -> None:
         rank.place = f"in step {rank.rank}"
         rank.start()
     deadline = time.monotonic() + 30
-    while ranks[0].describe() != "; rank 1: in step 1, rank 2: in step 2":
-        assert time.monotonic() < deadline, ranks[0].describe()
+    while ranks[0].rank_status() != "; rank 1: in step 1, rank 2: in step 2":
+        assert time.monotonic() < deadline, ranks[0].rank_status()
         time.sleep(0.02)
     ranks[2].stop()
-    while "rank 2 has been silent for" not in ranks[0].describe():
+    while "rank 2 has been silent for" not in ranks[0].rank_status():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for rank in ranks:
@@ -109,7 +108,7 @@ def test_an_error_in_the_thread_is_the_callers() -> None:
         call_in_thread(lambda: (_ for _ in ()).throw(ValueError("mine")))
 
 
-def test_a_note_is_found_though_its_storage_fails_at_first() -> None:
+def test_a_stop_file_is_found_though_its_storage_fails_at_first() -> None:
     answers: list[bool | OSError] = [OSError("not now"), False, True]
 
     def exists() -> bool:
@@ -118,7 +117,7 @@ def test_a_note_is_found_though_its_storage_fails_at_first() -> None:
             raise answer
         return answer
 
-    watcher = NoteWatcher(exists)
+    watcher = StopFileWatcher(exists)
     deadline = time.monotonic() + 30
     while not watcher():
         assert time.monotonic() < deadline

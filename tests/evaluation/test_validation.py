@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import ModelConfig
 from model.transformer import Transformer, init_weights
 from pipeline.dataset.shards import TokenStream
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.evaluation import validation
 from pipeline.evaluation.validation import unigram_entropy, validation_loss
@@ -37,8 +37,8 @@ def stream_of(num_tokens: int) -> TokenStream:
     return TokenStream([tokens[:20], tokens[20:]], vocab_size=300)
 
 
-def workers(rank: int = 0, world_size: int = 1) -> Workers:
-    return Workers(rank=rank, world_size=world_size, device=torch.device("cpu"))
+def workers(rank: int = 0, world_size: int = 1) -> ProcessGroup:
+    return ProcessGroup(rank=rank, world_size=world_size, device=torch.device("cpu"))
 
 
 def reference(model: Transformer, stream: TokenStream, num_targets: int) -> float:
@@ -83,7 +83,7 @@ def test_the_mode_of_the_model_is_kept(model: Transformer) -> None:
 def test_the_bits_are_those_of_batch_means_added_up_as_python_floats(
     model: Transformer, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Workers, "sum", lambda self, values: values)  # of two ranks, this one alone
+    monkeypatch.setattr(ProcessGroup, "sum", lambda self, values: values)  # of two ranks, this one alone
     stream, found = stream_of(9 * LENGTH + 6), workers(rank, 2)
     result = validation_loss(model, stream, found, context_length=LENGTH, batch_size=2)
     tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
@@ -114,13 +114,13 @@ class Waits(TorchDispatchMode):
 
 def test_nothing_waits_for_the_device_until_the_sum(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     waits, before_sum = Waits(), []
-    sum_over_ranks = Workers.sum
+    sum_over_ranks = ProcessGroup.sum
 
-    def summed(self: Workers, values: torch.Tensor) -> torch.Tensor:
+    def summed(self: ProcessGroup, values: torch.Tensor) -> torch.Tensor:
         before_sum.append(len(waits.calls))
         return sum_over_ranks(self, values)
 
-    monkeypatch.setattr(Workers, "sum", summed)
+    monkeypatch.setattr(ProcessGroup, "sum", summed)
     with waits:
         torch.ones(()).item()
         assert len(waits.calls) == 1, "it is seen"

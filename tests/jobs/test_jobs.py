@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from pipeline.dataset.shards import open_split
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
 from tests.support.memory_tracker import MemoryTracker
@@ -47,7 +47,7 @@ def run_folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A run of a few steps, on one rank and without Ray."""
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(tokens_per_step=256, batch_size=8, train_steps=3, val_tokens=100, sample_tokens=4)
-    workers = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+    workers = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
     Trainer(config, data=tiny_data, output=folder, workers=workers, tracker=MemoryTracker()).run()
     return folder
 

@@ -30,7 +30,7 @@ from pipeline.pretrained.export_job import export
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_run import open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.pretrained.resolve import resolve_checkpoint
 from pipeline.training.run_folder import finished_summary, read_best
 from pipeline.dataset.manifest import Manifest
@@ -48,7 +48,7 @@ EXPECTED = json.loads((OLD / "expected.json").read_text(encoding="utf-8"))
 CONFIGS = EXPECTED["configs"]
 MADE_IN = "/srv/gpt-2.5"
 CHANGED_AT = 1_790_000_000_000_000_000  # time of change in the plans, nanoseconds since 1970
-ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 STEPS = range(20, 30)  # between the checkpoint of unfinished_run and the end
 
 pytestmark = pytest.mark.usefixtures("local_ray")

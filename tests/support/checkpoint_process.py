@@ -28,7 +28,8 @@ from model.optimizer import AdamW, parameter_groups
 from model.transformer import Transformer
 from pipeline.checkpoints.reader import list_checkpoints, open_newest, read_tensors
 from pipeline.checkpoints.writer import CheckpointWriter, training_state
-from pipeline.distributed.fsdp import Workers, join_workers, parallelize
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from tests.checkpoints.test_writer import info
 
@@ -39,18 +40,18 @@ MODEL = ModelConfig(vocab_size=300, context_length=16, num_layers=2, num_heads=1
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    checkpoints, workers = folder / "checkpoints", join_workers("cpu")
+    checkpoints, workers = folder / "checkpoints", init_distributed("cpu")
     state = sharded_state(workers)
-    if workers.is_first:
+    if workers.is_rank_zero:
         remember = {name: value.full_tensor() for name, value in state.items() if isinstance(value, DTensor)}
         save_file(remember, folder / "whole.safetensors")
     else:
         _ = [value.full_tensor() for value in state.values() if isinstance(value, DTensor)]
     writer = CheckpointWriter(checkpoints, workers, keep=3, tokenizer_json="{}")
     seen: dict[str, Any] = {"saved": saved_twice(writer, state)}
-    if workers.is_first:
+    if workers.is_rank_zero:
         spoil(checkpoints / "step-000002" / "shard-00002-model-00001-of-00001.safetensors")
-    workers.agree(0)
+    workers.broadcast_int(0)
     with open_newest(checkpoints, workers) as found:
         assert found is not None
         seen["resumed"] = [found.info.step, str(found.path)]
@@ -63,17 +64,17 @@ def main() -> None:
     seen["steps"] = [step for step, _ in list_checkpoints(checkpoints)]
     writer.save(state, info(4))
     writer.wait()
-    workers.agree(0)
-    if workers.is_first:
+    workers.broadcast_int(0)
+    if workers.is_rank_zero:
         for step in (1, 4):
             (checkpoints / f"step-{step:06d}" / "tokenizer.json").write_text("")
-    workers.agree(0)
+    workers.broadcast_int(0)
     seen["nothing left"] = sentence_of(lambda: open_newest(checkpoints, workers).__enter__())
     (folder / f"rank-{workers.rank}.json").write_text(json.dumps(seen))
-    workers.agree(0)
+    workers.broadcast_int(0)
 
 
-def sharded_state(workers: Workers) -> dict[str, Tensor]:
+def sharded_state(workers: ProcessGroup) -> dict[str, Tensor]:
     model = Transformer(MODEL)
     parallelize(model, workers, dtype=torch.float32, compile_blocks=False)
     optimizer = AdamW(parameter_groups(model, 0.1), lr=1e-2)
@@ -92,7 +93,7 @@ def saved_twice(writer: CheckpointWriter, state: dict[str, Tensor]) -> list[int]
     return [step for step, _ in list_checkpoints(writer.folder)]
 
 
-def save_while_a_rank_fails(writer: CheckpointWriter, workers: Workers, state: dict[str, Tensor]) -> None:
+def save_while_a_rank_fails(writer: CheckpointWriter, workers: ProcessGroup, state: dict[str, Tensor]) -> None:
     with contextlib.ExitStack() as stack:
         if workers.rank == 1:
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

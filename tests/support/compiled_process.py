@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 
 from pipeline.config.training import PretrainConfig
 from pipeline.distributed import fsdp
-from pipeline.distributed.fsdp import join_workers
+from pipeline.distributed.process_group import init_distributed
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
 
@@ -51,7 +51,7 @@ def main() -> None:
     if not settings["whole"]:
         fsdp._WHOLE_UNIT_PARAMETERS = 10
     config = PretrainConfig(**settings["config"])
-    workers, tracker = join_workers("cpu"), MemoryTracker()
+    workers, tracker = init_distributed("cpu"), MemoryTracker()
     trainer = Trainer(config, data=Path(settings["data"]), output=Path(config.output), workers=workers, tracker=tracker)
     counts = counted(trainer)
     summary = trainer.run()
@@ -59,7 +59,7 @@ def main() -> None:
     history: dict[str, Any] = {"counts": counts, "graph_breaks": dict(counters["graph_break"])}
     history |= {"losses": losses, "val_loss": summary.val_loss}
     Path(f"{settings['history']}.{workers.rank}").write_text(json.dumps(history))
-    workers.agree(0)
+    workers.broadcast_int(0)
     os._exit(0)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.config.training import PretrainConfig
-from pipeline.distributed.fsdp import join_workers
+from pipeline.distributed.process_group import init_distributed
 from pipeline.distributed.signals import Interruptions, stop_on_signals
 from pipeline.errors import RunStopped, UserError
 from pipeline.training.trainer import Trainer
@@ -81,7 +81,7 @@ def strike(name: str, fault: dict[str, Any]) -> None:
 def train(settings: dict[str, Any]) -> tuple[str, MemoryTracker, int]:
     """How it ended, what was tracked, which rank this is."""
     config = PretrainConfig(**settings["config"])
-    workers, tracker = join_workers("cpu"), MemoryTracker()
+    workers, tracker = init_distributed("cpu"), MemoryTracker()
     with stop_on_signals() as request:
         faults = dict(settings["faults"])
         if "device" in faults:
@@ -92,7 +92,7 @@ def train(settings: dict[str, Any]) -> tuple[str, MemoryTracker, int]:
             output=Path(config.output),
             workers=workers,
             tracker=tracker,
-            interruptions=Interruptions(stop_asked=request),
+            interruptions=Interruptions(stop_requested=request),
         )
         if "poison" in faults:
             fault = faults.pop("poison")

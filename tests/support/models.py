@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.config.training import PretrainConfig
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.storage.folders import open_folder
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
@@ -17,7 +17,7 @@ from tests.support.memory_tracker import MemoryTracker
 
 # One thread: what torch's threads wait for each other takes longer than a model of this size.
 os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count() or 1))
-ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def run_config(**changes: object) -> PretrainConfig:

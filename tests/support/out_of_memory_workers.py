@@ -42,7 +42,7 @@ def second_starved(settings: dict[str, Any]) -> dict[str, Any]:
 
 def first_never_answers(settings: dict[str, Any]) -> dict[str, Any]:
     """The first rank waits where nothing fails when the second has left, as over NCCL."""
-    signals._NOTE_SECONDS = signals._GRACE_SECONDS = 0.5
+    signals._ERROR_FILE_SECONDS = signals._GRACE_SECONDS = 0.5
     forward = Transformer.forward
     count_start(settings)
     small_memory(LARGEST, ranks=(1,))

@@ -20,7 +20,8 @@ from model import loss, muon
 from model.muon import Group, Muon, muon_groups
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups
 from model.transformer import Transformer
-from pipeline.distributed.fsdp import Workers, join_workers, local_part, parallelize, set_gradient_sync
+from pipeline.distributed.fsdp import local_part, parallelize, set_gradient_sync
+from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.training.optimizer import exchange
 from tests.support.llama_twin import lively_model, random_tokens, small_config
 
@@ -28,7 +29,7 @@ EXACT = muon.orthogonalize
 STEPS, WINDOWS, LENGTH = 4, 12, 48
 
 
-def train(workers: Workers, name: str, num_micro_batches: int = 2) -> Transformer:
+def train(workers: ProcessGroup, name: str, num_micro_batches: int = 2) -> Transformer:
     """STEPS steps over WINDOWS windows shared by the workers."""
     loss.CHUNK_BYTES["cpu"] = 256 * 4 * 40  # 40 rows of logits: several chunks a micro-batch
     model = lively_model(small_config())
@@ -51,7 +52,7 @@ def train(workers: Workers, name: str, num_micro_batches: int = 2) -> Transforme
     return model
 
 
-def make_optimizer(model: Transformer, name: str, workers: Workers) -> AdamW:
+def make_optimizer(model: Transformer, name: str, workers: ProcessGroup) -> AdamW:
     if name == "adamw":
         return AdamW(parameter_groups(model, 0.1), lr=1e-2, local_part=local_part)
     # Float64, or the rounding of bfloat16 would hide small mistakes.
@@ -66,13 +67,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 def main() -> None:
     torch.set_num_threads(1)
-    workers = join_workers("cpu")
+    workers = init_distributed("cpu")
     for name in sys.argv[2:]:
         model = train(workers, name)
         weights = {key: whole(parameter.detach()).contiguous() for key, parameter in model.named_parameters()}
-        if workers.is_first:
+        if workers.is_rank_zero:
             save_file(weights, f"{sys.argv[1]}/{name}.safetensors")
-    workers.agree(0)
+    workers.broadcast_int(0)
     os._exit(0)
 
 

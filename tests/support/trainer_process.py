@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import MicroBatch
-from pipeline.distributed.fsdp import join_workers
+from pipeline.distributed.process_group import init_distributed
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
 
@@ -40,7 +40,7 @@ def recorded(trainer: Trainer) -> list[tuple[int, list[list[int]]]]:
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     config = PretrainConfig(**settings["config"])
-    workers, tracker = join_workers("cpu"), MemoryTracker()
+    workers, tracker = init_distributed("cpu"), MemoryTracker()
     trainer = Trainer(config, data=Path(settings["data"]), output=Path(config.output), workers=workers, tracker=tracker)
     start_step, fed = trainer.start_step, recorded(trainer)
     if settings["stop_after"]:
@@ -49,11 +49,11 @@ def main() -> None:
         trainer.writer.wait()
     else:
         trainer.run()
-    if workers.is_first:
+    if workers.is_rank_zero:
         losses = {step: loss.hex() for step, loss in tracker.metrics["train/loss"]}
         Path(settings["history"]).write_text(json.dumps({"start_step": start_step, "losses": losses}))
     Path(f"{settings['history']}.{workers.rank}").write_text(json.dumps(fed))
-    workers.agree(0)
+    workers.broadcast_int(0)
     os._exit(0)  # as abrupt as a kill: nothing is closed
 
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.optimizer import AdamW, clip_grad_norm, parameter_groups, warmup_cosine
 from model.transformer import Transformer, init_weights
-from pipeline.distributed.fsdp import Workers, parallelize
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.tokenizer.training import train_bpe
 from tests.conftest import shared_folder
 
 pytestmark = pytest.mark.slow
 
-ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 STEPS, WINDOWS = 200, 8
 CONFIG = ModelConfig(vocab_size=2048, context_length=128, num_layers=4, num_heads=4, d_model=128, d_ff=352)
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config.training import PretrainConfig
-from pipeline.distributed.fsdp import Workers
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.tracking.mlflow_run import open_run
@@ -70,7 +70,7 @@ def check(output: Folder, tracking_uri: str, run_id: str) -> None:
 
 def profiler(folder: Path, *, rank: int = 0) -> tuple[StepProfiler, MemoryTracker]:
     config, tracker = dataclasses.replace(CONFIG, profile_steps="3:4"), MemoryTracker()
-    workers = Workers(rank=rank, world_size=2, device=ALONE.device)
+    workers = ProcessGroup(rank=rank, world_size=2, device=ALONE.device)
     return StepProfiler(config, output=open_folder(folder), workers=workers, tracker=tracker), tracker
 
 

@@ -18,11 +18,12 @@ from model.transformer import Transformer
 from pipeline.dataset.batches import BatchLoader, BatchOrder, micro_batches
 from pipeline.dataset.shards import TokenStream
 from pipeline.distributed import fsdp
-from pipeline.distributed.fsdp import Workers, parallelize
+from pipeline.distributed.fsdp import parallelize
+from pipeline.distributed.process_group import ProcessGroup
 from tests.support import step_process
 from tests.support.llama_twin import ROUNDING, grad_of, lively_model, random_tokens, relative_error, small_config
 
-ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchOrder, permute
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
-from pipeline.distributed.fsdp import Workers, join_workers
+from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.training.run_folder import RunSummary, finished_summary
 from pipeline.training.trainer import Trainer
@@ -41,7 +41,7 @@ CONFIG = tiny_config(
     sample_every=6,
     checkpoint_every=5,
 )
-ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
 Run = Callable[..., dict[str, Any]]
 
@@ -251,4 +251,4 @@ def test_a_gpu_that_is_not_there_is_an_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match="torch sees no GPU"):
-        join_workers("cuda")
+        init_distributed("cuda")
