@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.measuring import wait
 from benchmarks.results import Results, add_result_arguments
-from model.optimizer import clip_grad_norm
+from model.optimizer import clip_by_norm, local_squared_norm
 from model.transformer import Transformer, init_weights
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.manifest import Manifest, ShardEntry
@@ -137,7 +137,8 @@ class BareStep:
                 micro_loss.backward()
                 loss += micro_loss.detach()
             gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
-            clip_grad_norm(gradients, self.config.grad_clip, all_reduce=self.workers.sum)
+            grad_norm = self.workers.sum(local_squared_norm(gradients)).sqrt()
+            clip_by_norm(gradients, grad_norm, self.config.grad_clip)
             self.optimizer.step(allowed=self.allowed)
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -35,7 +35,7 @@ class Group:
 
     rank: int = 0
     size: int = 1
-    exchange: Callable[[list[Tensor], list[int]], list[Tensor]] | None = None
+    all_to_all: Callable[[list[Tensor], list[int]], list[Tensor]] | None = None
     """Sends flat tensor r to process r, and returns what each process sent here; the second argument is how many
     numbers come from each. Collective."""
 
@@ -122,7 +122,7 @@ def orthogonal_parts(parts: list[Tensor], shapes: list[tuple[int, int]], group: 
         parts: (R_own, C) each, this process's rows; some may be empty.
         shapes: (R, C) of the whole matrices.
     """
-    if group.size == 1 or group.exchange is None:
+    if group.size == 1 or group.all_to_all is None:
         return orthogonalize_all(parts)
     owners = assign_owners(shapes, group.size)
     rows = [[len(block) for block in _row_blocks(shape[0], group.size)] for shape in shapes]
@@ -131,14 +131,14 @@ def orthogonal_parts(parts: list[Tensor], shapes: list[tuple[int, int]], group: 
 
     outgoing = [_pack([parts[index] for index in indices], parts[0]) for indices in owned]
     counts = [sum(rows[index][rank] * shapes[index][1] for index in mine) for rank in range(group.size)]
-    incoming = group.exchange(outgoing, counts)
+    incoming = group.all_to_all(outgoing, counts)
     blocks = [_unpack(flat, [(rows[i][rank], shapes[i][1]) for i in mine]) for rank, flat in enumerate(incoming)]
     whole = orthogonalize_all([torch.cat(pieces) for pieces in zip(*blocks, strict=True)])
 
     split = [matrix.split(rows[index]) for matrix, index in zip(whole, mine, strict=True)]
     outgoing = [_pack([pieces[rank] for pieces in split], parts[0]) for rank in range(group.size)]
     counts = [sum(parts[index].numel() for index in indices) for indices in owned]
-    incoming = group.exchange(outgoing, counts)
+    incoming = group.all_to_all(outgoing, counts)
     results: dict[int, Tensor] = {}
     for indices, flat in zip(owned, incoming, strict=True):
         results |= dict(zip(indices, _unpack(flat, [tuple(parts[i].shape) for i in indices]), strict=True))

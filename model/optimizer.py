@@ -238,30 +238,46 @@ def warmup_cosine(step: int, *, max_lr: float, min_lr: float, warmup_steps: int,
     return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def clip_grad_norm(
-    grads: Iterable[Tensor], max_norm: float, all_reduce: Callable[[Tensor], Tensor] = _identity
-) -> Tensor:
-    """Scales the gradients in place so that their global Euclidean norm is at most max_norm; returns the norm before.
+def clip_grad_norm(grads: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Clips the gradients of a single process in place by their global norm; returns the norm before, 0-d float32.
 
-    Nothing waits for the device. A norm that is not finite makes every gradient NaN: the caller looks at the returned
-    value where it can afford to. max_norm of infinity only measures.
+    Where several processes hold parts of the gradients, local_squared_norm is summed over them, and clip_by_norm
+    clips the parts.
+    """
+    whole = list(grads)
+    norm = local_squared_norm(whole).sqrt()
+    clip_by_norm(whole, norm, max_norm)
+    return norm
+
+
+@torch.no_grad()
+def local_squared_norm(grads: Iterable[Tensor]) -> Tensor:
+    """The sum of squares over this process's part of the gradients, 0-d float32. Nothing waits for the device.
 
     Args:
-        grads: this process's part of the gradients, plain tensors, empty ones allowed.
-        max_norm: positive.
-        all_reduce: sums a 0-d float32 tensor over all processes that hold other parts, and returns the sum.
+        grads: plain tensors; empty ones are allowed.
 
-    Returns:
-        0-d float32.
+    Raises:
+        ValueError: there are no gradients.
     """
     local = list(grads)
-    if not local or not max_norm > 0:
-        raise ValueError(
-            f"{len(local)} gradients, max_norm {max_norm}; needed: at least one gradient, a positive max_norm"
-        )
-    norms = torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float32))
-    norm = all_reduce(norms.square().sum()).sqrt()
+    if not local:
+        raise ValueError("0 gradients; needed: at least one gradient")
+    return torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float32)).square().sum()
+
+
+@torch.no_grad()
+def clip_by_norm(grads: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scales the gradients in place, such that their global Euclidean norm, now ``norm``, is at most max_norm.
+
+    Nothing waits for the device. A norm that is not finite makes every gradient NaN, which the caller has to check.
+
+    Args:
+        grads: this process's part of the gradients.
+        norm: global norm over all processes, 0-d float32.
+        max_norm: positive; infinity changes nothing.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm {max_norm}; needed: a positive max_norm")
     # 1e-6 keeps a zero norm from dividing by zero, as torch.nn.utils.clip_grad_norm_ does.
-    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))

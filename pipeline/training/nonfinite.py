@@ -1,7 +1,7 @@
-"""Why a step's loss or gradient is not finite: the step computed again, micro-batch by micro-batch, window by window.
+"""Why the loss or gradient of a step is not finite: the step is computed again, by micro-batch and then by window.
 
-Nothing has changed since (outcomes.py), so what the data and the weights caused is caused again. What does not come
-back was the machine's doing.
+No update has happened since (step_guard.py), so data and weights that caused it will do so again. If it does not happen
+again, the hardware was at fault.
 
 Shapes: B windows of a micro-batch, T time.
 """
@@ -15,15 +15,14 @@ import numpy as np
 import torch
 
 from model.transformer import Transformer
-from pipeline.dataset.batches import BatchOrder, micro_batches, read_windows
-from pipeline.dataset.shards import TokenStream
+from pipeline.dataset.batches import BatchLoader, read_windows
 from pipeline.distributed.determinism import deterministic
 from pipeline.distributed.fsdp import local_part, set_gradient_sync
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.training.outcomes import Outcome
+from pipeline.training.step_guard import Outcome
 
-_MOST_WINDOWS = 3  # told of
+_MOST_WINDOWS = 3  # named in the message
 _TEXT_TOKENS = 24
 _TEXT_CHARACTERS = 60
 
@@ -35,62 +34,46 @@ class Cause:
     rank: int
     windows: tuple[int, ...]
     what: str
-    """loss or gradient."""
+    """Which of them is not finite, "loss" or "gradient"."""
 
 
-class Search:
-    """Finds the causes of a step that is not finite.
+class NonFiniteFinder:
+    """Finds the windows that caused a step that is not finite.
 
     Args:
-        stream, order: where the windows come from.
-        context_length: T.
-        deterministic: whether the run's steps repeat their bits on a GPU; the search computes as they do.
+        loader: the micro-batches of the run.
+        deterministic_mode: whether steps run in deterministic mode on a GPU; they are computed again in the same mode.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        workers: ProcessGroup,
-        stream: TokenStream,
-        order: BatchOrder,
-        *,
-        context_length: int,
-        deterministic: bool = True,
+        self, model: Transformer, workers: ProcessGroup, loader: BatchLoader, *, deterministic_mode: bool
     ) -> None:
-        self.model, self.workers, self.stream, self.order = model, workers, stream, order
-        self.context_length, self.deterministic = context_length, deterministic
+        self.model, self.workers, self.loader = model, workers, loader
+        self.stream, self.order, self.context_length = loader.stream, loader.order, loader.context_length
+        self.deterministic_mode = deterministic_mode
 
     def causes(self, step: int) -> list[Cause]:
-        """The same on every rank; empty where every loss and gradient is finite this time. Collective."""
-        batches = micro_batches(
-            self.stream,
-            self.order,
-            context_length=self.context_length,
-            step=step,
-            rank=self.workers.rank,
-            world_size=self.workers.world_size,
-            device=self.workers.device,
-        )
-        found: list[Cause] = []
-        for index, batch in enumerate(batches):
+        """The causes, the same on every rank; empty if all losses and gradients are finite this time. Collective."""
+        causes: list[Cause] = []
+        for index, batch in enumerate(self.loader.step(step)):
             loss_is_bad, gradient_is_bad = self._probe(batch.inputs, batch.targets, batch.weight)
             if any(loss_is_bad) or gradient_is_bad:
-                found += self._narrow(step, index, loss_is_bad)
-        return found
+                causes += self._narrow(step, index, loss_is_bad)
+        return causes
 
     def _narrow(self, step: int, index: int, loss_is_bad: list[bool]) -> Iterator[Cause]:
-        """Of micro-batch ``index``: all ranks together try one window of a suspect after another."""
-        suspects = [rank for rank, is_bad in enumerate(loss_is_bad) if is_bad]
-        named = False
-        for rank in suspects or range(self.workers.world_size):
+        """The causes in micro-batch ``index``: all ranks together try the windows of each candidate rank one by one."""
+        candidate_ranks = [rank for rank, is_bad in enumerate(loss_is_bad) if is_bad]
+        found = False
+        for rank in candidate_ranks or range(self.workers.world_size):
             windows = self.order.micro_batch_windows(step, rank, self.workers.world_size)[index]
             with torch.compiler.set_stance("force_eager"):  # one window is another shape, compiled for minutes
-                guilty = [window for window in windows if self._is_bad(window)]
-            if guilty or suspects:
-                chosen = tuple(int(window) for window in (guilty or windows))
-                yield Cause(rank=rank, windows=chosen, what="loss" if suspects else "gradient")
-                named = True
-        if not named:  # only together
+                nonfinite_windows = [window for window in windows if self._is_bad(window)]
+            if nonfinite_windows or candidate_ranks:
+                chosen = tuple(int(window) for window in (nonfinite_windows or windows))
+                yield Cause(rank=rank, windows=chosen, what="loss" if candidate_ranks else "gradient")
+                found = True
+        if not found:  # no window alone is a cause
             windows = self.order.micro_batch_windows(step, 0, self.workers.world_size)[index]
             yield Cause(rank=0, windows=tuple(int(window) for window in windows), what="gradient")
 
@@ -102,9 +85,13 @@ class Search:
         return any(loss_is_bad) or gradient_is_bad
 
     def _probe(self, inputs: torch.Tensor, targets: torch.Tensor, weight: float) -> tuple[list[bool], bool]:
-        """Forward and backward: whose loss is not finite, by rank, and whether the gradient of all is. Collective."""
+        """Forward and backward. Collective.
+
+        Returns:
+            For each rank whether its loss is not finite, and whether the gradient of any rank is not finite.
+        """
         set_gradient_sync(self.model, enabled=True)
-        with deterministic(self.workers.device, enabled=self.deterministic):
+        with deterministic(self.workers.device, enabled=self.deterministic_mode):
             loss = self.model(inputs, targets) * weight
             loss.backward()
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
@@ -116,19 +103,19 @@ class Search:
         return [loss_flag > 0 for loss_flag, _ in rows], any(gradient_flag > 0 for _, gradient_flag in rows)
 
     def explain(self, outcome: Outcome, tokenizer: Tokenizer) -> str:
-        """What happened at a step and what caused it, the beginning of a sentence. Collective."""
+        """What happened at a step and what caused it, as the beginning of a sentence. Collective."""
         what = f"the loss of step {outcome.step + 1} is {outcome.loss} and its gradient norm {outcome.grad_norm}"
         causes = self.causes(outcome.step)
         if not causes:
             return f"{what}; computed again they are finite, so suspect a device or its memory"
-        return f"{what}, because of " + "; ".join(self._describe(cause, tokenizer) for cause in causes)
+        return f"{what}, because of " + "; ".join(self._cause_text(cause, tokenizer) for cause in causes)
 
-    def _describe(self, cause: Cause, tokenizer: Tokenizer) -> str:
-        places = ", ".join(self._place(window, tokenizer) for window in cause.windows[:_MOST_WINDOWS])
+    def _cause_text(self, cause: Cause, tokenizer: Tokenizer) -> str:
+        places = ", ".join(self._window_text(window, tokenizer) for window in cause.windows[:_MOST_WINDOWS])
         more = f" and {len(cause.windows) - _MOST_WINDOWS} more" if len(cause.windows) > _MOST_WINDOWS else ""
         return f"the {cause.what} of rank {cause.rank} on window {places}{more}"
 
-    def _place(self, window: int, tokenizer: Tokenizer) -> str:
+    def _window_text(self, window: int, tokenizer: Tokenizer) -> str:
         position = window * (self.context_length + 1)
         shard, offset = self.stream.locate(position)
         name = self.stream.files.name(shard) if self.stream.files is not None else f"shard {shard}"

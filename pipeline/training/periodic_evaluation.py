@@ -1,7 +1,7 @@
-"""What is measured of a network in training, when it is due: val loss on part of the val set, HellaSwag, a sample.
+"""Evaluations during training, when they are due: val loss on part of the val set, HellaSwag, a text sample.
 
-All of it happens on all ranks and leaves the training as it was: the same steps with or without it, bit for bit. Rank 0
-tells the tracker, and keeps in <run>/best.json which checkpoint has the lowest val loss.
+They run on all ranks and do not influence training: with or without them the steps have the same bits. Rank 0 logs to
+the tracker, and keeps in <run>/best.json which checkpoint has the lowest val loss.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pipeline.training.run_folder import Best, read_best, write_best
 
 logger = logging.getLogger(__name__)
 
-_HELLASWAG_TOKENS = 8192  # of a forward pass: logits of all of them are there at once
+_HELLASWAG_TOKENS = 8192  # per forward pass, whose logits are all in memory at once
 
 
-class RunEvaluation:
-    """Measures one run's network.
+class PeriodicEvaluation:
+    """The evaluations of one run.
 
     Args:
-        output: the run's folder.
-        tracker: told on rank 0.
+        output: the run folder.
+        tracker: receives the results on rank 0.
     """
 
     def __init__(
@@ -51,40 +51,41 @@ class RunEvaluation:
         self.config, self.model, self.tokenizer, self.val_stream = config, model, tokenizer, val_stream
         self.output, self.workers, self.tracker = output, workers, tracker
         self.validation: ValidationResult | None = None
-        """The last one."""
+        """The last validation."""
         self.hellaswag: HellaSwagResult | None = None
-        """The last one."""
+        """The last HellaSwag result."""
         self.sample = ""
-        """The last one."""
+        """The last text sample."""
         self.best = read_best(self.output)
         self._questions = encode_all(read_questions(config.hellaswag), tokenizer) if config.hellaswag else None
 
     def compile(self) -> None:
-        """Compile what validation runs, so that no step waits for it later; nothing where steps are not compiled.
+        """Compile the forward pass of validation now, so that no step waits for it later. Collective.
 
-        One batch a rank goes the way of every validation. Collective.
+        Each rank evaluates one batch for it; nothing happens if steps are not compiled.
         """
         if compiles(self.config, self.workers):
             config = self.config
             self._validation_loss(self.workers.world_size * config.micro_batch * config.context_length)
 
     def run(self, done: int, checkpoint: Folder | None) -> None:
-        """Measure what is due after ``done`` steps. Collective.
+        """Do the evaluations that are due after ``done`` steps. Collective.
 
-        checkpoint: the one of this very step, if it was saved; may still be on its way to the disk.
+        Args:
+            checkpoint: the checkpoint of this step, if one was saved; it may not be complete yet.
         """
         config = self.config
         last = done == config.train_steps
         if done % config.val_every == 0 or last:
             self._validate(done, checkpoint)
-        with torch.compiler.set_stance("force_eager"):  # each length would be compiled for itself
+        with torch.compiler.set_stance("force_eager"):  # every other length would be compiled anew
             if self._questions is not None and (done % config.hellaswag_every == 0 or last):
                 self._score_hellaswag(done)
             if done % config.sample_every == 0 or last:
                 self._sample(done)
 
     def summary(self) -> dict[str, Any]:
-        """RunSummary's fields about the best checkpoint and HellaSwag."""
+        """The fields of RunSummary about the best checkpoint and HellaSwag."""
         found = self.hellaswag
         return {
             "best_step": self.best.step if self.best else None,

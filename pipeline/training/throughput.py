@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens per second, MFU, time left, and the progress line that says so."""
+"""The speed of a run: tokens per second, MFU, time left, and the progress line with them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pipeline.console import format_seconds
 
 if TYPE_CHECKING:
     from pipeline.config.training import PretrainConfig
-    from pipeline.training.trainer import StepResult
+    from pipeline.training.step import StepResult
 
 
-class Clock:
-    """Counts steps and the seconds they took, without the pauses for checkpoints and evaluation.
+class ThroughputMeter:
+    """Measures the time that steps take, without the pauses for checkpoints and evaluation.
 
-    The first step of a process compiles and warms up, so it says nothing about the others: it is timed for itself, and
-    speed and time left count from the second on.
+    The first step of a process compiles and warms up, so it is timed separately; speed and time left count from the
+    second one on.
 
     Model FLOPs utilisation (MFU) is (FLOPs of the tokens trained) / (seconds x peak FLOP/s of all workers), as in PaLM,
-    appendix B. It is left out where the peak is None, that is, not known.
+    appendix B. It is left out if the peak is None, that is, unknown.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Clock:
         self.peak_flops = peak_flops
         self.start_step = start_step
         self.first_step_seconds: float | None = None
-        """None until it is done."""
+        """Seconds of the first step, or None until it is done."""
         self.total_steps = self._steps = 0
         self.total_seconds = self._seconds = self._data_wait_seconds = 0.0
         self._since = time.perf_counter()
 
     def add(self, data_wait_seconds: float) -> None:
-        """One more step is done."""
+        """Count one more step as done."""
         now = time.perf_counter()
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._since
@@ -50,15 +50,15 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is no part of any step."""
+        """A context whose time belongs to no step."""
         yield
         self._since = time.perf_counter()
 
-    def read(self) -> dict[str, float]:
-        """Speed since the last reading, as metrics; empty where no step but the first was done."""
+    def take_metrics(self) -> dict[str, float]:
+        """Metrics of the speed since the last call; empty if no step but the first was done."""
         if not self._steps:
             return {}
-        now = time.perf_counter()  # the reading follows a wait for the device, which belongs to the steps
+        now = time.perf_counter()  # the caller has just waited for the device, which belongs to the steps
         seconds, steps = self._seconds + now - self._since, self._steps
         tokens_per_second = steps * self.config.tokens_per_step / seconds
         figures = {
@@ -73,15 +73,15 @@ class Clock:
         self._steps, self._seconds, self._data_wait_seconds, self._since = 0, 0.0, 0.0, now
         return figures
 
-    def overall(self) -> float:
-        """Tokens per second since the start; of the first step where there was no other, 0 where there was none."""
+    def tokens_per_second(self) -> float:
+        """Mean over all steps but the first; of the first if there was no other, and 0 if there was none."""
         steps, seconds = self.total_steps, self.total_seconds
         if not steps and self.first_step_seconds:
             steps, seconds = 1, self.first_step_seconds
         return steps * self.config.tokens_per_step / seconds if seconds else 0.0
 
     def line(self, done: int, loss: float, result: StepResult, speed: dict[str, float]) -> str:
-        """The progress line; ``speed`` is what read() gave."""
+        """The progress line; ``speed`` is the result of take_metrics()."""
         return (
             f"step {done:>{len(str(self.config.train_steps))}}/{self.config.train_steps}  loss {loss:.4f}  "
             f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  {self._pace(done, speed)}"

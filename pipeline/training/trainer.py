@@ -1,35 +1,32 @@
-"""The training loop, in plain PyTorch: alone, under torchrun, or as a Ray Train worker.
+"""The training loop, in plain PyTorch: in one process, under torchrun, or as a Ray Train worker.
 
-A run is a function of (settings, shards, step): it may stop anywhere and goes on from its newest checkpoint with the
-same data order, on the same number of workers with the same bits. Everything that crosses ranks happens on all ranks
-in the same order; rank 0 alone logs and tells the tracker.
+A run is a function of (settings, shards, step): it may stop anywhere and resumes from its newest checkpoint with the
+same data order, on the same number of workers with the same bits. All ranks call collective operations in the same
+order; only rank 0 logs and calls the tracker.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from model.optimizer import clip_grad_norm, warmup_cosine
+from model.optimizer import clip_by_norm, local_squared_norm
 from model.transformer import Transformer, init_weights
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.checkpoints.reader import local_checkpoint, open_newest, read_tensors
 from pipeline.checkpoints.writer import CheckpointWriter, training_state
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
-from pipeline.dataset.batches import BatchLoader, BatchOrder, MicroBatch
+from pipeline.dataset.batches import BatchLoader, BatchOrder
 from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
 from pipeline.dataset.shards import open_split
 from pipeline.distributed import determinism
 from pipeline.distributed.determinism import deterministic
-from pipeline.distributed.fsdp import local_part, parallelize, set_gradient_sync
+from pipeline.distributed.fsdp import local_part, parallelize
 from pipeline.distributed.hardware import compute_dtype, peak_flops, peak_memory_gib
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.recomputation import recompute_blocks
@@ -43,31 +40,16 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.batch_size import out_of_memory_told
 from pipeline.training.garbage import GarbageCollection
 from pipeline.training.largest_batch import with_batch_size
-from pipeline.training.nonfinite import Search
-from pipeline.training.optimizer import build_optimizer, compiles
-from pipeline.training.outcomes import Outcome
-from pipeline.training.periodic_evaluation import RunEvaluation
+from pipeline.training.nonfinite import NonFiniteFinder
+from pipeline.training.optimizer import build_optimizer, compiles, learning_rate
+from pipeline.training.periodic_evaluation import PeriodicEvaluation
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.run_folder import RunSummary, check_resumable, run_inputs, write_summary
-from pipeline.training.step_guard import Guard
-from pipeline.training.throughput import Clock
+from pipeline.training.step import StepResult, accumulate_gradients
+from pipeline.training.step_guard import Outcome, StepGuard
+from pipeline.training.throughput import ThroughputMeter
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimizer step, the same on every rank; tensors, so that nothing waits for the device."""
-
-    loss: Tensor
-    """Mean over the step's windows, () float32."""
-    grad_norm: Tensor
-    """Global norm before clipping, () float32."""
-    lr: float
-    data_wait_seconds: float
-    """On this rank."""
-    is_left_out: bool = False
-    """Loss or gradient was not finite, and nothing was changed."""
 
 
 class Trainer:
@@ -75,11 +57,11 @@ class Trainer:
 
     Args:
         config: resolved settings.
-        data: folder (of a disk or in a bucket) with manifest.json, shards and tokenizer.json.
-        output: the run's folder (on a disk or in a bucket), seen by every rank.
-        workers: this process among the others.
-        tracker: told of everything on rank 0, unused elsewhere.
-        startup: what it took to come here; goes on counting until the first step is done.
+        data: folder (on a disk or in a bucket) with manifest.json, shards and tokenizer.json.
+        output: the run folder (on a disk or in a bucket), which every rank can read and write.
+        workers: the process group of the run.
+        tracker: receives all metrics and events on rank 0; unused elsewhere.
+        startup: timer of this start; it runs until the first step is done.
         interruptions: what may end the run early.
 
     Raises:
@@ -126,11 +108,11 @@ class Trainer:
             device=workers.device,
         )
         streams = (self.train_stream, self.val_stream)
-        self.guard = Guard(config, workers, streams, interruptions or Interruptions())
+        self.guard = StepGuard(config, workers, streams, interruptions or Interruptions())
         self.profiler = StepProfiler(config, output=output, workers=workers, tracker=tracker)
         self.first_loss = self.last_loss = math.nan
         self.skipped_steps = 0
-        self.evaluation = RunEvaluation(
+        self.evaluation = PeriodicEvaluation(
             config, self.model, self.tokenizer, self.val_stream, output=output, workers=workers, tracker=tracker
         )
         self.writer = CheckpointWriter(
@@ -144,7 +126,7 @@ class Trainer:
         self.start_step = self._resume()
         self.writer.reserve(training_state(self.model, self.optimizer))
         self.startup.mark("checkpoint")
-        self.clock = Clock(
+        self.throughput = ThroughputMeter(
             self.start_step, config, self.model_config.flops_per_token(), peak_flops(workers, self.dtype)
         )
 
@@ -152,8 +134,8 @@ class Trainer:
         """Train to the last step; returns the same summary on every rank.
 
         Raises:
-            RunStopped: it was asked to end earlier, and has saved what is done.
-            UserError: on every rank, where any of them cannot go on.
+            RunStopped: the run was asked to end earlier, and has saved a checkpoint.
+            UserError: any rank cannot continue; every rank raises it.
         """
         self._announce()
         with (
@@ -162,16 +144,16 @@ class Trainer:
             out_of_memory_told(self.config, self.workers.world_size),
             GarbageCollection() as garbage,
         ):
-            with self.clock.paused(), self.guard.watchdog.phase("compiling the evaluation"):
+            with self.throughput.paused(), self.guard.watchdog.phase("compiling the evaluation"):
                 self.evaluation.compile()
-            if self.start_step:  # who saved this step may have died before it was measured
-                with self.clock.paused(), self.guard.watchdog.phase("in the evaluation of the step resumed from"):
+            if self.start_step:  # the run that saved this step may have died before evaluating it
+                with self.throughput.paused(), self.guard.watchdog.phase("in the evaluation of the step resumed from"):
                     self.evaluation.run(self.start_step, self.writer.place(self.start_step))
             step = self.start_step
             while step < self.config.train_steps:
                 step = self.advance(step)
                 if self._is_due(step):
-                    with self.clock.paused():
+                    with self.throughput.paused():
                         garbage.collect()
             with self.guard.watchdog.phase("at the last checkpoint"):
                 self.writer.wait()
@@ -182,124 +164,82 @@ class Trainer:
         return summary
 
     def advance(self, step: int) -> int:
-        """Do ``step`` (from 0) and what is due behind it; returns the step to do next.
+        """Do ``step`` (counted from 0) and all that is due after it; returns the step to do next.
 
-        That is an earlier one where a step is found not to be finite only while the next one runs: since then nothing
-        has changed (outcomes.py).
+        On a GPU a step may prove not to be finite only while the next one runs. Then the step after the bad one is
+        returned again; no update has happened since (step_guard.py).
         """
         is_first = step == self.start_step  # compiles
         with self.profiler.step(step + 1), self.guard.watchdog.step(step + 1, is_long=is_first):
             result = self.train_step(step)
-            outcomes = self.guard.read(everything=is_first or self._is_due(step + 1))
+            outcomes = self.guard.take_outcomes(everything=is_first or self._is_due(step + 1))
         if is_first:
             self._report_startup(step + 1)
         for outcome in outcomes:
             if not outcome.is_finite:
-                self._leave_out(outcome)
+                self._skip(outcome)
                 if outcome.step < step:
                     return outcome.step + 1
-                result = replace(result, is_left_out=True)
+                result = replace(result, is_rejected=True)
         self._after_step(step + 1, result)
         return step + 1
 
     def train_step(self, step: int) -> StepResult:
-        """Forward and backward over the step's windows, clip, update. ``step`` counts from 0.
+        """Forward and backward over the windows of ``step`` (counted from 0), clip, update. Collective.
 
-        Nothing is updated where loss or gradient is not finite on any rank, or where a rank cannot go on.
+        Nothing is updated if loss or gradient is not finite on any rank, or if a rank cannot continue.
         """
-        lr = self._learning_rate(step)
+        lr = learning_rate(self.config, step)
         with deterministic(self.workers.device, enabled=self.is_deterministic):
-            share, data_wait_seconds = self._gradients(step)
-            flags = self.guard.flags(self.writer.error())
-            sums: list[Tensor] = []
-
-            def sum_over_ranks(norm_squared: Tensor) -> Tensor:
-                sums.extend(self.guard.outcomes.add(step, norm_squared, share, flags))
-                return sums[0]
-
+            loss_share, data_wait_seconds = accumulate_gradients(self.model, self.loader, step, self.guard)
             gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
-            grad_norm = clip_grad_norm(gradients, self.config.grad_clip, all_reduce=sum_over_ranks)
-            _, loss, allowed = sums
+            flags = self.guard.flags(self.writer.error())
+            reduced = self.guard.outcomes.all_reduce(step, local_squared_norm(gradients), loss_share, flags)
+            grad_norm = reduced.squared_norm.sqrt()
+            clip_by_norm(gradients, grad_norm, self.config.grad_clip)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step(allowed=allowed)
+            self.optimizer.step(allowed=reduced.allowed)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_wait_seconds=data_wait_seconds)
+        return StepResult(loss=reduced.loss, grad_norm=grad_norm, lr=lr, data_wait_seconds=data_wait_seconds)
 
-    def _gradients(self, step: int) -> tuple[Tensor, float]:
-        """Adds up the step's gradients; returns its loss on this rank, and the seconds spent waiting for batches."""
-        loss = torch.zeros((), device=self.workers.device)
-        data_wait_seconds = 0.0
-        batches = self.loader.step(step)
-        count = self.order.num_micro_batches(self.workers.world_size)
-        for index in range(count):
-            start = time.perf_counter()
-            batch = self._next_batch(batches)
-            data_wait_seconds += time.perf_counter() - start
-            set_gradient_sync(self.model, enabled=index == count - 1)
-            micro_loss = self.model(batch.inputs, batch.targets) * batch.weight
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        return loss, data_wait_seconds
-
-    def _next_batch(self, batches: Iterator[MicroBatch]) -> MicroBatch:
-        """The next micro-batch; one of zeros without weight where this rank has trouble with its shards.
-
-        It goes through the step with the others, and all of them learn of it at the end.
-        """
-        if self.guard.trouble is None:
-            try:
-                return next(batches)
-            except UserError as error:
-                self.guard.trouble = error
-        shape = (min(self.config.micro_batch, self.config.windows_per_step), self.config.context_length)
-        zeros = torch.zeros(shape, dtype=torch.int64, device=self.workers.device)
-        return MicroBatch(inputs=zeros, targets=zeros, weight=0.0)
-
-    def _leave_out(self, outcome: Outcome) -> None:
-        """Go on without a step that is not finite, or end the run; either way say what caused it. Collective.
+    def _skip(self, outcome: Outcome) -> None:
+        """Continue without a step that is not finite, or end the run, and say what caused it. Collective.
 
         Raises:
             UserError: there were more such steps than --skip_nonfinite allows.
         """
-        length, allowed = self.config.context_length, self.config.skip_nonfinite
-        search = Search(
-            self.model,
-            self.workers,
-            self.train_stream,
-            self.order,
-            context_length=length,
-            deterministic=self.is_deterministic,
-        )
+        allowed = self.config.skip_nonfinite
         with self.guard.watchdog.phase(f"looking for what is not finite in step {outcome.step + 1}"):
-            sentence = search.explain(outcome, self.tokenizer)
+            finder = NonFiniteFinder(self.model, self.workers, self.loader, deterministic_mode=self.is_deterministic)
+            sentence = finder.explain(outcome, self.tokenizer)
         self.skipped_steps += 1
         if self.skipped_steps > allowed:
             raise UserError(
                 f"{sentence}; --skip_nonfinite allows {allowed} such steps: raise it, lower --lr or mend the data; "
                 "the same command goes on from the newest checkpoint, which was saved before"
             )
-        self.guard.outcomes.go_on()
-        self.optimizer.num_steps = outcome.step + 1 - self.skipped_steps  # as if the step had not been
+        self.guard.outcomes.resume_updates()
+        self.optimizer.num_steps = outcome.step + 1 - self.skipped_steps  # a rejected step is not an update
         if self.workers.is_rank_zero:
             logger.warning("%s; the step is left out, %d of %d", sentence, self.skipped_steps, allowed)
             self.tracker.log_metrics({"train/skipped_steps": self.skipped_steps}, outcome.step + 1)
 
     def _is_due(self, done: int) -> bool:
-        """Whether anything but the next step follows ``done`` steps."""
+        """Whether logging, a checkpoint or an evaluation is due after ``done`` steps."""
         config = self.config
         evaluations = (config.val_every, config.sample_every, config.hellaswag_every)
         intervals = (config.log_every, config.checkpoint_every, *evaluations)
         return done in {1, config.train_steps} or any(done % interval == 0 for interval in intervals)
 
     def _after_step(self, done: int, result: StepResult) -> None:
-        """Everything that is due after ``done`` steps. A checkpoint comes before evaluation, which may fail."""
+        """Do all that is due after ``done`` steps. A checkpoint comes before the evaluation, which may fail."""
         config = self.config
-        self.clock.add(result.data_wait_seconds)
+        self.throughput.add(result.data_wait_seconds)
         saves = done % config.checkpoint_every == 0 or done == config.train_steps or self.guard.wants_checkpoint
         if done == 1 or done % config.log_every == 0 or saves:
             self._log_step(done, result)
-        with self.clock.paused(), self.guard.watchdog.phase(f"behind step {done}"):
+        with self.throughput.paused(), self.guard.watchdog.phase(f"behind step {done}"):
             path = self._save(done) if saves else None
             self.guard.wants_checkpoint = False
             if self.guard.is_stopping:
@@ -359,25 +299,15 @@ class Trainer:
             logger.info(self.startup.line())
             self.tracker.log_metrics(self.startup.metrics(), done)
 
-    def _learning_rate(self, step: int) -> float:
-        config = self.config
-        return warmup_cosine(
-            step,
-            max_lr=config.lr,
-            min_lr=config.lr * config.min_lr_fraction,
-            warmup_steps=round(config.train_steps * config.warmup_fraction),
-            total_steps=config.train_steps,
-        )
-
     def _log_step(self, done: int, result: StepResult) -> None:
-        if result.is_left_out:
+        if result.is_rejected:
             return
         loss = result.loss.item()
         self.first_loss = loss if math.isnan(self.first_loss) else self.first_loss
         self.last_loss = loss
         if not self.workers.is_rank_zero:
             return
-        speed = self.clock.read()
+        speed = self.throughput.take_metrics()
         self.tracker.log_metrics(
             {
                 "train/loss": loss,
@@ -388,7 +318,7 @@ class Trainer:
             },
             done,
         )
-        logger.info(self.clock.line(done, loss, result, speed))
+        logger.info(self.throughput.line(done, loss, result, speed))
 
     def _save(self, done: int) -> Folder:
         if self.workers.is_rank_zero:
@@ -431,7 +361,7 @@ class Trainer:
             val_loss=measured.validation.loss,
             val_tokens=measured.validation.tokens,
             sample=measured.sample,
-            tokens_per_second=self.clock.overall(),
+            tokens_per_second=self.throughput.tokens_per_second(),
             checkpoint=str(self.writer.place(done)),
             peak_memory_gib=peak_memory_gib(self.workers),
             **measured.summary(),

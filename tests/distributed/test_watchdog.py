@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import StopFileWatcher, call_in_thread, stop_on_signals
 from pipeline.distributed.watchdog import Heartbeats, Watchdog
-from pipeline.training.outcomes import Flags, Outcomes
+from pipeline.training.step_guard import Flags, StepOutcomes
 
 ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -63,21 +63,21 @@ def test_a_silent_rank_is_told_from_one_that_waits() -> None:
 def test_after_a_bad_step_nothing_is_allowed_until_the_host_says_so(
     norm_squared: float, loss: float, failed: int
 ) -> None:
-    outcomes = Outcomes(ALONE)
+    outcomes = StepOutcomes(ALONE)
 
     def add(step: int, norm: float, loss: float, flags: Flags) -> bool:
-        return bool(outcomes.add(step, torch.tensor(norm), torch.tensor(loss), flags)[2])
+        return bool(outcomes.all_reduce(step, torch.tensor(norm), torch.tensor(loss), flags).allowed)
 
     assert add(0, 4.0, 1.0, Flags())
     assert not add(1, norm_squared, loss, Flags(failed=bool(failed)))
     assert not add(2, 4.0, 1.0, Flags())
-    first, second, _ = outcomes.read(everything=False)
-    assert (first.step, first.loss, first.grad_norm, first.is_finite, first.needs_all) == (0, 1.0, 2.0, True, False)
-    assert (second.is_finite, second.needs_all) == (bool(failed), bool(failed))
-    outcomes.go_on()
+    first, second, _ = outcomes.take(everything=False)
+    assert (first.step, first.loss, first.grad_norm, first.is_finite, first.needs_sync) == (0, 1.0, 2.0, True, False)
+    assert (second.is_finite, second.needs_sync) == (bool(failed), bool(failed))
+    outcomes.resume_updates()
     assert add(2, 4.0, 1.0, Flags(stop=True))
-    (third,) = outcomes.read(everything=True)
-    assert third.stop and third.needs_all and not third.look
+    (third,) = outcomes.take(everything=True)
+    assert third.flags.stop and third.needs_sync and not third.flags.check_preemption
 
 
 def test_the_first_signal_is_a_request_and_handlers_come_back() -> None:

@@ -86,14 +86,14 @@ class Mailbox:
         self.queues = [[Queue[Tensor]() for _ in range(size)] for _ in range(size)]
 
     def group(self, rank: int) -> Group:
-        def exchange(outgoing: list[Tensor], counts: list[int]) -> list[Tensor]:
+        def all_to_all(outgoing: list[Tensor], counts: list[int]) -> list[Tensor]:
             for receiver, flat in enumerate(outgoing):
                 self.queues[rank][receiver].put(flat.clone())
             received = [sender[rank].get(timeout=60) for sender in self.queues]
             assert [len(flat) for flat in received] == counts
             return received
 
-        return Group(rank=rank, size=len(self.queues), exchange=exchange)
+        return Group(rank=rank, size=len(self.queues), all_to_all=all_to_all)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 9])

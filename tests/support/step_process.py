@@ -18,11 +18,11 @@ from torch import Tensor
 
 from model import loss, muon
 from model.muon import Group, Muon, muon_groups
-from model.optimizer import AdamW, clip_grad_norm, parameter_groups
+from model.optimizer import AdamW, clip_by_norm, local_squared_norm, parameter_groups
 from model.transformer import Transformer
 from pipeline.distributed.fsdp import local_part, parallelize, set_gradient_sync
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
-from pipeline.training.optimizer import exchange
+from pipeline.training.optimizer import all_to_all
 from tests.support.llama_twin import lively_model, random_tokens, small_config
 
 EXACT = muon.orthogonalize
@@ -43,7 +43,7 @@ def train(workers: ProcessGroup, name: str, num_micro_batches: int = 2) -> Trans
             set_gradient_sync(model, enabled=index == num_micro_batches - 1)
             (model(batch[:, :-1], batch[:, 1:]) * (len(batch) / share)).backward()
         grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-        clip_grad_norm(grads, 1.0, all_reduce=workers.sum)
+        clip_by_norm(grads, workers.sum(local_squared_norm(grads)).sqrt(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step == 1:  # an evaluation in between must not leave old weights behind
@@ -57,7 +57,7 @@ def make_optimizer(model: Transformer, name: str, workers: ProcessGroup) -> Adam
         return AdamW(parameter_groups(model, 0.1), lr=1e-2, local_part=local_part)
     # Float64, or the rounding of bfloat16 would hide small mistakes.
     muon.orthogonalize = functools.partial(EXACT, dtype=torch.float64)
-    group = Group(rank=workers.rank, size=workers.world_size, exchange=exchange)
+    group = Group(rank=workers.rank, size=workers.world_size, all_to_all=all_to_all)
     return Muon(muon_groups(model, model.blocks, 0.1), lr=1e-2, local_part=local_part, group=group)
 
 

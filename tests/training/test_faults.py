@@ -18,14 +18,12 @@ from safetensors.torch import load_file
 
 from model.transformer import Transformer, init_weights
 from pipeline.checkpoints.reader import list_checkpoints
-from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchOrder, micro_batches
 from pipeline.dataset.dataset import open_data
 from pipeline.dataset.shards import open_split
 from pipeline.distributed.watchdog import EXIT_CODE
 from pipeline.storage.folders import open_folder
-from pipeline.training.optimizer import build_optimizer
-from pipeline.training.trainer import Trainer
+from pipeline.training.optimizer import build_optimizer, learning_rate
 from tests.training.test_trainer import ALONE, CONFIG, STEPS
 
 BAD_STEP = 6
@@ -122,7 +120,6 @@ def reference_losses(data: Path, *, left_out: int) -> dict[int, float]:
     optimizer = build_optimizer(model, CONFIG, ALONE)
     stream = open_split(data, "train")
     order = BatchOrder(num_windows=len(stream) // 33, windows_per_step=12, batch_size=12, seed=CONFIG.seed)
-    rate = Trainer._learning_rate
     losses = {}
     for step in range(STEPS):
         if step == left_out:
@@ -134,16 +131,11 @@ def reference_losses(data: Path, *, left_out: int) -> dict[int, float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = rate(_WithConfig(CONFIG), step)  # type: ignore[arg-type]
+            group["lr"] = learning_rate(CONFIG, step)
         optimizer.step()
         optimizer.zero_grad()
         losses[step + 1] = loss.item()
     return losses
-
-
-@dataclasses.dataclass
-class _WithConfig:
-    config: PretrainConfig
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.training.garbage import GarbageCollection
-from pipeline.training.trainer import StepResult, Trainer
+from pipeline.training.step import StepResult
+from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
 from tests.training.test_trainer import ALONE, CONFIG
 

@@ -10,8 +10,8 @@ import torch
 
 from pipeline.config.training import PretrainConfig
 from pipeline.training import throughput
-from pipeline.training.throughput import Clock
-from pipeline.training.trainer import StepResult
+from pipeline.training.step import StepResult
+from pipeline.training.throughput import ThroughputMeter
 
 CONFIG = PretrainConfig(context_length=32, batch_size=4, tokens_per_step=128, train_steps=100, num_workers=1)
 RESULT = StepResult(loss=torch.tensor(2.5), grad_norm=torch.tensor(0.75), lr=1e-3, data_wait_seconds=0.0)
@@ -19,7 +19,7 @@ RESULT = StepResult(loss=torch.tensor(2.5), grad_norm=torch.tensor(0.75), lr=1e-
 
 @pytest.fixture
 def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets time pass for the clock."""
+    """Lets time pass for the meter."""
     now = [1000.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
 
@@ -29,52 +29,52 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return wait
 
 
-def make_clock(peak_flops: float | None = None, **changes: int) -> Clock:
-    return Clock(0, dataclasses.replace(CONFIG, **changes), flops_per_token=1e6, peak_flops=peak_flops)  # type: ignore[arg-type]
+def make_meter(peak_flops: float | None = None, **changes: int) -> ThroughputMeter:
+    return ThroughputMeter(0, dataclasses.replace(CONFIG, **changes), flops_per_token=1e6, peak_flops=peak_flops)  # type: ignore[arg-type]
 
 
 def test_the_first_step_is_no_part_of_speed_and_time_left(wait: Callable[[float], None]) -> None:
-    clock = make_clock(peak_flops=1e9)
-    with clock.paused():
+    meter = make_meter(peak_flops=1e9)
+    with meter.paused():
         wait(500)  # an evaluation that is compiled before
     wait(60)
-    clock.add(data_wait_seconds=30)
-    speed = clock.read()
+    meter.add(data_wait_seconds=30)
+    speed = meter.take_metrics()
     assert speed == {}
-    assert clock.line(1, 2.5, RESULT, speed) == "step   1/100  loss 2.5000  lr 1.00e-03  norm 0.75  first step 60.0 s"
+    assert meter.line(1, 2.5, RESULT, speed) == "step   1/100  loss 2.5000  lr 1.00e-03  norm 0.75  first step 60.0 s"
     for _ in range(4):
         wait(2)
-        clock.add(data_wait_seconds=0.5)
-        with clock.paused():
+        meter.add(data_wait_seconds=0.5)
+        with meter.paused():
             wait(7)
-    speed = clock.read()
+    speed = meter.take_metrics()
     expected = {"perf/tokens_per_second": 64.0, "perf/step_seconds": 2.0, "perf/data_wait_seconds": 0.5}
     assert speed == expected | {"perf/mfu": pytest.approx(0.064)}
-    assert clock.line(5, 2.5, RESULT, speed).endswith("norm 0.75  64 tokens/s  mfu 6.4%  eta 3:10")
-    assert clock.overall() == 64.0
+    assert meter.line(5, 2.5, RESULT, speed).endswith("norm 0.75  64 tokens/s  mfu 6.4%  eta 3:10")
+    assert meter.tokens_per_second() == 64.0
 
 
 def test_a_resumed_run_whose_first_step_is_not_told_counts_from_the_second(wait: Callable[[float], None]) -> None:
-    clock = make_clock()
+    meter = make_meter()
     for seconds in (60, 2, 2):
         wait(seconds)
-        clock.add(data_wait_seconds=0.0)
-    assert clock.read()["perf/step_seconds"] == 2.0
+        meter.add(data_wait_seconds=0.0)
+    assert meter.take_metrics()["perf/step_seconds"] == 2.0
 
 
 def test_without_a_peak_there_is_no_mfu(wait: Callable[[float], None]) -> None:
-    clock = make_clock()
+    meter = make_meter()
     for _ in range(2):
         wait(2)
-        clock.add(data_wait_seconds=0.0)
-    speed = clock.read()
+        meter.add(data_wait_seconds=0.0)
+    speed = meter.take_metrics()
     assert "perf/mfu" not in speed
-    assert clock.line(2, 2.5, RESULT, speed).endswith("norm 0.75  64 tokens/s  eta 3:16")
+    assert meter.line(2, 2.5, RESULT, speed).endswith("norm 0.75  64 tokens/s  eta 3:16")
 
 
 def test_a_run_of_one_step_has_the_speed_of_that_step(wait: Callable[[float], None]) -> None:
-    clock = make_clock()
-    assert clock.overall() == 0.0
+    meter = make_meter()
+    assert meter.tokens_per_second() == 0.0
     wait(4)
-    clock.add(data_wait_seconds=0.0)
-    assert clock.read() == {} and clock.overall() == 32.0
+    meter.add(data_wait_seconds=0.0)
+    assert meter.take_metrics() == {} and meter.tokens_per_second() == 32.0

@@ -1,0 +1,68 @@
+"""One optimizer step: what it results in, and the gradients of its micro-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.transformer import Transformer
+from pipeline.dataset.batches import BatchLoader, MicroBatch
+from pipeline.distributed.fsdp import set_gradient_sync
+from pipeline.errors import UserError
+from pipeline.training.step_guard import StepGuard
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step, the same on every rank; tensors, so that nothing waits for the device."""
+
+    loss: Tensor
+    """Mean over the step's windows, () float32."""
+    grad_norm: Tensor
+    """Global norm before clipping, () float32."""
+    lr: float
+    """Learning rate of the step."""
+    data_wait_seconds: float
+    """Seconds that this rank waited for batches."""
+    is_rejected: bool = False
+    """Whether loss or gradient was not finite, so that nothing was updated."""
+
+
+def accumulate_gradients(model: Transformer, loader: BatchLoader, step: int, guard: StepGuard) -> tuple[Tensor, float]:
+    """Forward and backward over the micro-batches of ``step``. Collective.
+
+    Returns:
+        This rank's share of the mean loss, () float32, and the seconds spent waiting for batches.
+    """
+    loss = torch.zeros((), device=loader.device)
+    data_wait_seconds = 0.0
+    batches = loader.step(step)
+    count = loader.order.num_micro_batches(loader.world_size)
+    for index in range(count):
+        start = time.perf_counter()
+        batch = _next_batch(batches, loader, guard)
+        data_wait_seconds += time.perf_counter() - start
+        set_gradient_sync(model, enabled=index == count - 1)
+        micro_loss = model(batch.inputs, batch.targets) * batch.weight
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss, data_wait_seconds
+
+
+def _next_batch(batches: Iterator[MicroBatch], loader: BatchLoader, guard: StepGuard) -> MicroBatch:
+    """The next micro-batch, or one of zeros with weight 0 if this rank cannot read its shards.
+
+    The rank then still takes part in the collectives of the step, and all ranks learn of the error at its end.
+    """
+    if guard.pending_error is None:
+        try:
+            return next(batches)
+        except UserError as error:
+            guard.pending_error = error
+    shape = (min(loader.order.batch_size, loader.order.windows_per_step), loader.context_length)
+    zeros = torch.zeros(shape, dtype=torch.int64, device=loader.device)
+    return MicroBatch(inputs=zeros, targets=zeros, weight=0.0)
