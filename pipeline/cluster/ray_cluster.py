@@ -1,7 +1,6 @@
 """Joining or starting Ray.
 
-A job runs in three ways and need not know which: alone (a local Ray is started), with RAY_ADDRESS set, or under
-``ray job submit``.
+A job runs the same in three ways: alone (a local Ray is started), with RAY_ADDRESS set, or under ``ray job submit``.
 
 A cluster file sets these environment variables for the jobs (deploy/, docs/cluster.md): GPT25_HOME (paths.py);
 GPT25_NODES, the number of nodes that are always there; GPT25_AUTOSCALING=1 where others are added on demand;
@@ -55,7 +54,7 @@ def connect(*, num_cpus: int) -> None:
         ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path())
     else:
         ray.init(
-            address="local",  # not the cluster that somebody else started on this machine
+            address="local",  # not a cluster that another user started on this machine
             num_cpus=num_cpus,
             include_dashboard=True,  # without it Ray Train warns once a second
             dashboard_host="127.0.0.1",
@@ -65,23 +64,23 @@ def connect(*, num_cpus: int) -> None:
 
 
 def _await_nodes(expected: int) -> None:
-    """Give machines that still start the time for it: ``ray up`` returns when the head is there."""
+    """Wait for machines that are still starting: ``ray up`` returns as soon as the head node runs."""
     import ray
 
     deadline = time.monotonic() + _NODES_SECONDS
-    told = False
+    announced = False
     while (alive := sum(bool(node["Alive"]) for node in ray.nodes())) < expected:
         if time.monotonic() > deadline:
             logger.warning("%d of the cluster's %d machines are there; going on with them", alive, expected)
             return
-        if not told:
+        if not announced:
             logger.info("%d of the cluster's %d machines are there; waiting for the others", alive, expected)
-            told = True
+            announced = True
         time.sleep(1)
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself tries for five minutes before it says that nobody is there."""
+    """Raise a UserError if no cluster answers; Ray itself would try for five minutes."""
     match = re.fullmatch(r"([\w.-]+):(\d+)", address)
     if match is None:  # "auto", or a scheme that Ray knows
         return
@@ -102,7 +101,7 @@ def shut_down() -> None:
 
 
 def require(*, num_workers: int, gpus: bool) -> None:
-    """Say at once when the cluster cannot hold the workers; Ray itself would wait for ever.
+    """Check that the cluster can hold the workers; Ray itself would wait for ever.
 
     Raises:
         UserError: fewer CPUs (or GPUs) in the cluster than workers, and nothing that would add nodes.
@@ -128,17 +127,17 @@ def autoscales() -> bool:
 
 
 def cpus() -> int:
-    """CPUs that work may be cut up for: those of the cluster, or those it can grow to."""
+    """Number of CPUs that work may be divided for: those of the cluster, or those that it can grow to."""
     import ray
 
     return max(1, int(ray.cluster_resources().get("CPU", 1)), int(os.environ.get("GPT25_MAX_CPUS", "1")))
 
 
 def _project_on_path() -> dict[str, Any]:
-    """Workers import model and pipeline from this checkout, wherever the driver was started, and look where it looks.
+    """A runtime environment in which workers import this checkout and use the addresses and caches of the driver.
 
-    Secrets do not travel so, because Ray shows this to everyone: a local Ray inherits them, a cluster's nodes have
-    their own.
+    Secrets are not passed on this way, because Ray shows it to everyone: a local Ray inherits them, and the nodes of a
+    cluster have their own.
     """
     root = str(Path(__file__).resolve().parents[2])
     places = {name: os.environ[name] for name in _PLACES if name in os.environ}

@@ -1,12 +1,13 @@
-"""How Ray Train starts a group of workers and ends it: torch's process group, with what is ours around it.
+"""How Ray Train starts and ends a group of workers, which form a process group of torch.
 
-Ray's own torch backend does the work. Added are stamps of time, so that a recovery can say what it cost; imports that
-run in all workers at once, before they meet; and an end that does not wait for a process that will not answer.
+Ray's own torch backend does the work. Added are time marks, so that a recovery can report its parts; imports, which run
+in all workers at once before they connect; and a shutdown that does not wait for a process that will not answer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import time
@@ -30,12 +31,14 @@ _MOST_FAILED_JOINS = 5  # in a row; then it is no accident
 
 @dataclass
 class WorkerGroupConfig(TorchConfig):
-    """TorchConfig with the backend below."""
+    """The TorchConfig of Ray Train with the backend below."""
 
     began: float = 0.0
-    """time.time() when the job began."""
+    """The time.time() at which the job began."""
     deterministic: bool = False
-    """Sums over workers are to give the same bits at every start (distributed/determinism.py)."""
+    """Whether sums over workers must give the same bits at every start (distributed/determinism.py)."""
+    worker_module: str = ""
+    """Module of the function that the workers will run; they import it while the group starts."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -43,27 +46,27 @@ class WorkerGroupConfig(TorchConfig):
 
 
 class _WorkerGroupBackend(_TorchBackend):
-    """Lives in the controller for the whole run, through every group of workers."""
+    """Lives in the controller for the whole run, over all groups of workers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._stamps: list[tuple[str, float]] = []
+        self._marks: list[tuple[str, float]] = []
         self._failed_joins = 0
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        again = bool(self._stamps)
-        stamps = [*(self._stamps or [("", backend_config.began)]), ("processes", time.time())]
-        with _cleared_away(worker_group):
-            worker_group.execute(load_libraries)
+        again = bool(self._marks)
+        marks = [*(self._marks or [("", backend_config.began)]), ("processes", time.time())]
+        with _shut_down_on_error(worker_group):
+            worker_group.execute(_import_module, backend_config.worker_module)
             if backend_config.deterministic:
                 worker_group.execute(determinism.set_environment)
-            stamps.append(("imports", time.time()))
+            marks.append(("imports", time.time()))
             self._join(worker_group, backend_config)
-            stamps.append(("process group", time.time()))
-            worker_group.execute(startup_timer.export_marks, stamps, again)
+            marks.append(("process group", time.time()))
+            worker_group.execute(startup_timer.export_marks, marks, again)
 
     def _join(self, worker_group: Any, backend_config: Any) -> None:
-        """A worker may miss the others because one of them was killed meanwhile: Ray Train then tries again."""
+        """Connect the workers. If one was killed meanwhile, the others do not find it, and Ray Train tries again."""
         try:
             super().on_start(worker_group, backend_config)
         except RayTaskError as error:
@@ -75,19 +78,19 @@ class _WorkerGroupBackend(_TorchBackend):
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         noticed = time.time()
-        # Half a minute is Ray's patience with processes that are killed right after, whatever they answer.
+        # Ray would wait half a minute for processes that it kills right after anyway.
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(_SHUTDOWN_SECONDS))
-        with contextlib.suppress(RayActorError, RayTaskError):  # of the dead; Ray would log a page for each
+        with contextlib.suppress(RayActorError, RayTaskError):  # of dead workers; Ray would log a page for each
             super().on_shutdown(worker_group, backend_config)
-        self._stamps = [("", noticed), ("shutdown", time.time())]
+        self._marks = [("", noticed), ("shutdown", time.time())]
 
 
 @contextlib.contextmanager
-def _cleared_away(worker_group: Any) -> Iterator[None]:
-    """A group that fails inside leaves nothing behind.
+def _shut_down_on_error(worker_group: Any) -> Iterator[None]:
+    """A context in which an error shuts the group down.
 
-    Ray Train clears away only what has not come as far as this: the workers' places would stay taken, and the next
-    group would wait for them for ever.
+    Ray Train itself does so only for errors before this point: the resources of the workers would stay taken, and the
+    next group would wait for them for ever.
     """
     try:
         yield
@@ -96,18 +99,18 @@ def _cleared_away(worker_group: Any) -> Iterator[None]:
         raise
 
 
-def load_libraries() -> None:
-    """Import everything that training takes, in a worker whose group is being started."""
-    import pipeline.training.launch  # noqa: F401
+def _import_module(name: str) -> None:
+    """Import a module in a worker; the module itself could not be sent back."""
+    importlib.import_module(name)
 
 
 def was_lost_while_starting(error: TrainingFailedError) -> bool:
-    """Whether Ray Train gave up because a worker died in the moment when it was given its work."""
+    """Whether Ray Train gave up because a worker died just when it was given its work."""
     return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
 
 
-class LossReporter(UserCallback):
-    """Says in the job's log that workers are lost, and which; Ray Train itself is kept quiet."""
+class LostWorkerLogger(UserCallback):
+    """Logs in one line which worker was lost; the log of Ray Train itself is off."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         dead = [rank for rank, error in worker_exceptions.items() if isinstance(error, WorkerHealthCheckFailedError)]
@@ -116,7 +119,7 @@ class LossReporter(UserCallback):
             return
         rank, error = next(iter(worker_exceptions.items()))
         reason = (str(error).strip().splitlines() or [repr(error)])[-1]
-        if "Connection" in reason:  # what torch says of a peer that is gone, at length
+        if "Connection" in reason:  # the long message of torch about a lost peer
             logger.warning(
                 "lost: a worker that worker %d was connected to; all start again from the newest checkpoint", rank
             )

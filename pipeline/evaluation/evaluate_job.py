@@ -17,6 +17,7 @@ import numpy as np
 
 from model.transformer import Transformer
 from pipeline.checkpoints import reader as checkpoint_reader
+from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers
 from pipeline.config.inference import EvaluateConfig
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
@@ -34,7 +35,6 @@ from pipeline.storage.folders import Folder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.mlflow_run import find_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
-from pipeline.training import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,19 @@ class Scores:
         return {name: values[name] for name in names if values[name] is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """What every process that computes scores needs to know."""
+
+    config: EvaluateConfig
+    path: Path
+    """Folder of the checkpoint or the exported model."""
+    data: str
+    """Address of the folder of shards; empty if there is none."""
+    questions: str | None
+    """File of HellaSwag questions, if any."""
+
+
 def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     """Score a model as ``config`` says.
 
@@ -91,12 +104,13 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     manifest = None if data is None else _check_data(data, path)
     if reuse and run_folder and (found := _earlier(run_folder, source.address, manifest, questions)):
         return found
-    settings = {"config": asdict(config), "path": str(path), "data": str(data or ""), "questions": questions}
+    settings = ScoreSettings(config=config, path=path, data=str(data or ""), questions=questions)
     if config.num_workers == 1:
         result = score_here(settings)
     else:
-        notes = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
-        result = launch.run_workers(score_worker, settings, config, notes=notes, max_failures=0)
+        shared = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
+        group = GroupSettings(num_workers=config.num_workers, device=config.device)
+        result = run_workers(score_worker, settings, group, shared)
     scores = Scores(
         checkpoint=source.address,
         manifest_fingerprint=manifest.fingerprint if manifest else None,
@@ -107,24 +121,24 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     return scores
 
 
-def score_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """One worker's share."""
-    return launch.returning_errors(score_here, settings)
+def score_worker(settings: ScoreSettings, _: SharedFiles) -> dict[str, Any]:
+    """score_here in one of several workers."""
+    return score_here(settings)
 
 
-def score_here(settings: dict[str, Any]) -> dict[str, Any]:
-    """This process's share; the whole result on every rank."""
-    config, path = EvaluateConfig(**settings["config"]), Path(settings["path"])
+def score_here(settings: ScoreSettings) -> dict[str, Any]:
+    """Compute this process's share of the scores; returns the fields of Scores, the same on every rank."""
+    config, path = settings.config, settings.path
     workers = init_distributed(config.device)
     model = Transformer(weights.read_model_config(path))
     parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)
     weights.load_weights(path, model)
     tokenizer = read_tokenizer(path)
     result: dict[str, Any] = {}
-    if settings["data"]:
-        result |= _val_scores(model, tokenizer, open_folder(settings["data"]), config.batch_size, workers)
-    if settings["questions"]:
-        questions = hellaswag.read_questions(Path(settings["questions"]), config.hellaswag_questions)
+    if settings.data:
+        result |= _val_scores(model, tokenizer, open_folder(settings.data), config.batch_size, workers)
+    if settings.questions:
+        questions = hellaswag.read_questions(Path(settings.questions), config.hellaswag_questions)
         tokens_per_batch = config.batch_size * model.config.context_length
         found = hellaswag.score(model, tokenizer, questions, workers, tokens_per_batch=min(tokens_per_batch, 8192))
         result |= {

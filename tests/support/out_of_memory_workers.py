@@ -15,32 +15,35 @@ import torch
 from torch import Tensor
 
 from model.transformer import Transformer
+from pipeline.cluster.workers import SharedFiles
 from pipeline.distributed import signals
 from pipeline.training import launch
+from pipeline.training.launch import WorkerSettings
+from pipeline.training.run_folder import RunSummary
 from tests.support.small_memory import small_memory
 
 LARGEST = 2
 """Windows that fit."""
 
 
-def count_start(settings: dict[str, Any]) -> None:
-    (Path(settings["output"]) / f"start-{os.environ['RANK']}-{uuid.uuid4().hex}").touch()
+def count_start(settings: WorkerSettings) -> None:
+    (Path(settings.output) / f"start-{os.environ['RANK']}-{uuid.uuid4().hex}").touch()
 
 
-def all_starved(settings: dict[str, Any]) -> dict[str, Any]:
+def all_starved(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     count_start(settings)
     small_memory(LARGEST, ranks=(0, 1))
-    return launch.pretrain_worker(settings)
+    return launch.pretrain_worker(settings, files)
 
 
-def second_starved(settings: dict[str, Any]) -> dict[str, Any]:
+def second_starved(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     """The first rank waits for the second in a collective, which fails."""
     count_start(settings)
     small_memory(LARGEST, ranks=(1,))
-    return launch.pretrain_worker(settings)
+    return launch.pretrain_worker(settings, files)
 
 
-def first_never_answers(settings: dict[str, Any]) -> dict[str, Any]:
+def first_never_answers(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     """The first rank waits where nothing fails when the second has left, as over NCCL."""
     signals._ERROR_FILE_SECONDS = signals._GRACE_SECONDS = 0.5
     forward = Transformer.forward
@@ -55,4 +58,4 @@ def first_never_answers(settings: dict[str, Any]) -> dict[str, Any]:
         return starved(self, tokens, *args)
 
     Transformer.forward = waiting  # type: ignore[method-assign, assignment]
-    return launch.pretrain_worker(settings)
+    return launch.pretrain_worker(settings, files)

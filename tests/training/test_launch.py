@@ -20,7 +20,8 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 
 from pipeline.checkpoints.reader import list_checkpoints
-from pipeline.cluster import ray_cluster
+from pipeline.cluster import ray_cluster, workers
+from pipeline.cluster.workers import GroupSettings, SharedFiles, WorkerOutcome, run_workers
 from pipeline.config.inference import EvaluateConfig
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
@@ -192,18 +193,18 @@ def test_gpus_that_the_cluster_does_not_have_are_said_at_once(config: PretrainCo
         launch.pretrain(dataclasses.replace(config, output="gpu", device="cuda"))
 
 
-def environment_of_sums(settings: dict[str, Any]) -> dict[str, Any]:
+def environment_of_sums(settings: None, files: SharedFiles) -> dict[str, str | None]:
     """What a worker's process group was made with."""
     assert torch.distributed.is_initialized()
-    return {"result": {name: os.environ.get(name) for name in ("NCCL_ALGO", "NCCL_NVLS_ENABLE")}}
+    return {name: os.environ.get(name) for name in ("NCCL_ALGO", "NCCL_NVLS_ENABLE")}
 
 
 @pytest.mark.parametrize(("deterministic", "expected"), [("on", ("Ring", "0")), ("off", (None, None))])
-def test_sums_over_workers_are_made_repeatable_before_the_group_is_made(
+def test_sums_over_workers_are_made_deterministic_before_the_group_is_made(
     deterministic: Literal["on", "off"], expected: tuple[str, str], config: PretrainConfig, folder: Path
 ) -> None:
-    config = dataclasses.replace(config, num_workers=1, deterministic=deterministic)
-    found = launch.run_workers(environment_of_sums, {}, config, notes=open_folder(str(folder)), max_failures=0)
+    group = launch.group_settings(dataclasses.replace(config, num_workers=1, deterministic=deterministic))
+    found = run_workers(environment_of_sums, None, group, open_folder(str(folder)))
     assert tuple(found.values()) == expected
 
 
@@ -213,19 +214,17 @@ class Starts:
     def __init__(self, *, lost: int) -> None:
         self.lost, self.number = lost, 0
 
-    def __call__(self, *_: object) -> dict[str, object]:
+    def __call__(self, *_: object) -> WorkerOutcome:
         self.number += 1
         if self.number > self.lost:
-            return {"result": {"steps": 1}}
+            return WorkerOutcome(result={"steps": 1})
         raise ControllerError(ActorDiedError())
 
 
-def run_starts(
-    starts: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch, *, max_failures: int
-) -> dict[str, object]:
-    monkeypatch.setattr(launch, "_fit", starts)
-    config = EvaluateConfig(device="cpu", num_workers=1)
-    return launch.run_workers(dict, {}, config, notes=open_folder(str(folder)), max_failures=max_failures)
+def run_starts(starts: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch, *, max_failures: int) -> dict[str, Any]:
+    monkeypatch.setattr(workers, "_fit", starts)
+    group = GroupSettings(num_workers=1, device="cpu", max_failures=max_failures)
+    return run_workers(environment_of_sums, None, group, open_folder(str(folder)))
 
 
 def test_a_worker_lost_as_it_gets_its_work_is_a_failure_like_others(

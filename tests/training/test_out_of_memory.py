@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from model.transformer import Transformer
 from pipeline.cluster import ray_cluster
+from pipeline.cluster.workers import SharedFiles, WorkerOutcome, _run_worker
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.training import launch
@@ -140,9 +141,9 @@ def test_under_ray_the_run_ends_with_the_sentence_and_without_another_start(
 
 def test_a_group_that_starts_again_after_an_error_says_it_at_once(tmp_path: Path) -> None:
     (tmp_path / "error-1").write_text(SENTENCE)
-    settings = {"notes": str(tmp_path), "error_note": "error-1"}
+    files = SharedFiles(folder=str(tmp_path), error_file="error-1")
 
-    def train(settings: dict[str, Any]) -> dict[str, Any]:
+    def train(settings: None, files: SharedFiles) -> None:
         raise AssertionError("trained again")
 
-    assert launch.returning_errors(train, settings) == {"error": SENTENCE}
+    assert _run_worker(train, None, files) == WorkerOutcome(error=SENTENCE)

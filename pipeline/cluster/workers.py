@@ -1,0 +1,289 @@
+"""Runs a function on a group of workers: Ray Train starts them, restarts the group after a loss, returns the result.
+
+Ray Train restarts a group after any exception, and cannot send a message to running workers. So errors of the user and
+requests to stop travel through two files in a folder that all workers see (SharedFiles). Checkpoints are not Ray
+Train's: the trainer writes its own into that folder, where a restarted group or the same command finds the newest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import psutil
+
+from pipeline.cluster import ray_cluster
+from pipeline.config.training import worker_range
+from pipeline.distributed.process_group import backend_name
+from pipeline.distributed.signals import call_in_thread, stop_on_signals
+from pipeline.errors import RunStopped, UserError
+from pipeline.storage.folders import Folder, open_folder
+
+logger = logging.getLogger(__name__)
+
+SettingsT = TypeVar("SettingsT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+    """How a group of workers is run."""
+
+    num_workers: int | str
+    """Number of workers, or a range such as 2:8 for an elastic group."""
+    device: str
+    """One of auto, cpu and cuda; auto takes GPUs if every worker can have one."""
+    max_failures: int = 0
+    """Number of times that the group may be lost and started again; -1 for any number."""
+    collective_timeout: float = 600.0
+    """Seconds that workers wait for each other."""
+    deterministic: bool = False
+    """Whether sums over workers must give the same bits at every start."""
+    resize_seconds: float = 60.0
+    """Seconds between two attempts to add workers to an elastic group."""
+    stop_on_signals: bool = False
+    """Whether SIGTERM and Ctrl-C ask the workers to stop, through the stop file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFiles:
+    """Two files by which workers and driver tell each other of an error and of a request to stop."""
+
+    folder: str
+    """A folder that all workers see."""
+    error_file: str = field(default_factory=lambda: f"error-{uuid.uuid4().hex}")
+    """Name of the file that holds the UserError of a worker."""
+    stop_file: str = field(default_factory=lambda: f"stop-{uuid.uuid4().hex}")
+    """Name of the file that asks the workers to stop."""
+
+    def has_error(self) -> bool:
+        return open_folder(self.folder).size(self.error_file) is not None
+
+    def read_error(self) -> str:
+        """The error of a worker; empty if there is none."""
+        try:
+            return open_folder(self.folder).read(self.error_file).decode()
+        except FileNotFoundError:
+            return ""
+
+    def write_error(self, sentence: str) -> None:
+        open_folder(self.folder).write(self.error_file, [sentence.encode()])
+
+    def stop_requested(self) -> bool:
+        return open_folder(self.folder).size(self.stop_file) is not None
+
+    def request_stop(self) -> None:
+        open_folder(self.folder).write(self.stop_file, [b"stop"])
+
+    def delete(self) -> None:
+        for name in (self.error_file, self.stop_file):
+            open_folder(self.folder).delete(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOutcome:
+    """How a worker ended: with a result, a UserError, or because it was asked to stop."""
+
+    result: Any = None
+    error: str = ""
+    stopped: str = ""
+
+
+Worker = Callable[[SettingsT, SharedFiles], ResultT]
+"""A function for workers. It has to be importable, and gets its settings and the shared files."""
+
+
+def run_workers(
+    worker: Worker[SettingsT, ResultT], settings: SettingsT, group: GroupSettings, folder: Folder
+) -> ResultT:
+    """Run ``worker`` on all workers of one process group; returns the result of rank 0.
+
+    Args:
+        folder: a folder that every worker sees, for the shared files.
+
+    Raises:
+        UserError: raised by a worker, or the cluster cannot hold the workers, or they fail too often.
+        RunStopped: the workers were asked to stop, and did.
+    """
+    fewest, most = worker_range(group.num_workers)
+    ray_cluster.connect(num_cpus=max(fewest, os.cpu_count() or 1))
+    use_gpu = choose_gpu(group)
+    ray_cluster.require(num_workers=fewest, gpus=use_gpu)
+    files = SharedFiles(folder=str(folder))
+    with _environment(_ray_train_settings(elastic=fewest < most)):
+        try:
+            outcome = _fit_until_done(worker, settings, group, files, use_gpu=use_gpu)
+        finally:
+            files.delete()
+    if outcome.error:
+        raise UserError(outcome.error)
+    result: ResultT = outcome.result
+    return result
+
+
+def _fit_until_done(
+    worker: Worker[SettingsT, Any], settings: SettingsT, group: GroupSettings, files: SharedFiles, *, use_gpu: bool
+) -> WorkerOutcome:
+    """Ray Train counts the losses, but for a worker lost in the moment when it gets its work; those count here."""
+    from ray.train import TrainingFailedError
+
+    from pipeline.cluster.worker_group import was_lost_while_starting
+
+    losses = 0
+    with tempfile.TemporaryDirectory(prefix="gpt25-") as storage:
+        while True:
+            try:
+                trainer = _ray_trainer(worker, settings, group, files, use_gpu=use_gpu, storage=storage)
+                return _fit(trainer, group, files)
+            except TrainingFailedError as error:
+                if sentence := files.read_error():
+                    raise UserError(sentence) from error
+                losses += 1
+                if was_lost_while_starting(error) and not 0 <= group.max_failures < losses:
+                    continue
+                logger.warning("the last failure:", exc_info=error)
+                raise UserError(
+                    f"the workers failed more often than max_failures {group.max_failures} allows; what stopped them "
+                    "stands above, and the same command goes on from the newest checkpoint"
+                ) from error
+
+
+def _fit(trainer: Any, group: GroupSettings, files: SharedFiles) -> WorkerOutcome:
+    """The outcome of rank 0."""
+    if not group.stop_on_signals:
+        outcome: WorkerOutcome = trainer.fit().return_value
+        return outcome
+    with stop_on_signals(files.request_stop) as request:
+        outcome = call_in_thread(lambda: trainer.fit().return_value)  # in the main thread Ray would take Ctrl-C
+    if outcome.stopped:
+        stopped = RunStopped(outcome.stopped)
+        stopped.signal_number = request.signal_number or signal.SIGTERM
+        raise stopped
+    return outcome
+
+
+def _ray_trainer(
+    worker: Worker[SettingsT, Any],
+    settings: SettingsT,
+    group: GroupSettings,
+    files: SharedFiles,
+    *,
+    use_gpu: bool,
+    storage: str,
+) -> Any:
+    """The TorchTrainer; ``storage`` is a folder of this node alone, as Ray Train keeps no checkpoints of ours."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.cluster.worker_group import LostWorkerLogger, WorkerGroupConfig
+
+    fewest, most = worker_range(group.num_workers)
+    return TorchTrainer(
+        # no train_loop_config: Ray shows that to everyone, and MLflow's address may hold a password
+        functools.partial(_run_worker, worker, settings, files),  # type: ignore[arg-type]  # Ray knows no results
+        torch_config=WorkerGroupConfig(
+            backend=backend_name(use_gpu),
+            timeout_s=int(group.collective_timeout) + 60,  # the watchdog of the trainer comes first, and says where
+            began=psutil.Process().create_time(),
+            deterministic=group.deterministic,
+            worker_module=worker.__module__,
+        ),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray Train v2
+            num_workers=(fewest, most) if fewest < most else most,  # type: ignore[arg-type]  # Ray Train v2
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=group.resize_seconds,
+        ),
+        run_config=RunConfig(
+            name=worker.__name__,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=group.max_failures),
+            callbacks=[LostWorkerLogger()],  # type: ignore[list-item]  # Ray Train v2
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Ray Train v2
+        ),
+    )
+
+
+def _ray_train_settings(*, elastic: bool) -> dict[str, str]:
+    """Environment variables that Ray Train reads in the driver, the controller and the workers."""
+    return {
+        # Seconds until a group has its places; an elastic one then asks again for its size, known only 20 s late.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8" if elastic else "600",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed within it
+    }
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """A context in which ``variables`` are set, except those that are set already."""
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+def _run_worker(worker: Worker[SettingsT, Any], settings: SettingsT, files: SharedFiles) -> WorkerOutcome:
+    """Runs in every worker. A UserError becomes its outcome: Ray Train would restart the group, which mends nothing.
+
+    The worker with the error writes the error file and leaves the process group. The collectives of the others then
+    fail, and they find the file; without it a failed collective means a lost worker, which a restart does mend. Where
+    collectives wait instead of failing, the others end (PeerErrorWatcher), and the next group finds the file at once.
+    """
+    if sentence := files.read_error():
+        return WorkerOutcome(error=sentence)
+    try:
+        return WorkerOutcome(result=worker(settings, files))
+    except RunStopped as stopped:
+        return WorkerOutcome(stopped=str(stopped))
+    except UserError as error:
+        sentence = str(error)
+        with contextlib.suppress(UserError):  # there may be no space for this file either
+            files.write_error(sentence)
+    except RuntimeError:
+        if sentence := files.read_error():
+            return WorkerOutcome(error=sentence)
+        raise
+    _leave_process_group()
+    return WorkerOutcome(error=sentence)
+
+
+def _leave_process_group() -> None:
+    """Close the connections. The network holds the group too; it goes with the frames of the error, collected here."""
+    import torch.distributed as dist
+
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_gpu(group: GroupSettings) -> bool:
+    """Whether every worker gets a GPU. Needs a joined cluster.
+
+    Raises:
+        UserError: --device cuda and no GPU in the cluster.
+    """
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if group.device == "cuda" and gpus == 0 and not ray_cluster.autoscales():
+        raise UserError(
+            "--device cuda was asked for, but the cluster has no GPU; use --device cpu or auto, or add GPU nodes"
+        )
+    return group.device == "cuda" or (group.device == "auto" and gpus >= worker_range(group.num_workers)[0])
+
+
+def show_progress(is_rank_zero: bool) -> None:
+    """Send the progress lines of rank 0 to the terminal of the driver; other ranks log warnings only."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO if is_rank_zero else logging.WARNING)
