@@ -1,7 +1,7 @@
-"""Settings of jobs/pretrain.py. command_line.py fills them from a YAML preset and then from flags.
+"""Settings of jobs/pretrain.py.
 
 The fields are the keys of a preset's section (``configs/*.yaml``) and the flags of the command line. A value that makes
-no sense is a UserError that shows it. Dimensions and recipe: docs/design.md.
+no sense raises a UserError that shows it. Dimensions and recipe: docs/design.md.
 """
 
 from __future__ import annotations
@@ -32,121 +32,123 @@ _POSITIVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """From shards to a trained model (jobs/pretrain.py). Defaults: the GPT-2.5 recipe, 124M parameters."""
+    """From shards to a trained model (jobs/pretrain.py). The defaults are the GPT-2.5 recipe with 124M parameters."""
 
     data: str = "data/gpt2.5"
-    """Folder that jobs/tokenize.py wrote."""
+    """Folder of shards that jobs/tokenize.py wrote."""
     output: str = "runs/gpt2.5"
-    """Folder of this run: checkpoints, settings, summary; s3://BUCKET/FOLDER or gs://BUCKET/FOLDER too. The same folder
-    again goes on where it stopped."""
+    """Folder of the run, with checkpoints and summary; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. A run whose
+    folder is given again resumes from its newest checkpoint."""
     checkpoint: str | None = None
-    """Start from the weights of this checkpoint, or another run's newest, instead of random ones."""
+    """Start from the weights of this checkpoint, or of the newest one of another run, instead of random ones."""
 
     num_layers: int = 12
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     num_heads: int = 12
-    """Attention heads per block."""
+    """Number of attention heads per block."""
     d_model: int = 768
     """Width of the residual stream."""
     d_ff: int = 2048
-    """Width of the SwiGLU layer."""
+    """Width of the hidden layer in each SwiGLU."""
     context_length: int = 1024
-    """Tokens that the model sees at once."""
+    """Number of tokens that the model sees at once."""
     theta: float = 10_000.0
-    """Base of the rotary position frequencies."""
+    """Base of the frequencies of the rotary position embedding."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Number added to the mean square in RMSNorm."""
     tie_embeddings: bool = True
-    """Use the embedding matrix as output projection too."""
+    """Use the embedding matrix as the output projection too."""
 
     train_steps: int = 80_000
-    """Optimizer steps."""
+    """Number of optimizer steps of the run."""
     tokens_per_step: int = 524_288
-    """Tokens of one optimizer step over all workers; gradient accumulation follows from it."""
+    """Tokens per optimizer step over all workers; the number of micro-batches follows from it."""
     batch_size: int | Literal["auto"] = 32
-    """Windows of one micro-batch on one worker; auto finds the largest number that fits into the GPU's memory."""
+    """Windows per micro-batch on one worker; auto finds the largest number that fits into the memory of the GPU."""
     grad_accum_steps: int | None = None
-    """Micro-batches per step and worker. Not given: as many as tokens_per_step takes."""
+    """Micro-batches per step and worker. If not given, it follows from tokens_per_step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices inside the blocks; embeddings, output and vectors keep AdamW."""
+    """Optimizer to use; with muon, AdamW still updates embeddings, output and vectors."""
     lr: float = 18e-4
-    """Highest learning rate."""
+    """Highest learning rate, which is reached at the end of the warmup."""
     min_lr_fraction: float = 0.1
-    """Last learning rate as a share of the highest."""
+    """Last learning rate as a fraction of the highest."""
     warmup_fraction: float = 0.05
-    """Share of the steps over which the learning rate rises to its highest."""
+    """Fraction of the steps over which the learning rate rises to its highest."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """Decay rate of the mean gradient in AdamW."""
     beta2: float = 0.95
-    """AdamW's decay of the mean squared gradient."""
+    """Decay rate of the mean squared gradient in AdamW."""
     eps: float = 1e-8
-    """AdamW's denominator guard."""
+    """Number added to the denominator in AdamW."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices, per unit of learning rate; vectors have none."""
+    """Weight decay of matrices, per unit of learning rate; vectors have none."""
     grad_clip: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm; larger gradients are scaled down to it."""
     seed: int = 1337
-    """Of the weights and of the data order."""
+    """Random seed for weight initialization and data order."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes the GPU where every worker can have one."""
+    """Device to train on; auto takes GPUs where every worker can have one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of matrix products; auto is bf16 on a GPU that has it, else fp32. Weights and reductions are fp32 always."""
+    """Number format of the matrix products; auto is bf16 on a GPU that has it, and otherwise fp32. Weights and
+    reductions are always fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the blocks; auto compiles on a GPU."""
+    """Compile the model with torch.compile; auto compiles on a GPU."""
     deterministic: Literal["on", "off"] = "on"
-    """With on, a resumed run repeats the bits of an uninterrupted one on a GPU too. With off, faster kernels whose last
-    bits differ from run to run are allowed there."""
+    """With on, a resumed run has the same bits as an uninterrupted one, on a GPU too. With off, a GPU may use faster
+    kernels whose last bits differ from run to run."""
     recompute: Literal["none", "blocks"] = "none"
-    """With blocks, what the blocks compute is computed a second time instead of kept: the same losses with far less
-    memory, and steps that take about a quarter longer."""
+    """With blocks, activations are computed again in the backward pass instead of being kept: the losses are the same,
+    far less memory is needed, and steps take about a quarter longer."""
 
     profile_steps: str | None = None
-    """Steps to look at with torch's profiler, the first and the last, for instance 20:25; they are slower than others.
-    The folder profile of the run, and MLflow, get a trace and a table of what took the time. Not given: none."""
+    """First and last step to profile with torch's profiler, for instance 20:25; profiled steps are slower. A trace and
+    a table of the slowest operations go to the folder profile of the run and to MLflow. If not given, no step is
+    profiled."""
     log_every: int = 10
-    """Steps between two progress lines and metric points."""
+    """Number of steps between two progress lines and metric points."""
     val_every: int = 250
-    """Steps between two validation losses."""
+    """Number of steps between two computations of the validation loss."""
     val_tokens: int = 10_485_760
-    """Tokens of the val set looked at during training; jobs/evaluate.py looks at all."""
+    """Number of tokens of the val set to use during training; jobs/evaluate.py uses all."""
     sample_every: int = 1000
-    """Steps between two samples of text."""
+    """Number of steps between two text samples."""
     sample_prompt: str = "Once upon a time, "
-    """What the samples begin with."""
+    """Prompt that the text samples continue."""
     sample_tokens: int = 64
-    """Tokens per sample."""
+    """Number of tokens to generate per sample."""
     hellaswag: str | None = None
-    """HellaSwag's questions: a hellaswag_val.jsonl or .parquet, or hf://datasets/OWNER/NAME[@REVISION]/FILE. Not given:
-    none are asked."""
+    """HellaSwag questions: a hellaswag_val.jsonl or .parquet, or hf://datasets/OWNER/NAME[@REVISION]/FILE. If not
+    given, HellaSwag is not evaluated."""
     hellaswag_every: int = 2000
-    """Steps between two HellaSwag scores, each of all questions; the last step has one too."""
+    """Number of steps between two HellaSwag evaluations on all questions; the last step has one too."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints."""
+    """Number of steps between two checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints kept, the newest; the one with the lowest val loss stays too."""
+    """Number of newest checkpoints to keep; the one with the lowest val loss is kept too."""
     keep_every: int | None = None
-    """Steps between checkpoints that stay for good. Not given: none does."""
+    """Number of steps between checkpoints that are never deleted. If not given, there are none."""
 
     num_workers: int | str = 4
-    """Training workers: one GPU each, or one CPU each. 2:8 is elastic: as many as the cluster has, from 2 to 8."""
+    """Number of training workers, each with one GPU or one CPU; 2:8 is elastic, from 2 to 8 as the cluster has room."""
     resize_seconds: float = 300.0
-    """Elastic: seconds between two looks for room for more workers, which go on from the newest checkpoint."""
+    """Seconds between two attempts to add workers to an elastic run, which resumes from its newest checkpoint."""
     skip_nonfinite: int = 0
-    """Steps whose loss or gradient is not finite that are left out; one more ends the run."""
+    """Number of steps with a non-finite loss or gradient that may be skipped; one more ends the run."""
     collective_timeout: int = 600
-    """Seconds without progress after which a worker is taken to hang and its group is started again."""
+    """Seconds without progress after which a worker counts as hanging and its group is restarted."""
     max_failures: int = 3
-    """Lost workers that a run survives before it gives up; -1 for any number."""
+    """Number of times that workers may be lost before the run gives up; -1 means any number."""
     tracking_uri: str | None = None
-    """MLflow server or store. Not given: MLFLOW_TRACKING_URI, else sqlite in the working folder."""
+    """MLflow server or store. If not given, MLFLOW_TRACKING_URI, or else sqlite in the working folder."""
     experiment: str = "gpt-2.5"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     registered_model: str | None = None
-    """Name in MLflow's model registry whose alias best the best checkpoint gets. Not given: the experiment's; none: it
-    is not registered."""
+    """Name in the model registry of MLflow under which the best checkpoint gets the alias best. If not given, the name
+    of the experiment; with none, no model is registered."""
     price_per_hour: float | None = None
-    """Dollars for a worker and hour, for the cost in the report."""
+    """Price of one worker per hour in dollars, for the cost in the report."""
     dry_run: bool = False
     """Print the resolved settings, then stop."""
 
@@ -171,7 +173,11 @@ class PretrainConfig:
         self._check_profile()
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The network's own config; raises UserError for shapes that do not fit together."""
+        """The config of the network.
+
+        Raises:
+            UserError: the dimensions do not fit together.
+        """
         try:
             return ModelConfig(
                 vocab_size=vocab_size,
@@ -189,7 +195,7 @@ class PretrainConfig:
 
     @property
     def registry_name(self) -> str | None:
-        """The registered model's name, or None; MLflow takes neither slash nor colon in one."""
+        """Name of the registered model, or None. MLflow allows neither slash nor colon in it."""
         name = self.experiment if self.registered_model is None else self.registered_model
         return None if name == "none" else re.sub("[/:]", "-", name)
 
@@ -200,7 +206,7 @@ class PretrainConfig:
 
     @property
     def micro_batch(self) -> int:
-        """batch_size as a number, which a run has from its start on (training/largest_batch.py)."""
+        """batch_size as a number; a run replaces auto at its start (training/largest_batch.py)."""
         assert self.batch_size != "auto"
         return self.batch_size
 
@@ -248,7 +254,7 @@ class PretrainConfig:
 
 
 def step_range(profile_steps: str) -> tuple[int, int]:
-    """The first and the last step that ``20:25`` names, counted from 1."""
+    """The first and the last step in a range such as ``20:25``, counted from 1."""
     match = re.fullmatch(r"(\d+):(\d+)", profile_steps)
     if match is None:
         raise UserError(f"profile_steps is {profile_steps}; give the first and the last step, for instance 20:25")
@@ -256,7 +262,7 @@ def step_range(profile_steps: str) -> tuple[int, int]:
 
 
 def worker_range(num_workers: int | str) -> tuple[int, int]:
-    """The fewest and the most workers that ``4`` or ``2:8`` allows."""
+    """The smallest and the largest number of workers in ``4`` or ``2:8``."""
     match = re.fullmatch(r"(-?\d+)(?::(-?\d+))?", str(num_workers))
     if match is None:
         raise UserError(f"num_workers is {num_workers}; give a number, or the fewest and the most, for instance 2:8")
