@@ -40,6 +40,18 @@ def resolve_output(path: str) -> Folder:
     return open_folder(in_bucket(path) or resolve_path(path))
 
 
+def resolve_output_file(path: str) -> tuple[Folder, str]:
+    """The folder of a job's output file, which is made if need be, and the file's name in it.
+
+    Raises:
+        UserError: the folder cannot be made, or no files can be written to it.
+    """
+    parent, slash, name = path.rstrip("/").rpartition("/")
+    folder = resolve_output(parent or slash or ".")
+    folder.make()
+    return folder, name
+
+
 def in_bucket(path: str) -> str | None:
     """The URL of ``path`` where it is a URL, or is relative to a GPT25_HOME that is one; otherwise None."""
     if is_url(path):
@@ -48,15 +60,6 @@ def in_bucket(path: str) -> str | None:
     if not is_url(home) or Path(path).expanduser().is_absolute():
         return None
     return f"{home.rstrip('/')}/{path}"
-
-
-def make_output(folder: Path) -> None:
-    """Make the folder that a job writes to; raises UserError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"output folder {folder} cannot be made: {reason}; choose another --output") from error
 
 
 def without_password(text: str) -> str:

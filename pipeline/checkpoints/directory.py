@@ -1,14 +1,14 @@
-"""The checkpoints of a run as entries of its folder, on a disk or in a bucket: begun, finished, listed, removed.
+"""The folder <run>/checkpoints, on a disk or in a bucket: checkpoints are begun, finished, listed and removed in it.
 
-On a disk a checkpoint is built under a name that ends in .incomplete and renamed. A bucket has no renaming: there
-checkpoint.json, written last, completes a checkpoint, and without it there is none. Of the ranks, one changes entries.
+On a disk a checkpoint is written under a name that ends in .incomplete, and then renamed. Objects in a bucket cannot be
+renamed: there checkpoint.json, written last, makes a checkpoint complete, and files without it are no checkpoint. Only
+one rank calls the functions that change the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.checkpoints.metadata import DESCRIPTION_FILE
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, LocalFolder, open_folder
+from pipeline.storage.folders import Folder, LocalFolder, open_folder, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -25,27 +25,28 @@ _INCOMPLETE = ".incomplete"
 _DAMAGED = ".damaged"
 
 
-def entry_name(step: int) -> str:
+def step_name(step: int) -> str:
+    """Name of the checkpoint of a step in its folder."""
     return f"step-{step:06d}"
 
 
-def entry(folder: Folder, step: int) -> Folder:
-    """Where the checkpoint of a step is, or will be."""
-    return open_folder(f"{folder}/{entry_name(step)}")
+def path_of_step(folder: Folder, step: int) -> Folder:
+    """The checkpoint of a step, whether it exists or not."""
+    return open_folder(f"{folder}/{step_name(step)}")
 
 
 def list_steps(folder: Folder) -> list[int]:
-    """Steps of the checkpoints in ``<run>/checkpoints``, oldest first: all that were completed, damaged or not."""
+    """Steps of the complete checkpoints in ``<run>/checkpoints``, damaged ones included, oldest first."""
     if isinstance(folder, LocalFolder):
-        found = [path.name for path in folder.path.glob("step-*") if path.is_dir()]
+        names = [path.name for path in folder.path.glob("step-*") if path.is_dir()]
     else:
         suffix = f"/{DESCRIPTION_FILE}"
-        found = [name.removesuffix(suffix) for name in folder.names("step-") if name.endswith(suffix)]
-    return sorted(int(match[1]) for match in map(_STEP.fullmatch, found) if match)
+        names = [name.removesuffix(suffix) for name in folder.names("step-") if name.endswith(suffix)]
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
 def begin(folder: Folder, step: int) -> None:
-    """Make room for the files of a step's checkpoint; in a bucket, whatever was there is no checkpoint from now on."""
+    """Prepare an empty folder for a checkpoint's files. In a bucket this removes an older checkpoint of the step."""
     if isinstance(folder, LocalFolder):
         with _disk_errors(folder):
             _remove_tree(_partial(folder, step))
@@ -54,27 +55,27 @@ def begin(folder: Folder, step: int) -> None:
         remove(folder, step)
 
 
-def building_place(folder: Folder, step: int) -> Folder:
-    """Where the files of a begun checkpoint are written to."""
-    return open_folder(_partial(folder, step)) if isinstance(folder, LocalFolder) else entry(folder, step)
+def incomplete_path(folder: Folder, step: int) -> Folder:
+    """The folder that the files of a checkpoint are written to until ``finish``."""
+    return open_folder(_partial(folder, step)) if isinstance(folder, LocalFolder) else path_of_step(folder, step)
 
 
 def finish(folder: Folder, step: int) -> None:
-    """All files are written, checkpoint.json as the last: give the checkpoint its name."""
+    """Give a checkpoint its name after all files were written, checkpoint.json as the last one."""
     if not isinstance(folder, LocalFolder):
         return
-    final = folder.path / entry_name(step)
+    final = folder.path / step_name(step)
     with _disk_errors(folder):
         before = final.with_name(f"{final.name}-before{_INCOMPLETE}")
         if final.exists():  # the same step again
             _remove_tree(before)
             final.rename(before)
         _partial(folder, step).rename(final)
-        _sync(folder.path)
+        sync_folder(folder.path)
         _remove_tree(before)
 
 
-def give_up(folder: Folder, step: int) -> None:
+def abort(folder: Folder, step: int) -> None:
     """Remove the files of a checkpoint that cannot be finished."""
     if not isinstance(folder, LocalFolder):
         remove(folder, step)
@@ -84,8 +85,8 @@ def give_up(folder: Folder, step: int) -> None:
 
 
 def remove(folder: Folder, step: int) -> None:
-    """Remove a checkpoint; it is none any more before its first tensor is gone."""
-    name = entry_name(step)
+    """Remove a checkpoint, in such an order that a removal cut short does not leave a damaged one."""
+    name = step_name(step)
     if isinstance(folder, LocalFolder):
         doomed = folder.path / f"{name}-old{_INCOMPLETE}"
         with _disk_errors(folder):
@@ -98,23 +99,23 @@ def remove(folder: Folder, step: int) -> None:
         folder.delete(file)
 
 
-def put_aside(folder: Folder, step: int) -> str:
-    """A damaged checkpoint is no checkpoint from now on; returns where its files are."""
-    name = entry_name(step)
+def quarantine(folder: Folder, step: int) -> str:
+    """Rename a damaged checkpoint, so that it is not found any more; returns the new address of its files."""
+    name = step_name(step)
     if not isinstance(folder, LocalFolder):
         content = folder.read(f"{name}/{DESCRIPTION_FILE}")
         folder.write(f"{name}/{DESCRIPTION_FILE}{_DAMAGED}", [content])
         folder.delete(f"{name}/{DESCRIPTION_FILE}")
         return f"{folder}/{name}"
-    aside = folder.path / f"{name}{_DAMAGED}"
+    damaged = folder.path / f"{name}{_DAMAGED}"
     with _disk_errors(folder):
-        _remove_tree(aside)  # of an earlier time
-        (folder.path / name).rename(aside)
-    return str(aside)
+        _remove_tree(damaged)  # from an earlier time
+        (folder.path / name).rename(damaged)
+    return str(damaged)
 
 
 def remove_unfinished(folder: Folder) -> None:
-    """Remove what interrupted saves and removals left."""
+    """Remove the files that interrupted saves and removals left."""
     if isinstance(folder, LocalFolder):
         with _disk_errors(folder):
             for leftover in folder.path.glob(f"step-*{_INCOMPLETE}"):
@@ -132,21 +133,12 @@ def remove_unfinished(folder: Folder) -> None:
 
 
 def _partial(folder: LocalFolder, step: int) -> Path:
-    return folder.path / f"{entry_name(step)}{_INCOMPLETE}"
+    return folder.path / f"{step_name(step)}{_INCOMPLETE}"
 
 
 def _remove_tree(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a rename outlast a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

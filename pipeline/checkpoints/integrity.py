@@ -1,6 +1,6 @@
-"""A checkpoint's files against their description: looked at where they are, or fetched from a bucket to this node.
+"""The files of a checkpoint are compared with checkpoint.json, on a disk or while a bucket's are fetched to this node.
 
-The ranks share the looking, and every rank hears the same findings, so that all of them take or refuse a checkpoint.
+The ranks share the reading, and every rank gets the same result, so that all of them use or reject a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,60 +26,69 @@ from pipeline.storage.node_copy import FileEntry, Finding, WrongFileError
 _AT_ONCE = 4  # files
 
 
-def first_damage(files: Sequence[FileEntry], findings: Sequence[int]) -> str:
-    """The first damaged file and what is wrong with it; "" where all are sound."""
-    both = zip(files, findings, strict=True)
-    return next((f"{file.name} {Finding(finding).reason}" for file, finding in both if finding), "")
+def find_damage(directory: LocalFolder, files: Sequence[FileEntry]) -> str:
+    """Which file is not what its entry says, and in what way; "" where all are sound.
 
-
-def look_at_all(place: LocalFolder, files: Sequence[FileEntry]) -> list[int]:
-    """A finding for each file; every rank looks at its share and gets all. Collective where there are several ranks."""
+    Every rank reads a share of the files and returns the same text. Collective where there are several ranks.
+    """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     findings = [int(Finding.SOUND)] * len(files)
 
-    def look(index: int) -> None:
-        findings[index] = node_copy.compare(place, files[index])
+    def compare(index: int) -> None:
+        findings[index] = node_copy.compare(directory, files[index])
 
-    with _shared(findings):
-        in_threads(look, range(rank, len(files), world_size), _AT_ONCE)
-    return findings
+    with _on_all_ranks(findings):
+        in_threads(compare, range(rank, len(files), world_size), _AT_ONCE)
+    return _first_damage(files, findings)
 
 
-def fetch_together(place: Folder, description: Description) -> tuple[Path, list[int]]:
-    """One rank of each node fetches. The folder of the copy and, on every rank, the findings about the origin.
-    Collective where there are several ranks."""
+def fetch(origin: Folder, description: Description) -> tuple[Path, str]:
+    """Copy a checkpoint in a bucket to this node, unless the node has a copy.
+
+    Returns:
+        The folder of the copy, and which file in the bucket is not what was written, as in ``find_damage``.
+    """
+    return _copy_path(origin, description), _first_damage(description.files, _fetch(origin, description))
+
+
+def fetch_on_each_node(origin: Folder, description: Description) -> tuple[Path, str]:
+    """``fetch`` on one rank of every node, with its result on all ranks. Collective where there are several ranks."""
     findings = [int(Finding.SOUND)] * len(description.files)
-    with _shared(findings):
+    with _on_all_ranks(findings):
         if _is_first_of_node():
-            _, findings[:] = fetch(place, description)
-    return _copy_path(place, description), findings
+            findings[:] = _fetch(origin, description)
+    return _copy_path(origin, description), _first_damage(description.files, findings)
 
 
-def fetch(place: Folder, description: Description) -> tuple[Path, list[int]]:
-    """Copy a checkpoint to this node, unless it is here; its path, and a finding for each file at its origin."""
-    path = _copy_path(place, description)
-    copy = LocalFolder(url=str(path))
-    copy.make()
-    findings = [int(Finding.SOUND)] * len(description.files)
-    with process_lock(path.parent / f"{path.name}.lock"):
-        try:
-            node_copy.fetch(place, copy, description.files, what="checkpoint files", flush="nothing")
-            copy.write(DESCRIPTION_FILE, [description.content])
-        except WrongFileError as error:
-            findings[description.files.index(error.file)] = error.finding
-            shutil.rmtree(path)
-    return path, findings
-
-
-def forget_copy(path: Path) -> None:
-    """Remove a fetched checkpoint that no rank of this node reads any more."""
+def remove_copy(path: Path) -> None:
+    """Remove a fetched checkpoint after all ranks of this node have read it."""
     if _is_first_of_node():
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _fetch(origin: Folder, description: Description) -> list[int]:
+    """A finding for each file in the bucket; there is a copy afterwards if all are sound."""
+    copy = LocalFolder(url=str(_copy_path(origin, description)))
+    copy.make()
+    findings = [int(Finding.SOUND)] * len(description.files)
+    with process_lock(copy.path.with_name(f"{copy.path.name}.lock")):
+        try:
+            node_copy.fetch(origin, copy, description.files, what="checkpoint files", flush="nothing")
+            copy.write(DESCRIPTION_FILE, [description.content])
+        except WrongFileError as error:
+            findings[description.files.index(error.file)] = error.finding
+            shutil.rmtree(copy.path)
+    return findings
+
+
+def _first_damage(files: Sequence[FileEntry], findings: Sequence[int]) -> str:
+    both = zip(files, findings, strict=True)
+    return next((f"{file.name} {Finding(finding).reason}" for file, finding in both if finding), "")
+
+
 @contextlib.contextmanager
-def _shared(findings: list[int]) -> Iterator[None]:
-    """What the block writes to ``findings`` is known to every rank afterwards, the worst of each; so is an error."""
+def _on_all_ranks(findings: list[int]) -> Iterator[None]:
+    """After the block every rank has the largest of each finding; an error of one rank is raised on all of them."""
     error = None
     try:
         yield
@@ -95,9 +104,9 @@ def _shared(findings: list[int]) -> Iterator[None]:
         raise error
 
 
-def _copy_path(place: Folder, description: Description) -> Path:
-    """Below the node's cache, a folder for these very contents."""
-    contents = json.dumps([str(place), [[file.name, file.sha256] for file in description.files]])
+def _copy_path(origin: Folder, description: Description) -> Path:
+    """A folder in the node's cache whose name depends on the checkpoint's address and content."""
+    contents = json.dumps([str(origin), [[file.name, file.sha256] for file in description.files]])
     return node_cache("checkpoints") / hashlib.sha256(contents.encode()).hexdigest()[:20]
 
 

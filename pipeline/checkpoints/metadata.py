@@ -1,7 +1,7 @@
-"""checkpoint.json: what a checkpoint says of itself, and what each of its files must be.
+"""checkpoint.json: the description of a checkpoint, with the size and sha256 of each of its files.
 
-It is written last, and it holds the sha256 of its own content beside those of the files, so that whatever is cut off,
-missing or changed in a checkpoint shows before anything is taken from it. Format version 1 knew sizes only.
+It is written last and holds the sha256 of its own content beside those of the files, so that missing, cut off or
+changed files are found before a tensor is read. Format version 1 has the sizes only.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class DamagedError(Exception):
-    """A description that is not what was written. Its text goes on after the name of the file: "is no JSON"."""
+    """A checkpoint.json that is not what was written; the message goes on after the file's name, as in "is missing"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What is to be known of a checkpoint without its tensors."""
+    """Everything in a checkpoint except its tensors."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps completed."""
     tokens_seen: int
-    """Training tokens seen."""
+    """Training tokens processed."""
     first_loss: float
     """Training loss of the run's first step, nats per token."""
     last_loss: float
     """Training loss of the last step logged before the save."""
     model: dict[str, Any]
-    """ModelConfig's fields."""
+    """The fields of ModelConfig."""
     config: dict[str, Any]
-    """The run's resolved settings."""
+    """The resolved settings of the run."""
     data: str
-    """Folder of the shards."""
+    """Path or address of the folder with the shards."""
     manifest_fingerprint: str
     tokenizer_fingerprint: str
     world_size: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote it."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite and that changed nothing (--skip_nonfinite)."""
+    """Number of steps that were skipped because their loss or gradient was not finite (--skip_nonfinite)."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -66,9 +66,9 @@ class Description:
     info: CheckpointInfo
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
-    """Versions of python and torch that wrote it, and the commit of this project where it is known."""
+    """Versions of python and torch at its writing, and the commit of this project where it is known."""
     content: bytes
-    """The file itself."""
+    """The bytes of the file."""
 
 
 def to_bytes(info: CheckpointInfo, files: Sequence[FileEntry]) -> bytes:
@@ -81,12 +81,12 @@ def to_bytes(info: CheckpointInfo, files: Sequence[FileEntry]) -> bytes:
     return (json.dumps({**values, "sha256": _checksum(values)}, indent=2) + "\n").encode()
 
 
-def from_bytes(content: bytes, place: str) -> Description:
-    """Read the checkpoint.json of the checkpoint at ``place``.
+def from_bytes(content: bytes, address: str) -> Description:
+    """Parse the checkpoint.json of the checkpoint at ``address``.
 
     Raises:
-        DamagedError: these are not the bytes that were written.
-        UserError: another version of this project wrote them.
+        DamagedError: ``content`` is not what was written.
+        UserError: another version of this project wrote it.
     """
     try:
         values = json.loads(content)
@@ -97,7 +97,7 @@ def from_bytes(content: bytes, place: str) -> Description:
     if checksum is not None and checksum != _checksum(values):
         raise DamagedError("has another content than was written (sha256)")
     if version not in (1, FORMAT_VERSION):
-        raise UserError(f"checkpoint {place} has format version {version}; this program reads 1 to {FORMAT_VERSION}")
+        raise UserError(f"checkpoint {address} has format version {version}; this program reads 1 to {FORMAT_VERSION}")
     if checksum is None and version != 1:
         raise DamagedError("has lost its own sha256")
     try:
@@ -108,7 +108,7 @@ def from_bytes(content: bytes, place: str) -> Description:
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
-    """Of the values, however the file spaces them out."""
+    """sha256 of the values, which does not depend on the file's white space."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -119,9 +119,9 @@ def _entry(name: str, value: Any, version: int) -> FileEntry:
 
 
 def _info_from(values: Mapping[str, Any]) -> CheckpointInfo:
-    """Fields with a default came later; older checkpoints do not have them."""
-    found = {}
+    """Fields with a default are newer than the format; older checkpoints do not have them."""
+    known = {}
     for field in fields(CheckpointInfo):
         if field.name in values or field.default is MISSING:
-            found[field.name] = values[field.name]
-    return CheckpointInfo(**found)
+            known[field.name] = values[field.name]
+    return CheckpointInfo(**known)

@@ -1,8 +1,8 @@
-"""Checkpoints found, verified and read: nothing is taken from one before all its files are what was written.
+"""Finds, verifies and reads checkpoints. No tensor is read before all files have been found to be what was written.
 
-Verifying compares the size and the sha256 of every file with checkpoint.json, the ranks sharing the files. A checkpoint
-in a bucket is fetched to each node once and verified on the way. torch.distributed.checkpoint then puts the parts
-together, on any number of ranks; nothing is unpickled.
+Verifying compares the size and the sha256 of every file with checkpoint.json; the ranks share the files. A checkpoint
+in a bucket is fetched to each node once and verified on the way. torch.distributed.checkpoint then reads the tensors on
+any number of ranks; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from pipeline.checkpoints.metadata import (
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder, open_folder
-from pipeline.storage.node_copy import FileEntry
 
 logger = logging.getLogger(__name__)
 
@@ -46,30 +45,29 @@ class FoundCheckpoint:
     """Path or address, for messages."""
     info: CheckpointInfo
     path: Path
-    """Where its files can be read."""
+    """Folder of its files on this node."""
 
 
 @contextlib.contextmanager
 def open_newest(folder: Path | Folder, workers: ProcessGroup) -> Iterator[FoundCheckpoint | None]:
-    """The newest sound checkpoint in ``<run>/checkpoints``, to be read within the block; None where there is none.
+    """The newest sound checkpoint in ``<run>/checkpoints``, readable within the block; None where there is none.
 
-    A damaged one is put aside with a warning, and the one before it is looked at. Collective: every rank gets the same.
+    A damaged one is renamed with a warning, and the one before it is tried. Collective; every rank gets the same one.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.
     """
     folder, damage = as_folder(folder), ""
     while (step := _newest_step(folder, workers)) >= 0:
-        place = checkpoint_directory.entry(folder, step)
-        found = _open(place, workers)
-        if isinstance(found, FoundCheckpoint):
-            yield found
-            if not isinstance(place, LocalFolder):  # a resumed run reads it once
+        directory = checkpoint_directory.path_of_step(folder, step)
+        checkpoint, damage = _open(directory, workers)
+        if checkpoint is not None:
+            yield checkpoint
+            if not isinstance(directory, LocalFolder):  # a resumed run reads it once
                 workers.broadcast_int(0)
-                checkpoint_integrity.forget_copy(found.path)
+                checkpoint_integrity.remove_copy(checkpoint.path)
             return
-        damage = found
-        workers.raise_on_all_ranks(_put_aside(folder, step, damage) if workers.is_rank_zero else None)
+        workers.raise_on_all_ranks(_quarantine(folder, step, damage) if workers.is_rank_zero else None)
     if damage:
         raise UserError(
             f"no checkpoint in {folder} can be used, the oldest because its {damage}; put back a copy of one, or give "
@@ -79,74 +77,72 @@ def open_newest(folder: Path | Folder, workers: ProcessGroup) -> Iterator[FoundC
 
 
 def list_checkpoints(folder: Path | Folder) -> list[tuple[int, Folder]]:
-    """(step, place) of the complete checkpoints in ``<run>/checkpoints``, oldest first."""
+    """Step and folder of each complete checkpoint in ``<run>/checkpoints``, oldest first."""
     folder = as_folder(folder)
-    return [(step, checkpoint_directory.entry(folder, step)) for step in checkpoint_directory.list_steps(folder)]
+    return [(step, checkpoint_directory.path_of_step(folder, step)) for step in checkpoint_directory.list_steps(folder)]
 
 
 def newest_info(folder: Path | Folder) -> tuple[Folder, CheckpointInfo] | None:
-    """The newest checkpoint in ``<run>/checkpoints`` whose files are there with their sizes, and what it says.
+    """Folder and description of the newest checkpoint in ``<run>/checkpoints`` whose files have the right sizes.
 
     Reads no tensors, so that a job can say at once whether its run is done. None where there is no such checkpoint.
     """
-    for _, place in reversed(list_checkpoints(folder)):
+    for _, directory in reversed(list_checkpoints(folder)):
         with contextlib.suppress(DamagedError, FileNotFoundError):
-            description = _read_description(place)
-            if all(place.size(file.name) == file.num_bytes for file in description.files):
-                return place, description.info
+            description = _read_description(directory)
+            if all(directory.size(file.name) == file.num_bytes for file in description.files):
+                return directory, description.info
     return None
 
 
 def find_checkpoint(path: Path | Folder) -> Folder:
     """``path`` itself if it is a checkpoint, else the newest checkpoint of the run folder ``path``."""
-    place = as_folder(path)
-    if place.size(DESCRIPTION_FILE) is not None:
-        return place
-    checkpoints = list_checkpoints(open_folder(f"{place}/checkpoints"))
+    directory = as_folder(path)
+    if directory.size(DESCRIPTION_FILE) is not None:
+        return directory
+    checkpoints = list_checkpoints(open_folder(f"{directory}/checkpoints"))
     if not checkpoints:
-        raise UserError(f"{place} is neither a checkpoint nor a run folder with one; train first, or give another")
+        raise UserError(f"{directory} is neither a checkpoint nor a run folder with one; train first, or give another")
     return checkpoints[-1][1]
 
 
 def local_checkpoint(path: str | Path) -> Path:
-    """The checkpoint, or the newest of the run folder, that ``path`` names, on this node's disk.
+    """The checkpoint ``path``, or the newest one of the run folder ``path``, on this node's disk.
 
-    One in a bucket is fetched, unless it is here already, and verified; the copy stays in the node's cache.
+    One in a bucket is fetched, unless the node has a copy, and verified; the copy stays in the node's cache.
     """
-    place = find_checkpoint(open_folder(path))
-    if isinstance(place, LocalFolder):
-        return place.path
-    description = _sound_description(place)
-    copy, findings = checkpoint_integrity.fetch(place, description)
-    _refuse(place, description.files, findings)
+    directory = find_checkpoint(open_folder(path))
+    if isinstance(directory, LocalFolder):
+        return directory.path
+    copy, damage = checkpoint_integrity.fetch(directory, _sound_description(directory))
+    _refuse(directory, damage)
     return copy
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """What the checkpoint at ``path`` says of itself."""
+    """Step, settings and fingerprints of the checkpoint at ``path``."""
     return _sound_description(as_folder(path)).info
 
 
 def read_versions(path: Path) -> dict[str, str]:
-    """The versions of what wrote the checkpoint at ``path``."""
+    """The package versions that the checkpoint at ``path`` was written with."""
     return _sound_description(as_folder(path)).versions
 
 
-def check_shape(place: Path | Folder | str, info: CheckpointInfo, expected: ModelConfig) -> None:
-    """Raise a UserError that names the field where a checkpoint's model differs from the run's."""
+def check_shape(directory: Path | Folder | str, info: CheckpointInfo, expected: ModelConfig) -> None:
+    """Raise a UserError that names the first setting in which the checkpoint's model differs from the run's."""
     for name, value in expected.to_dict().items():
         if info.model.get(name) != value:
             raise UserError(
-                f"checkpoint {place} holds a model with {name} {info.model.get(name)}, but this run asks for {value}; "
-                f"use the same {name}, or another --output for a new run"
+                f"checkpoint {directory} holds a model with {name} {info.model.get(name)}, but this run asks for "
+                f"{value}; use the same {name}, or another --output for a new run"
             )
 
 
 def verify(path: Path) -> None:
-    """Raise a UserError that names the file which is not what was written. Collective where there are several ranks."""
-    place = LocalFolder(url=str(path))
-    description = _sound_description(place)
-    _refuse(place, description.files, checkpoint_integrity.look_at_all(place, description.files))
+    """Raise a UserError that names the first file that is not what was written. Collective with several ranks."""
+    directory = LocalFolder(url=str(path))
+    _refuse(directory, checkpoint_integrity.find_damage(directory, _sound_description(directory).files))
 
 
 def load_training_state(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -162,15 +158,15 @@ def load_weights(path: Path, model: Transformer) -> None:
 
 def read_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Read ``state``'s tensors in place from a checkpoint that was verified, each rank its part. Collective."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp's warning: it is no mistake here
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of dcp; it is intended here
     try:
         dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
-    except (OSError, dcp.CheckpointException) as error:  # on every rank: dcp passes failures on
+    except (OSError, dcp.CheckpointException) as error:  # raised on every rank
         raise UserError(f"checkpoint {path} cannot be read: {_root_cause(error)}") from error
 
 
 def _newest_step(folder: Folder, workers: ProcessGroup) -> int:
-    """As rank 0 sees it; -1 where there is none."""
+    """The newest step in ``folder``, as rank 0 sees it, on every rank; -1 where there is none. Collective."""
     newest, error = -1, None
     if workers.is_rank_zero:
         try:
@@ -181,11 +177,11 @@ def _newest_step(folder: Folder, workers: ProcessGroup) -> int:
     return workers.broadcast_int(newest)
 
 
-def _open(place: Folder, workers: ProcessGroup) -> FoundCheckpoint | str:
-    """The checkpoint, or which of its files is damaged in what way."""
+def _open(directory: Folder, workers: ProcessGroup) -> tuple[FoundCheckpoint | None, str]:
+    """The checkpoint if it is sound, and otherwise which of its files is damaged in what way. Collective."""
     description, damage, error = None, "", None
     try:
-        description = _read_description(place)
+        description = _read_description(directory)
     except FileNotFoundError:
         damage = f"{DESCRIPTION_FILE} is missing"
     except DamagedError as caught:
@@ -193,49 +189,61 @@ def _open(place: Folder, workers: ProcessGroup) -> FoundCheckpoint | str:
     except UserError as caught:
         error = caught
     workers.raise_on_all_ranks(error)
-    if workers.broadcast_int(int(bool(damage))):  # rank 0's word, so that all do the same
-        return damage or f"{DESCRIPTION_FILE} is damaged"
-    workers.raise_on_all_ranks(UserError(f"checkpoint {place}: its {damage}, on one worker only") if damage else None)
+    if workers.broadcast_int(int(bool(damage))):  # rank 0 decides, so that all ranks do the same
+        return None, damage or f"{DESCRIPTION_FILE} is damaged"
+    workers.raise_on_all_ranks(
+        UserError(f"checkpoint {directory}: its {damage}, on one worker only") if damage else None
+    )
     assert description is not None
-    if isinstance(place, LocalFolder):
-        path, findings = place.path, checkpoint_integrity.look_at_all(place, description.files)
+    if isinstance(directory, LocalFolder):
+        path, damage = directory.path, checkpoint_integrity.find_damage(directory, description.files)
     else:
-        path, findings = checkpoint_integrity.fetch_together(place, description)
-    damage = checkpoint_integrity.first_damage(description.files, findings)
-    return damage or FoundCheckpoint(name=str(place), info=description.info, path=path)
+        path, damage = checkpoint_integrity.fetch_on_each_node(directory, description)
+    if damage:
+        return None, damage
+    return FoundCheckpoint(name=str(directory), info=description.info, path=path), ""
 
 
-def _put_aside(folder: Folder, step: int, damage: str) -> UserError | None:
+def _quarantine(folder: Folder, step: int, damage: str) -> UserError | None:
     try:
-        where = checkpoint_directory.put_aside(folder, step)
+        new_path = checkpoint_directory.quarantine(folder, step)
     except UserError as error:
         return error
     logger.warning(
         "checkpoint %s is damaged: its %s; its files are now in %s, and the checkpoint before it is used",
-        checkpoint_directory.entry(folder, step),
+        checkpoint_directory.path_of_step(folder, step),
         damage,
-        where,
+        new_path,
     )
     return None
 
 
-def _read_description(place: Folder) -> Description:
-    """Raises FileNotFoundError, DamagedError, or UserError for what cannot be read or another version wrote."""
-    return checkpoint_metadata.from_bytes(place.read(DESCRIPTION_FILE), str(place))
+def _read_description(directory: Folder) -> Description:
+    """Read checkpoint.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedError: it is not what was written.
+        UserError: it cannot be read, or another version of this project wrote it.
+    """
+    return checkpoint_metadata.from_bytes(directory.read(DESCRIPTION_FILE), str(directory))
 
 
-def _sound_description(place: Folder) -> Description:
+def _sound_description(directory: Folder) -> Description:
+    """Read checkpoint.json; every failure is a UserError."""
     try:
-        return _read_description(place)
+        return _read_description(directory)
     except FileNotFoundError:
-        raise UserError(f"{place} is no checkpoint: it has no {DESCRIPTION_FILE}") from None
+        raise UserError(f"{directory} is no checkpoint: it has no {DESCRIPTION_FILE}") from None
     except DamagedError as error:
-        raise UserError(f"checkpoint {place} is damaged: its {DESCRIPTION_FILE} {error}; use an older one") from error
+        raise UserError(
+            f"checkpoint {directory} is damaged: its {DESCRIPTION_FILE} {error}; use an older one"
+        ) from error
 
 
-def _refuse(place: Folder, files: Sequence[FileEntry], findings: Sequence[int]) -> None:
-    if damage := checkpoint_integrity.first_damage(files, findings):
-        raise UserError(f"checkpoint {place} is damaged: its {damage}; use an older one")
+def _refuse(directory: Folder, damage: str) -> None:
+    if damage:
+        raise UserError(f"checkpoint {directory} is damaged: its {damage}; use an older one")
 
 
 def _root_cause(error: BaseException) -> str:

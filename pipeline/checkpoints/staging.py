@@ -1,9 +1,9 @@
-"""A training state copied to where training does not change it: what a checkpoint is written from, in the background.
+"""A copy of the training state in CPU memory, from which a checkpoint is written in the background.
 
-The memory is got once and used for every checkpoint of a run; beside a GPU it is pinned, which the device copies to by
-itself, and shared by the tensors: torch rounds each pinned allocation up to a power of two, 2.3 GB for the recipe's
-weights and two moments, which are 1.48 GB of float32. Floor of the copy: bytes / bandwidth. A rank of four has 0.37 GB,
-some 15 ms over PCIe 4 x16 (25 GB/s) and 7 ms over PCIe 5.
+The memory is allocated once and used for every checkpoint of a run. On a GPU machine it is pinned, so that the device
+copies to it without the CPU, and the tensors share allocations: torch rounds each pinned allocation up to a power of
+two, which takes 2.3 GB for the recipe's weights and two moments of 1.48 GB (float32). The copy takes at least bytes /
+bandwidth: a rank of four has 0.37 GB, some 15 ms over PCIe 4 x16 (25 GB/s) and 7 ms over PCIe 5.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from pipeline.distributed.fsdp import local_part
 
 _FILE_BYTES = 16 << 20
-_ALIGNMENT = 64  # bytes; of any element's type, and of a cache line
+_ALIGNMENT = 64  # bytes: a cache line, which suits every dtype
 
 
 class StagedState:
-    """Memory for the parts of a state that this rank has. Made on all ranks together.
+    """CPU memory for this rank's part of a training state. Its creation is collective.
 
     Args:
         state: names and tensors, sharded or whole.
@@ -37,24 +37,24 @@ class StagedState:
             empty = pinned_like if self._pinned else empty_like
             self._parts = dict(zip(locals_, empty(list(locals_.values())), strict=True))
             self.state: dict[str, Tensor] = {}
-            """The copy, sharded as the original is."""
+            """The copy, sharded like the original."""
             meshes: dict[DeviceMesh, DeviceMesh] = {}
             for name, tensor in state.items():
                 self.state[name] = _like(tensor, self._parts[name], meshes)
         self.file_of = _divide(state)
 
     def touch(self) -> None:
-        """Have the system hand out the memory now, not in the middle of the first copy. What is in it is lost."""
-        if not self._pinned:  # pinned memory is there from the start
+        """Overwrite the memory, so that the system provides it now instead of during the first copy."""
+        if not self._pinned:  # the system provides pinned memory at once
             for part in self._parts.values():
                 part.zero_()
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether ``state`` has the tensors that the memory was got for."""
+        """Whether ``state`` has the same tensor names, shapes and dtypes as the state that this was made for."""
         return _shapes(state) == self._shapes
 
     def copy(self, state: Mapping[str, Tensor]) -> None:
-        """Copy this rank's parts; returns when ``state`` may change."""
+        """Copy this rank's part; returns when ``state`` may change."""
         with torch.no_grad():
             sources = [local_part(tensor) for tensor in state.values()]
             torch._foreach_copy_([self._parts[name] for name in state], sources, non_blocking=True)
@@ -63,7 +63,7 @@ class StagedState:
 
 
 def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Memory on the CPU for each tensor."""
+    """An uninitialized CPU tensor like each of ``tensors``."""
     return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
 
 
@@ -78,18 +78,18 @@ def pinned_like(tensors: Sequence[Tensor], allocate: Callable[[int], Tensor] = _
     one before it writes it. The storages keep the blocks alive.
 
     Args:
-        allocate: from a number of bytes to that much memory, (bytes,) uint8.
+        allocate: returns that many bytes of memory, (bytes,) uint8.
     """
     places, block_bytes = pack([tensor.numel() * tensor.element_size() for tensor in tensors])
     blocks = [allocate(count).numpy() for count in block_bytes]
-    found = []
+    parts = []
     for tensor, (block, start) in zip(tensors, places, strict=True):
         if not tensor.numel():
-            found.append(torch.empty(tensor.shape, dtype=tensor.dtype))
+            parts.append(torch.empty(tensor.shape, dtype=tensor.dtype))
             continue
         part = torch.frombuffer(blocks[block], dtype=tensor.dtype, count=tensor.numel(), offset=start)
-        found.append(part.view(tensor.shape))
-    return found
+        parts.append(part.view(tensor.shape))
+    return parts
 
 
 def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
@@ -99,7 +99,7 @@ def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
     fills, or the smallest that holds the part.
 
     Returns:
-        For every part its block and where it begins there, in bytes; and the size of every block in bytes.
+        For every part the number of its block and its offset there in bytes; and the size of every block in bytes.
     """
     places: list[tuple[int, int]] = [(0, 0)] * len(sizes)
     block_bytes: list[int] = []
@@ -124,7 +124,7 @@ def _shapes(state: Mapping[str, Tensor]) -> list[tuple[str, torch.Size, torch.dt
 
 
 def _like(tensor: Tensor, part: Tensor, meshes: dict[DeviceMesh, DeviceMesh]) -> Tensor:
-    """``part`` as this rank's part of a tensor that is laid out as ``tensor`` is."""
+    """``part`` as this rank's part of a CPU tensor that is sharded like ``tensor``."""
     if not isinstance(tensor, DTensor):
         return part
     mesh = tensor.device_mesh
@@ -136,17 +136,17 @@ def _like(tensor: Tensor, part: Tensor, meshes: dict[DeviceMesh, DeviceMesh]) ->
 
 
 def _divide(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tensor -> number of the file it goes to, from 1, the same on all ranks; a file is small or has one tensor.
+    """Assign each tensor to a file, numbered from 1, the same on all ranks; a file is small or has one tensor.
 
-    safetensors makes a file in memory and keeps every other thread of the process from running meanwhile: 0.22 s for
-    370 MB in one file. Training loses that, a step of four H100s, unless the file is small.
+    safetensors builds a file in memory and blocks every other thread of the process meanwhile: 0.22 s for 370 MB in one
+    file, which is a step of four H100s. Small files avoid that loss.
     """
-    found: dict[str, int] = {}
+    file_of: dict[str, int] = {}
     number, filled = 1, 0
     for name, tensor in state.items():
         shards = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
         num_bytes = math.ceil(tensor.numel() * tensor.element_size() / shards)
         if filled and filled + num_bytes > _FILE_BYTES:
             number, filled = number + 1, 0
-        found[name], filled = number, filled + num_bytes
-    return found
+        file_of[name], filled = number, filled + num_bytes
+    return file_of

@@ -1,14 +1,17 @@
-"""Checkpoints of a run, written in the background: every rank its own part, complete or absent, the oldest removed.
+"""Writes the checkpoints of a run in the background, every rank its own part, and removes the oldest ones.
+
+A checkpoint is complete or absent, whatever happens while it is written.
 
     <run>/checkpoints/step-000500/                     on a disk, or in a bucket
         shard-00001-model-00001-of-00023.safetensors   rank 0's part of the weights and optimizer state, in some files
-        tokenizer.json                                 what the ids mean
+        tokenizer.json                                 the tokenizer of the ids
         checkpoint.json                                step, settings, fingerprints, versions, sha256 of every file
 
-Training stands still while a rank copies its part (staging.py). The rest happens in a thread:
-torch.distributed.checkpoint writes the copy as safetensors, every rank its own part, to the run's folder or, for a
-bucket, to this node first; the files are hashed and uploaded; rank 0 hears of all, writes checkpoint.json last and
-gives the checkpoint its name. No file is pickled. Finding, verifying and reading checkpoints: reader.py.
+Training waits while a rank copies its part (staging.py). The rest happens in a thread: torch.distributed.checkpoint
+writes the copy as safetensors to the run folder or, for a bucket, to this node first; the files are hashed and
+uploaded; rank 0 gathers the entries of all files, writes checkpoint.json last and gives the checkpoint its name. No
+file is pickled.
+Finding, verifying and reading checkpoints: reader.py.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from pipeline.checkpoints.staging import StagedState
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder, in_threads, node_cache, write_error
-from pipeline.storage.node_copy import FileEntry
+from pipeline.storage.node_copy import FileEntry, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +45,15 @@ _AT_ONCE = 4  # files
 _READ_BYTES = 16 << 20
 
 
-def _none() -> Collection[int]:
-    return ()
-
-
 class CheckpointWriter:
-    """Saves one run's checkpoints, one at a time, in the background. Every rank has one and calls the same methods.
+    """Saves the checkpoints of one run, one at a time, in the background. All ranks call the same methods.
 
     Args:
-        folder: ``<run>/checkpoints``, seen by every rank.
-        tokenizer_json: contents of tokenizer.json, copied into every checkpoint.
-        keep: newest checkpoints that stay.
-        keep_every: steps between checkpoints that stay for good.
-        also_keep: asked on rank 0, from another thread, whenever checkpoints are removed: further steps that stay.
+        folder: ``<run>/checkpoints``, which every rank can reach.
+        tokenizer_json: content of tokenizer.json, which is copied into every checkpoint.
+        keep: number of newest checkpoints that are kept.
+        keep_every: number of steps between checkpoints that are kept forever.
+        also_keep: returns further steps to keep; called on rank 0, from a thread, whenever checkpoints are removed.
     """
 
     def __init__(
@@ -65,14 +64,14 @@ class CheckpointWriter:
         tokenizer_json: str,
         keep: int,
         keep_every: int | None = None,
-        also_keep: Callable[[], Collection[int]] = _none,
+        also_keep: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.folder = as_folder(folder)
         self.workers = workers
         self.tokenizer_json = tokenizer_json
         self.keep, self.keep_every, self.also_keep = keep, keep_every, also_keep
         self.stall_seconds = 0.0
-        """How long training stood still for the last save."""
+        """Seconds that training waited for the last save."""
         self._staged: StagedState | None = None
         self._touched: Future[None] | None = None
         self._pending: Future[None] | None = None
@@ -81,19 +80,19 @@ class CheckpointWriter:
         )
         # Background collectives need a group of their own, or they would mix with the training step's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        shutil.rmtree(self._staging_folder(), ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(self._staging_folder(), ignore_errors=True)  # files of a process that was killed
         self.workers.raise_on_all_ranks(_error_of(self._prepare) if self.workers.is_rank_zero else None)
 
     def reserve(self, state: Mapping[str, Tensor]) -> None:
-        """Get the memory that saving ``state`` takes, in the background: the first save is then as short as any."""
+        """Allocate the memory for saving ``state`` in the background, before the first save needs it."""
         self._staged = StagedState(state)
         self._touched = self._background.submit(self._staged.touch)
 
     def save(self, state: Mapping[str, Tensor], info: CheckpointInfo) -> Folder:
-        """Start writing; returns when the state is copied, so that training may change it. Collective.
+        """Start a save; returns when the state is copied, so that training may change it. Collective.
 
         Returns:
-            Where the checkpoint will be.
+            The folder of the checkpoint, which is complete some time later.
 
         Raises:
             UserError: the save before this one failed (a full disk, a lost folder).
@@ -107,11 +106,11 @@ class CheckpointWriter:
         self._staged.copy(state)
         self._pending = self._background.submit(self._write, self._staged, info)
         self.stall_seconds = time.perf_counter() - start
-        return self.place(info.step)
+        return self.path_of_step(info.step)
 
-    def place(self, step: int) -> Folder:
-        """Where the checkpoint of a step is, or will be."""
-        return checkpoint_directory.entry(self.folder, step)
+    def path_of_step(self, step: int) -> Folder:
+        """The folder of the checkpoint of a step, whether it exists or not."""
+        return checkpoint_directory.path_of_step(self.folder, step)
 
     def wait(self) -> None:
         """Wait until the last save is complete. Collective; raises a UserError on every rank where one failed."""
@@ -121,10 +120,10 @@ class CheckpointWriter:
         self.workers.raise_on_all_ranks(_error_of(pending.result))
 
     def error(self) -> UserError | None:
-        """Why the last save failed on this rank, if that is known already; never waits.
+        """The error of the last save on this rank, if it has failed already; never waits.
 
         Raises:
-            Exception: what no user can mend, as it was met in the background.
+            Exception: an error in the background that is not a UserError.
         """
         pending = self._pending
         return _error_of(pending.result) if pending is not None and pending.done() else None
@@ -134,29 +133,29 @@ class CheckpointWriter:
         checkpoint_directory.remove_unfinished(self.folder)
 
     def _write(self, staged: StagedState, info: CheckpointInfo) -> None:
-        """In the background, on every rank. A rank that fails says so to the others and raises; they end quietly."""
+        """Write a checkpoint, in the background on every rank. A rank that fails raises, the others return."""
         first, step = self.workers.is_rank_zero, info.step
         error = _error_of(lambda: checkpoint_directory.begin(self.folder, step)) if first else None
-        if self._exchange(None if error else []) is None:
+        if self._gather(None if error else []) is None:
             return _raise(error)
-        place = checkpoint_directory.building_place(self.folder, step)
+        directory = checkpoint_directory.incomplete_path(self.folder, step)
         own: list[FileEntry] = []
-        error = _error_of(lambda: own.extend(self._write_part(staged, place)))
-        files = self._exchange(None if error else own)
+        error = _error_of(lambda: own.extend(self._write_part(staged, directory)))
+        files = self._gather(None if error else own)
         if first and files is None:
-            checkpoint_directory.give_up(self.folder, step)
+            checkpoint_directory.abort(self.folder, step)
         elif first and files is not None:
-            self._complete(place, files, info)
+            self._complete(directory, files, info)
         _raise(error)
 
-    def _write_part(self, staged: StagedState, place: Folder) -> list[FileEntry]:
-        """This rank's files, written to ``place``. Collective, over gloo."""
-        is_local = isinstance(place, LocalFolder)
-        folder = place.path if isinstance(place, LocalFolder) else self._staging_folder()
+    def _write_part(self, staged: StagedState, directory: Folder) -> list[FileEntry]:
+        """Write this rank's files to ``directory`` and return their entries. Collective, over gloo."""
+        is_local = isinstance(directory, LocalFolder)
+        folder = directory.path if isinstance(directory, LocalFolder) else self._staging_folder()
         entries: list[FileEntry] = []
 
         def hash_or_upload(path: Path) -> None:
-            sha256 = _sha256(path) if is_local else place.write(path.name, _blocks(path))
+            sha256 = file_sha256(path) if is_local else directory.write(path.name, _blocks(path))
             entries.append(FileEntry(name=path.name, num_bytes=path.stat().st_size, sha256=sha256))
 
         try:
@@ -169,22 +168,22 @@ class CheckpointWriter:
 
     def _save_to(self, folder: Path, staged: StagedState) -> None:
         writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=staged.file_of, save_distributed=True)
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no mistake here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is intended here
         try:
             dcp.save(dict(staged.state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        except dcp.CheckpointException as error:  # on every rank
+        except dcp.CheckpointException as error:  # raised on every rank
             raise _explain(folder, error) from error
 
     def _files_in(self, folder: Path) -> list[Path]:
         return sorted(folder.glob(f"shard-{self.workers.rank + 1:05d}-*.safetensors"))
 
     def _staging_folder(self) -> Path:
-        """Of this rank, for files on their way to a bucket."""
+        """Folder of this rank for files that are being uploaded to a bucket."""
         run = hashlib.sha256(self.folder.url.encode()).hexdigest()[:20]
         return node_cache("saving") / run / f"rank-{self.workers.rank}"
 
-    def _exchange(self, own: list[FileEntry] | None) -> list[FileEntry] | None:
-        """The entries of all ranks, in the order of the ranks; None where a rank gave None. Collective, over gloo."""
+    def _gather(self, own: list[FileEntry] | None) -> list[FileEntry] | None:
+        """The entries of all ranks, in the order of the ranks; None if any rank passes None. Collective, over gloo."""
         if self._group is None:
             return own
         gathered: list[list[FileEntry] | None] = [None] * self.workers.world_size
@@ -193,24 +192,24 @@ class CheckpointWriter:
             return None
         return [entry for entries in gathered if entries is not None for entry in entries]
 
-    def _complete(self, place: Folder, files: list[FileEntry], info: CheckpointInfo) -> None:
+    def _complete(self, directory: Folder, files: list[FileEntry], info: CheckpointInfo) -> None:
         tokenizer = self.tokenizer_json.encode()
-        sha256 = place.write(TOKENIZER_FILE, [tokenizer], flush="content")
+        sha256 = directory.write(TOKENIZER_FILE, [tokenizer], flush="content")
         files = [*files, FileEntry(name=TOKENIZER_FILE, num_bytes=len(tokenizer), sha256=sha256)]
-        place.write(DESCRIPTION_FILE, [to_bytes(info, files)])
+        directory.write(DESCRIPTION_FILE, [to_bytes(info, files)])
         checkpoint_directory.finish(self.folder, info.step)
         self._remove_old()
 
     def _remove_old(self) -> None:
         steps = checkpoint_directory.list_steps(self.folder)
-        staying = {*steps[-self.keep :], *self.also_keep()}
+        kept = {*steps[-self.keep :], *self.also_keep()}
         for step in steps:
-            if step not in staying and (self.keep_every is None or step % self.keep_every):
+            if step not in kept and (self.keep_every is None or step % self.keep_every):
                 checkpoint_directory.remove(self.folder, step)
 
 
 def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor that a resumed run needs, under the parameters' names: weights and both AdamW moments."""
+    """Every tensor that a resumed run needs, under the parameters' names: weights and optimizer state."""
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state[f"model.{name}"] = parameter.detach()
@@ -220,16 +219,9 @@ def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict
 
 
 def _choose_device(device: torch.device) -> None:
-    """A new thread is on the first GPU, whichever its process trains on."""
+    """Select the device that the process trains on; a new thread would use the first GPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -239,7 +231,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _explain(folder: Path, error: dcp.CheckpointException) -> UserError:
-    """The first failure of any rank."""
+    """The first failure of any rank as a UserError."""
     failure = next(iter(error.failures.values()))
     cause = failure[0] if isinstance(failure, tuple) else failure
     if isinstance(cause, OSError):
@@ -248,7 +240,7 @@ def _explain(folder: Path, error: dcp.CheckpointException) -> UserError:
 
 
 def _error_of(action: Callable[[], object]) -> UserError | None:
-    """Run ``action``; what a user can mend comes back."""
+    """Call ``action`` and return its error, if it is one that the user can mend."""
     try:
         action()
     except UserError as error:

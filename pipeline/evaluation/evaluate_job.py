@@ -1,7 +1,7 @@
-"""What jobs/evaluate.py calls: val loss, perplexity, bits per byte, HellaSwag of whatever resolve_checkpoint takes.
+"""The work of jobs/evaluate.py: val loss, perplexity, bits per byte and HellaSwag of a model that resolve_model finds.
 
-One process, or several workers of Ray Train that share the val set and the questions; the figures are the same up to
-rounding. They go into a JSON file and, where the model is a run's, into the run's folder and its MLflow run.
+One process computes them, or several workers of Ray Train share the val set and the questions; the results are the same
+up to rounding. They are written to a JSON file and, for a checkpoint of a run, to the run folder and its MLflow run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
 from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
-from pipeline.paths import make_output, resolve_output, resolve_path, working_folder
+from pipeline.paths import resolve_output, resolve_output_file, working_folder
 from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
 from pipeline.run_files import SCORES_FILE
@@ -39,20 +39,20 @@ from pipeline.tracking.mlflow_tracker import MLflowTracker
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a model reaches (evaluation.json); None where it was not asked for."""
+    """The results of an evaluation, as in evaluation.json; None where something was not measured."""
 
     checkpoint: str
     step: int | None = None
     tokens_seen: int | None = None
     manifest_fingerprint: str | None = None
     val_tokens: int | None = None
-    """Predicted, <|endoftext|> included."""
+    """Number of predicted tokens, <|endoftext|> included."""
     val_loss: float | None = None
     """Nats per token."""
     bits_per_byte: float | None = None
-    """Of the text; does not depend on the tokenizer."""
+    """Bits per byte of text, which can be compared between tokenizers."""
     unigram_entropy: float | None = None
-    """Of the same tokens, in nats: what a model reaches that ignores the context."""
+    """Entropy of the token frequencies in nats: the loss of the best model that ignores the context."""
     hellaswag_acc_norm: float | None = None
     hellaswag_acc: float | None = None
     hellaswag_questions: int | None = None
@@ -67,7 +67,7 @@ class Scores:
         return None if self.val_loss is None or self.unigram_entropy is None else self.unigram_entropy - self.val_loss
 
     def figures(self) -> dict[str, float]:
-        """Those that there are, by the names that the JSON file and MLflow give them."""
+        """The scores that were measured, under their names in evaluation.json."""
         values = asdict(self) | {"perplexity": self.perplexity}
         names = ("val_loss", "perplexity", "bits_per_byte", "unigram_entropy", "hellaswag_acc_norm", "hellaswag_acc")
         return {name: values[name] for name in names if values[name] is not None}
@@ -87,13 +87,13 @@ class ScoreSettings:
 
 
 def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
-    """Score a model as ``config`` says.
+    """Evaluate a model as ``config`` says.
 
     Args:
-        reuse: take the scores of an earlier evaluation of the same checkpoint on the same data, if it had them all.
+        reuse: return the scores of an earlier evaluation of the same checkpoint on the same data, if it has them all.
 
     Raises:
-        UserError: no such model or data, shards of another tokenizer, nothing to measure.
+        UserError: the model or its data do not exist, the shards have another tokenizer, or there is nothing to do.
     """
     source = resolve_model(config.checkpoint)
     path, run_folder = source.path, source.run_folder
@@ -102,32 +102,32 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     if data is None and questions is None:
         raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag")
     manifest = None if data is None else _check_data(data, path)
-    if reuse and run_folder and (found := _earlier(run_folder, source.address, manifest, questions)):
-        return found
+    if reuse and run_folder and (saved := _saved_scores(run_folder, source.address, manifest, questions)):
+        return saved
     settings = ScoreSettings(config=config, path=path, data=str(data or ""), questions=questions)
     if config.num_workers == 1:
-        result = score_here(settings)
+        result = evaluate_on_rank(settings)
     else:
         shared = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
         group = GroupSettings(num_workers=config.num_workers, device=config.device)
-        result = run_workers(score_worker, settings, group, shared)
+        result = run_workers(evaluate_worker, settings, group, shared)
     scores = Scores(
         checkpoint=source.address,
         manifest_fingerprint=manifest.fingerprint if manifest else None,
         **weights.read_progress(path),
         **result,
     )
-    _keep(config, run_folder, scores)
+    _save(config, run_folder, scores)
     return scores
 
 
-def score_worker(settings: ScoreSettings, _: SharedFiles) -> dict[str, Any]:
-    """score_here in one of several workers."""
-    return score_here(settings)
+def evaluate_worker(settings: ScoreSettings, _: SharedFiles) -> dict[str, Any]:
+    """``evaluate_on_rank`` in a worker of Ray Train."""
+    return evaluate_on_rank(settings)
 
 
-def score_here(settings: ScoreSettings) -> dict[str, Any]:
-    """Compute this process's share of the scores; returns the fields of Scores, the same on every rank."""
+def evaluate_on_rank(settings: ScoreSettings) -> dict[str, Any]:
+    """Measure this rank's share; returns the fields of Scores for all ranks together. Collective."""
     config, path = settings.config, settings.path
     workers = init_distributed(config.device)
     model = Transformer(weights.read_model_config(path))
@@ -140,11 +140,11 @@ def score_here(settings: ScoreSettings) -> dict[str, Any]:
     if settings.questions:
         questions = hellaswag.read_questions(Path(settings.questions), config.hellaswag_questions)
         tokens_per_batch = config.batch_size * model.config.context_length
-        found = hellaswag.score(model, tokenizer, questions, workers, tokens_per_batch=min(tokens_per_batch, 8192))
+        scores = hellaswag.score(model, tokenizer, questions, workers, tokens_per_batch=min(tokens_per_batch, 8192))
         result |= {
-            "hellaswag_acc_norm": found.acc_norm,
-            "hellaswag_acc": found.acc,
-            "hellaswag_questions": found.questions,
+            "hellaswag_acc_norm": scores.acc_norm,
+            "hellaswag_acc": scores.acc,
+            "hellaswag_questions": scores.questions,
         }
     return result
 
@@ -153,16 +153,16 @@ def _val_scores(
     model: Transformer, tokenizer: Tokenizer, data: Folder, batch_size: int, workers: ProcessGroup
 ) -> dict[str, Any]:
     stream = open_split(data, "val")
-    found = validation_loss(model, stream, workers, context_length=model.config.context_length, batch_size=batch_size)
+    result = validation_loss(model, stream, workers, context_length=model.config.context_length, batch_size=batch_size)
     counts = count_tokens(stream)
-    first = int(stream.read(0, 1)[0])  # is predicted by nothing
+    first = int(stream.read(0, 1)[0])  # has no context, so it is never predicted
     sizes = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
-    sizes[list(tokenizer.special_tokens.values())] = 0  # no part of the text
+    sizes[list(tokenizer.special_tokens.values())] = 0  # not part of the text
     num_bytes = int(counts[: len(sizes)] @ sizes) - int(sizes[first])
     return {
-        "val_tokens": found.tokens,
-        "val_loss": found.loss,
-        "bits_per_byte": found.loss * found.tokens / math.log(2) / num_bytes,
+        "val_tokens": result.tokens,
+        "val_loss": result.loss,
+        "bits_per_byte": result.loss * result.tokens / math.log(2) / num_bytes,
         "unigram_entropy": entropy(counts),
     }
 
@@ -180,7 +180,10 @@ def _check_data(data: Folder, path: Path) -> Manifest:
     return manifest
 
 
-def _earlier(run_folder: Folder, checkpoint: str, manifest: Manifest | None, questions: str | None) -> Scores | None:
+def _saved_scores(
+    run_folder: Folder, checkpoint: str, manifest: Manifest | None, questions: str | None
+) -> Scores | None:
+    """The scores in evaluation.json, if they are of this checkpoint and this data."""
     try:
         values = json.loads(run_folder.read(SCORES_FILE))
     except FileNotFoundError:
@@ -191,16 +194,15 @@ def _earlier(run_folder: Folder, checkpoint: str, manifest: Manifest | None, que
     return scores if same and (questions is None or scores.hellaswag_acc is not None) else None
 
 
-def _keep(config: EvaluateConfig, run_folder: Folder | None, scores: Scores) -> None:
-    """The result as JSON where it belongs, and as metrics of the training run where there is one."""
-    text = json.dumps(asdict(scores) | {"perplexity": scores.perplexity}, indent=2) + "\n"
+def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores) -> None:
+    """Write the scores to ``config.output``, and to the run folder and the MLflow run where the model has one."""
+    content = (json.dumps(asdict(scores) | {"perplexity": scores.perplexity}, indent=2) + "\n").encode()
     if config.output:
-        output = resolve_path(config.output)
-        make_output(output.parent)
-        output.write_text(text, encoding="utf-8")
+        folder, name = resolve_output_file(config.output)
+        folder.write(name, [content])
     if run_folder is None:
         return
-    run_folder.write(SCORES_FILE, [text.encode()])
+    run_folder.write(SCORES_FILE, [content])
     run = find_run(tracking_uri=config.tracking_uri, folder=run_folder, working_folder=working_folder())
     if run is None:
         return

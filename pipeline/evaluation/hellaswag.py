@@ -1,9 +1,9 @@
-"""HellaSwag: of four endings, which does the model find the likeliest? As lm-evaluation-harness asks and counts.
+"""HellaSwag: which of four endings is the likeliest for the model? Scored as lm-evaluation-harness does it.
 
-The questions are the published hellaswag_val.jsonl (10,042 of them), one JSON object a line. Text is prepared as the
-harness's task does, the context and an ending are encoded together, and the log-probabilities of the ending's tokens
-are summed: acc takes the ending with the largest sum, acc_norm the largest sum per character of the ending. Published
-for GPT-2.5: acc_norm about 0.36; chance is 0.25. Held to the harness itself in tests/evaluation/test_hellaswag.py.
+The questions are the published hellaswag_val.jsonl (10,042 of them), one JSON object per line. Text is cleaned as in
+the harness's task, the context and an ending are encoded together, and the log-probabilities of the ending's tokens are
+summed: acc chooses the ending with the largest sum, acc_norm the one with the largest sum per character. Published for
+GPT-2.5: acc_norm about 0.36; chance is 0.25. tests/evaluation/test_hellaswag.py compares it with the harness itself.
 
 Shapes: B rows, T time, V vocab.
 """
@@ -34,36 +34,36 @@ _KEYS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A context and its endings, prepared for the model."""
+    """A context and its endings, cleaned."""
 
     context: str
     endings: tuple[str, ...]
     answer: int
-    """Number of the true ending."""
+    """Index of the true ending."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HellaSwagResult:
     acc: float
-    """Share of questions where the true ending is the likeliest."""
+    """Share of questions whose true ending is the likeliest."""
     acc_norm: float
-    """The same per character of the ending: the figure that is usually quoted."""
+    """The same with log-probabilities per character of the ending; the figure that is usually quoted."""
     questions: int
 
     @property
     def standard_error(self) -> float:
-        """Of acc_norm: what another sample of questions would change."""
+        """Standard error of acc_norm over samples of questions."""
         return float((self.acc_norm * (1 - self.acc_norm) / max(1, self.questions - 1)) ** 0.5)
 
 
 def read_questions(path: Path | str, limit: int | None = None) -> list[Question]:
-    """The first ``limit`` questions of a hellaswag_val.jsonl, or of the .parquet file that the hub has; all by default.
+    """The first ``limit`` questions (by default all) of a hellaswag_val.jsonl, or of the hub's .parquet file.
 
     Args:
-        path: of a disk, or s3://BUCKET/NAME, gs://BUCKET/NAME.
+        path: a local path, s3://BUCKET/NAME or gs://BUCKET/NAME.
 
     Raises:
-        UserError: no such file, or a line (or row) that is no question with an answer.
+        UserError: the file does not exist, or a line (or row) is not a question with an answer.
     """
     try:
         folder, _, name = str(path).rpartition("/")
@@ -78,7 +78,7 @@ def read_questions(path: Path | str, limit: int | None = None) -> list[Question]
 
 
 def _parquet_lines(content: bytes) -> list[str]:
-    """The rows of a parquet file as JSON lines: the hub has the same fields under the same names."""
+    """The rows of a parquet file as JSON lines; the hub's file has the same fields under the same names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -97,7 +97,7 @@ def _question(path: Path | str, number: int, line: str) -> Question:
 
 
 def prepare(values: dict[str, Any]) -> Question:
-    """One published question as the model sees it; ValueError where it has no answer, as the test set's have none."""
+    """Clean one published question; ValueError where it has no answer, like those of the test set."""
     context = f"{values['activity_label']}: {values['ctx_a']} {values['ctx_b'].capitalize()}"
     endings = tuple(clean(ending) for ending in values["endings"])
     answer = int(values["label"])
@@ -107,34 +107,34 @@ def prepare(values: dict[str, Any]) -> Question:
 
 
 def clean(text: str) -> str:
-    """Without the marks that the WikiHow part of the questions was left with."""
+    """``text`` without the markup that remains in the WikiHow part of the questions."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedQuestions:
-    """Questions as ids, for any number of evaluations; a row is a context with one of its endings."""
+    """Questions as token ids, for any number of evaluations; a row is a context with one of its endings."""
 
     ids: npt.NDArray[np.unsignedinteger[Any]]
-    """Of all rows, one behind the other."""
+    """The ids of all rows, concatenated."""
     offsets: npt.NDArray[np.int64]
-    """Where rows begin, and where the last one ends."""
+    """Offset of each row in ``ids``, and the total length."""
     ending_ids: npt.NDArray[np.int64]
-    """Of each row, how many of its ids are the ending's."""
+    """Number of ids of the ending in each row."""
     endings: tuple[tuple[str, ...], ...]
     answers: tuple[int, ...]
 
     def row(self, number: int) -> tuple[list[int], int]:
-        """Ids of a row, and how many of them are the ending's."""
+        """The ids of a row, and how many of them belong to the ending."""
         ids = self.ids[self.offsets[number] : self.offsets[number + 1]].tolist()
         return ids, int(self.ending_ids[number])
 
 
 def encode_all(questions: Sequence[Question], tokenizer: Tokenizer) -> EncodedQuestions:
-    """The questions' rows, in arrays: 10,042 questions are 8 MB.
+    """Encode questions into arrays; 10,042 questions take 8 MB.
 
-    Context and ending are encoded as one text; what lies behind as many ids as the context has alone is the ending's.
+    Context and ending are encoded as one text. The context has as many ids as it has alone, and the rest is the ending.
     """
     stripped = [question.context.rstrip() for question in questions]
     texts = [
@@ -162,7 +162,7 @@ def score(
     *,
     tokens_per_batch: int,
 ) -> HellaSwagResult:
-    """Accuracy of ``model`` on the questions; ``score_encoded`` of them. Collective."""
+    """Encode the questions and score ``model`` with ``score_encoded``. Collective."""
     return score_encoded(model, encode_all(questions, tokenizer), workers, tokens_per_batch=tokens_per_batch)
 
 
@@ -170,9 +170,9 @@ def score(
 def score_encoded(
     model: Transformer, questions: EncodedQuestions, workers: ProcessGroup, *, tokens_per_batch: int
 ) -> HellaSwagResult:
-    """Accuracy of ``model`` on the questions, shared by the ranks; the same on every rank. Collective.
+    """Accuracy of ``model`` on the questions, which the ranks share; the same result on every rank. Collective.
 
-    Every rank runs as many forward passes as the others, each of about ``tokens_per_batch`` tokens, padding included.
+    Every rank runs the same number of forward passes, each of about ``tokens_per_batch`` tokens with padding.
     """
     lengths = np.diff(questions.offsets).tolist()
     sums = torch.zeros(len(lengths), dtype=torch.float64)
@@ -182,38 +182,38 @@ def score_encoded(
     rounds = -(-len(batches) // workers.world_size)
     for number in range(rounds):
         index = number * workers.world_size + workers.rank
-        chosen = batches[index] if index < len(batches) else batches[0][:1]  # takes part, does not count
-        found = ending_log_probabilities(model, [questions.row(row) for row in chosen], workers.device)
+        chosen = batches[index] if index < len(batches) else batches[0][:1]  # a forward pass whose result is not used
+        values = ending_log_probabilities(model, [questions.row(row) for row in chosen], workers.device)
         if index < len(batches):
-            sums[chosen] = found.double().cpu()
+            sums[chosen] = values.double().cpu()
     model.train(training)
     return _count_hits(questions, workers.sum(sums.to(workers.device)).cpu())
 
 
 def _count_hits(questions: EncodedQuestions, log_probabilities: Tensor) -> HellaSwagResult:
-    """log_probabilities: of each row's ending."""
+    """Compare the log-probabilities of all rows' endings, (number of rows,), with the answers."""
     hits = hits_norm = start = 0
     for endings, answer in zip(questions.endings, questions.answers, strict=True):
-        found = log_probabilities[start : start + len(endings)]
+        values = log_probabilities[start : start + len(endings)]
         characters = torch.tensor([float(len(ending)) for ending in endings])
-        hits += int(found.argmax()) == answer
-        hits_norm += int((found / characters).argmax()) == answer
+        hits += int(values.argmax()) == answer
+        hits_norm += int((values / characters).argmax()) == answer
         start += len(endings)
     count = len(questions.answers)
     return HellaSwagResult(acc=hits / count, acc_norm=hits_norm / count, questions=count)
 
 
 def ending_log_probabilities(model: Transformer, rows: Sequence[tuple[list[int], int]], device: torch.device) -> Tensor:
-    """Sum of log p over each row's last ids, in nats, (B,) float32; rows as in EncodedQuestions.
+    """Sum of log p over the ids of each row's ending, in nats, (B,) float32; rows as in EncodedQuestions.row.
 
-    A row longer than the context loses its beginning.
+    A row longer than the context is cut at its beginning.
     """
     length = model.config.context_length
     cut = [(ids[-(length + 1) :], min(count, length)) for ids, count in rows]
     longest = max(len(ids) for ids, _ in cut) - 1
     tokens = torch.zeros(len(cut), longest, dtype=torch.int64)
     for row, (ids, _) in enumerate(cut):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])  # filled up on the right, which no real position sees
+        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])  # padding on the right, which no token attends to
     logits = model(tokens.to(device))  # (B, T, V)
     sums = []
     for row, (ids, count) in enumerate(cut):
@@ -224,7 +224,7 @@ def ending_log_probabilities(model: Transformer, rows: Sequence[tuple[list[int],
 
 
 def _batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Row numbers in groups of about equal length, the longest first: what does not fit into memory shows at once."""
+    """Row numbers in batches of similar length; the longest come first, so that too little memory shows at once."""
     return list(_grouped(sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)), lengths, tokens_per_batch))
 
 

@@ -1,7 +1,7 @@
-"""Validation loss: the mean over tokens of -log p, in nats, each token of the val stream predicted once.
+"""Validation loss: the mean of -log p over the tokens of the val stream, in nats, with each token predicted once.
 
-Windows of context_length tokens follow one another, so each token but the first is a target exactly once; the last
-window is as long as what is left. Perplexity is exp(loss) over the same tokens.
+Windows of context_length tokens follow one another, so that each token but the first is a target exactly once; the last
+window has the rest. Perplexity is exp(loss) over the same tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ValidationResult:
     loss: float
     """Nats per token."""
     tokens: int
-    """Tokens predicted."""
+    """Number of predicted tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -45,11 +45,11 @@ def validation_loss(
     batch_size: int,
     max_tokens: int | None = None,
 ) -> ValidationResult:
-    """Mean loss over the first ``max_tokens`` targets of ``stream`` (all of them by default), shared by the ranks.
+    """Mean loss over the first ``max_tokens`` targets of ``stream`` (by default all); the ranks share the work.
 
-    Every rank runs the same number of forward passes, which are collective operations under FSDP. Losses are added up
-    on the device, in float64, and the process waits for it once, at the end. Of a compiled model only batches of
-    ``batch_size`` windows run compiled: each other size would be compiled for itself.
+    Every rank runs the same number of forward passes, which are collective operations under FSDP. Losses are summed on
+    the device in float64, and the host waits for the device once, at the end. A compiled model runs only batches of
+    ``batch_size`` windows compiled, because each other size would need a compilation of its own.
 
     Raises:
         UserError: the stream holds fewer than two tokens.
@@ -68,7 +68,7 @@ def validation_loss(
         with _as_compiled(len(chosen) == batch_size):
             loss = _mean_loss(model, tokens)
         total += len(windows) * context_length * torch.stack([loss, one])
-    if rest:  # every rank computes it, the first counts it
+    if rest:  # every rank computes it, rank 0 counts it
         last = np.array([full_windows])
         tokens = _read(stream, last, length=rest + 1, stride=context_length, device=workers.device)
         with _as_compiled(False):
@@ -80,14 +80,14 @@ def validation_loss(
 
 
 def _rank_batches(num_windows: int, batch_size: int, workers: ProcessGroup) -> list[np.ndarray]:
-    """The rank's windows in batches; as many batches on every rank, some of them empty."""
+    """The windows of this rank in batches; every rank has the same number of batches, of which some may be empty."""
     mine = np.arange(workers.rank, num_windows, workers.world_size)
     most = -(-num_windows // workers.world_size)
     return [mine[start : start + batch_size] for start in range(0, most, batch_size)]
 
 
 def _read(stream: TokenStream, windows: np.ndarray, *, length: int, stride: int, device: torch.device) -> torch.Tensor:
-    """read_windows; a GPU copies them from page-locked memory, and nothing waits for it."""
+    """read_windows, copied to a GPU from pinned memory without waiting for it."""
     tokens = read_windows(stream, windows, length=length, stride=stride, device=torch.device("cpu"))
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
@@ -97,13 +97,13 @@ def _as_compiled(allowed: bool) -> contextlib.AbstractContextManager[object]:
 
 
 def _mean_loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
-    """() float64, on the device."""
+    """Mean loss of tokens (B, T + 1), () float64 on the device."""
     loss: torch.Tensor = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     return loss.double()
 
 
 def count_tokens(stream: TokenStream) -> npt.NDArray[np.int64]:
-    """How often each id occurs, (V,)."""
+    """Number of occurrences of each id, (V,)."""
     counts = np.zeros(stream.vocab_size, dtype=np.int64)
     for start in range(0, len(stream), _COUNT_CHUNK):
         tokens = stream.read(start, min(_COUNT_CHUNK, len(stream) - start))
@@ -112,10 +112,10 @@ def count_tokens(stream: TokenStream) -> npt.NDArray[np.int64]:
 
 
 def entropy(counts: npt.NDArray[np.int64]) -> float:
-    """Of the frequencies that ``counts`` has, in nats.
+    """Entropy of the frequencies in ``counts``, in nats.
 
-    Of a stream's tokens it is the loss of the best model that ignores the context; what a trained model's loss falls
-    below it is what it has learned of the order of tokens.
+    For the tokens of a stream it is the loss of the best model that ignores the context. The difference to the loss of
+    a trained model shows what it has learned from the context.
     """
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())

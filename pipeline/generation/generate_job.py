@@ -18,7 +18,7 @@ from pipeline.config.inference import GenerateConfig
 from pipeline.distributed.process_group import init_distributed
 from pipeline.errors import UserError
 from pipeline.generation.sampling import Detokenizer, decoder_dtype, encode_prompt
-from pipeline.paths import resolve_output, resolve_path
+from pipeline.paths import resolve_output_file, resolve_path
 from pipeline.pretrained.resolve import open_model, resolve_checkpoint
 from pipeline.tokenizer.bpe import Tokenizer
 
@@ -45,9 +45,7 @@ def write_texts(config: GenerateConfig) -> tuple[int, str]:
     Raises:
         UserError: as generate_texts, and where the file cannot be written.
     """
-    parent, slash, name = (config.output or "").rstrip("/").rpartition("/")
-    folder = resolve_output(parent or slash or ".")
-    folder.make()
+    folder, name = resolve_output_file(config.output or "")
     count = 0
 
     def lines() -> Iterator[bytes]:

@@ -18,9 +18,10 @@ import torch
 from pipeline.checkpoints.metadata import TOKENIZER_FILE
 from pipeline.config.inference import ExportConfig
 from pipeline.errors import UserError
-from pipeline.paths import make_output, resolve_path, working_folder
+from pipeline.paths import resolve_path, working_folder
 from pipeline.pretrained import hub_models, huggingface, model_card, weights
 from pipeline.pretrained.resolve import ModelSource, read_tokenizer, resolve_model
+from pipeline.storage.folders import open_folder
 from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from pipeline.tracking.mlflow_run import find_run, mlflow_uri
 
@@ -62,7 +63,7 @@ def export(config: ExportConfig) -> ExportReport:
     _check_output(output, source.path)
     run = model_card.read_run(source)
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.incomplete")
-    make_output(output.parent)
+    open_folder(output.parent).make()
     try:
         partial.mkdir()
         report = _write(config, source, output, partial, run)

@@ -233,7 +233,7 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview], *, flush: 
                 os.fsync(file.fileno())
         temporary.replace(path)
         if flush == "name":
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -254,7 +254,7 @@ def write_error(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written: {error.strerror or error}")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -112,7 +112,7 @@ def compare(folder: LocalFolder, file: FileEntry) -> Finding:
     size = folder.size(file.name)
     if size != file.num_bytes:
         return Finding.MISSING if size is None else Finding.OTHER_SIZE
-    sound = file.sha256 in (None, _sha256(folder.path / file.name))
+    sound = file.sha256 in (None, file_sha256(folder.path / file.name))
     return Finding.SOUND if sound else Finding.OTHER_CONTENT
 
 
@@ -133,7 +133,8 @@ def _verified(folder: Folder, file: FileEntry) -> Iterator[bytes]:
         raise WrongFileError(file, Finding.OTHER_CONTENT, digest.hexdigest())
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The checksum of a file on this node's disk, hexadecimal; UserError where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -148,7 +148,7 @@ class Trainer:
                 self.evaluation.compile()
             if self.start_step:  # the run that saved this step may have died before evaluating it
                 with self.throughput.paused(), self.guard.watchdog.phase("in the evaluation of the step resumed from"):
-                    self.evaluation.run(self.start_step, self.writer.place(self.start_step))
+                    self.evaluation.run(self.start_step, self.writer.path_of_step(self.start_step))
             step = self.start_step
             while step < self.config.train_steps:
                 step = self.advance(step)
@@ -362,7 +362,7 @@ class Trainer:
             val_tokens=measured.validation.tokens,
             sample=measured.sample,
             tokens_per_second=self.throughput.tokens_per_second(),
-            checkpoint=str(self.writer.place(done)),
+            checkpoint=str(self.writer.path_of_step(done)),
             peak_memory_gib=peak_memory_gib(self.workers),
             **measured.summary(),
         )
