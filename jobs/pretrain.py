@@ -44,7 +44,7 @@ def main(config: PretrainConfig) -> None:
     rows.append(("MLflow", mlflow_run.location))
     waiting = journal.count_waiting(output, mlflow_run.run_id)
     if waiting:
-        rows.append(("", f"has not got {waiting:,} points yet; they wait in {output}, and the same command sends them"))
+        rows.append(("", f"has not received {waiting:,} points; they are in {output}, and the same command sends them"))
     print_table("pretrain: done", rows)
 
 

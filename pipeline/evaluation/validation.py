@@ -119,8 +119,3 @@ def entropy(counts: npt.NDArray[np.int64]) -> float:
     """
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
-
-
-def unigram_entropy(stream: TokenStream) -> float:
-    """The entropy of the tokens of a stream."""
-    return entropy(count_tokens(stream))

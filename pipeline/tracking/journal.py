@@ -206,7 +206,7 @@ def _local_folder(folder: Folder | None) -> LocalFolder:
 
 
 def _sent_bytes(folder: Folder, run_id: str) -> int:
-    """Number of bytes that the MLflow run has received, by the record in ``folder``; 0 where there is none of it."""
+    """Number of bytes that the MLflow run has received, by the record in ``folder``; 0 for any other run."""
     try:
         sent = json.loads(_read_or_empty(folder, JOURNAL_SENT_FILE))
     except ValueError:  # empty, or cut off

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was written is recognised, whatever was changed, put aside; the one before is used."""
+"""A checkpoint that is not what was written is recognised, whatever was changed, and quarantined; an older is used."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_several_damaged_ones_are_passed_over_and_none_left_is_an_error(folder: 
         assert found is None
 
 
-def test_a_damaged_one_is_put_aside_over_an_earlier_one(folder: Path) -> None:
+def test_a_damaged_one_is_quarantined_over_an_earlier_one(folder: Path) -> None:
     shutil.copytree(folder / "step-000001", folder / "step-000003.damaged")
     flip(tensors(folder / "step-000003"), -1)
     with checkpoint_reader.open_newest(folder, WORKERS) as found:
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_another_version_is_not_damaged(folder: Path) -> None:
         checkpoint_reader.open_newest(folder, WORKERS),
     ):
         pass
-    assert (folder / "step-000003").is_dir(), "nothing is put aside"
+    assert (folder / "step-000003").is_dir(), "nothing is quarantined"
 
 
 def test_what_a_job_asks_first_passes_over_what_is_plainly_damaged(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.dataset.shards import TokenStream
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.evaluation import validation
-from pipeline.evaluation.validation import unigram_entropy, validation_loss
+from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
 
 LENGTH = 16
 
@@ -149,6 +149,6 @@ def test_a_gpu_copies_from_pinned_memory_without_waiting(monkeypatch: pytest.Mon
 
 def test_unigram_entropy_of_known_distributions() -> None:
     uniform = TokenStream([np.arange(256, dtype=np.uint16)], vocab_size=300)
-    assert unigram_entropy(uniform) == pytest.approx(math.log(256))
+    assert entropy(count_tokens(uniform)) == pytest.approx(math.log(256))
     coin = TokenStream([np.array([5, 5, 5, 9], dtype=np.uint16)], vocab_size=300)
-    assert unigram_entropy(coin) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert entropy(count_tokens(coin)) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
