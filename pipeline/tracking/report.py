@@ -24,7 +24,7 @@ from pipeline.storage.folders import Folder
 from pipeline.tracking.journal import Entry
 from pipeline.tracking.run_history import RunHistory
 
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_TEMPLATE = Path(__file__).with_name("report.html")
 _NO_RECIPE = {
     *("data", "output", "tracking_uri", "experiment", "registered_model", "price_per_hour", "dry_run", "hellaswag"),
 }
