@@ -8,6 +8,8 @@
     best.json                   step and val loss of the best checkpoint
     summary.json                results of the finished run
     evaluation.json             results of jobs/evaluate.py
+    batch_size.json             sizes that --batch_size auto has found
+    profile/                    traces and tables of --profile_steps
     report.html  curves.png     the report of the run, and its curves as a picture
 """
 
@@ -22,6 +24,8 @@ MLFLOW_RUN_FILE = "mlflow_run.json"
 BEST_FILE = "best.json"
 SUMMARY_FILE = "summary.json"
 SCORES_FILE = "evaluation.json"
+BATCH_SIZES_FILE = "batch_size.json"
+PROFILE_FOLDER = "profile"
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
 

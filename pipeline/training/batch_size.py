@@ -1,4 +1,4 @@
-"""How many windows a micro-batch may have, and what is said where they do not fit into memory."""
+"""Possible sizes of micro-batches, and the message if one does not fit into memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 
-_SIGNS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 
 def possible_sizes(windows: int) -> list[int]:
-    """Sizes that micro-batches of ``windows`` windows may have, rising.
+    """Possible sizes of micro-batches for ``windows`` windows per worker, ascending.
 
-    Those that divide the windows evenly, so that only one shape is compiled; and what is left by halving again and
-    again, rounded up, so that there is always one at most twice as large as the one before.
+    They are the divisors, for which only one shape is compiled, and the results of repeated halving, rounded up, so
+    that each size is at most twice the one before.
     """
     sizes = {size for size in range(1, windows + 1) if windows % size == 0}
     while windows > 1:
@@ -27,33 +27,33 @@ def possible_sizes(windows: int) -> list[int]:
 
 
 def windows_per_worker(config: PretrainConfig, world_size: int) -> int:
-    """Windows of a step on the worker that has most."""
+    """Largest number of windows that one worker has per step."""
     return -(-config.windows_per_step // world_size)
 
 
 def micro_batch_windows(config: PretrainConfig, world_size: int) -> int:
-    """Windows of the largest micro-batch: batch_size, or fewer, as a step's windows are spread evenly."""
+    """Windows in the largest micro-batch: batch_size or fewer, as the windows are distributed evenly."""
     windows = windows_per_worker(config, world_size)
     return -(-windows // -(-windows // config.micro_batch))
 
 
 def next_smaller(config: PretrainConfig, world_size: int) -> int | None:
-    """The largest batch_size that makes micro-batches smaller than now; None where they have one window."""
+    """The largest batch_size with smaller micro-batches than now; None if they have one window."""
     now = micro_batch_windows(config, world_size)
     return max((size for size in possible_sizes(windows_per_worker(config, world_size)) if size < now), default=None)
 
 
 @contextlib.contextmanager
-def out_of_memory_told(config: PretrainConfig, world_size: int) -> Iterator[None]:
-    """Inside, memory that does not suffice is a UserError that names the settings which take less of it.
+def out_of_memory_explained(config: PretrainConfig, world_size: int) -> Iterator[None]:
+    """A context in which running out of memory raises a UserError that names settings which need less.
 
-    It is the error of this rank alone: a failed allocation amid a backward pass leaves a rank unable to take part in
-    the collectives that the others wait in.
+    Only this rank raises it: after a failed allocation in a backward pass it cannot take part in the collectives that
+    the others wait in.
     """
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)):
+        if not (isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _MESSAGES)):
             raise
         raise UserError(_sentence(config, world_size)) from error
 

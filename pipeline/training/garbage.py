@@ -1,8 +1,9 @@
-"""When Python looks for cycles of objects that nothing reaches: between steps, never within one.
+"""Garbage collection between steps only, never within one.
 
-Left alone it looks on every rank at another moment, and all wait for the one that does. A full look takes 0.6 s beside
-torch, its compiler, Ray and MLflow (two shared virtual cores, 2026-11-27), more than a step of the recipe is to take on
-four H100s. What is there after the first steps stays for the whole run and is looked at once.
+By default Python collects on every rank at another moment, and all ranks wait for the one that does. A full collection
+takes 0.6 s with torch, its compiler, Ray and MLflow loaded (two shared virtual cores, 2026-11-27), longer than a step
+of the recipe should take on four H100s. Objects that exist after the first step stay for the whole run, so they are
+examined only once.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import gc
 
 
 class GarbageCollection:
-    """A context in which cycles are collected where ``collect`` is called and, from its first call on, nowhere else.
+    """A context in which garbage is collected only by ``collect``, from its first call on.
 
-    What was set before is set again at the end, also after an error.
+    The settings from before are restored at the end, also after an error.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class GarbageCollection:
         return self
 
     def collect(self) -> None:
-        """Collect now. The first call exempts all objects that are left from every later search."""
+        """Collect now. The first call exempts all remaining objects from later collections."""
         gc.collect()
         if not self._is_frozen:
             gc.disable()

@@ -1,11 +1,11 @@
-"""--batch_size auto: the largest micro-batch that the GPU's memory takes, found once and noted in the run's folder.
+"""--batch_size auto: the largest micro-batch that fits into GPU memory, found once and saved in the run folder.
 
-Nothing is tried that is expected to fail: a failed allocation amid the collectives of several workers cannot be taken
-back. The memory that a micro-batch takes grows in a straight line with its windows. So two small ones are measured,
-then the largest size for which the line has room, and so on until there is no larger one. What is measured is the
-run's own forward and backward pass, with weights, gradients and optimizer state in their places; it changes none of
-them and draws no random number. A resumed run takes the size that is noted, because another one would add in another
-order; it is found anew for other workers, another GPU or other settings that memory depends on.
+No size is tried that is expected to fail: a failed allocation during the collectives of several workers cannot be
+undone. Memory grows linearly with the windows of a micro-batch. So two small sizes are measured, then the largest one
+that fits by linear extrapolation, and so on until there is no larger one. The measurement runs forward and backward of
+the run itself, with weights, gradients and optimizer state allocated; it changes none of them and draws no random
+number. A resumed run takes the saved size, because another one would sum in another order; a new size is found for
+another number of workers, another GPU or other settings that memory depends on.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from pipeline.distributed.determinism import deterministic
 from pipeline.distributed.fsdp import set_gradient_sync
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
+from pipeline.run_files import BATCH_SIZES_FILE
 from pipeline.storage.folders import Folder
-from pipeline.training.batch_size import out_of_memory_told, possible_sizes, windows_per_worker
+from pipeline.training.batch_size import out_of_memory_explained, possible_sizes, windows_per_worker
 
 logger = logging.getLogger(__name__)
 
-NOTE_FILE = "batch_size.json"
-_CPU_WINDOWS = 32  # the recipe's; a CPU's step gets no faster with more
-_USABLE = 0.92  # of a GPU's memory; what the allocator holds has gaps
-_MOST_GROWTH = 8  # from one measurement to the next, so that a line that is wrong does no harm
+_CPU_WINDOWS = 32  # as in the recipe; on a CPU larger ones are not faster
+_USABLE = 0.92  # share of GPU memory; the allocator loses some to fragmentation
+_MOST_GROWTH = 8  # from one measurement to the next, in case the extrapolation is wrong
 _SETTINGS = ("context_length", "tokens_per_step", "optimizer", "precision", "compile", "recompute", "deterministic")
 
 
 class Memory(Protocol):
-    """The memory of one device; a test may put another in its place."""
+    """The memory of one device; tests replace it."""
 
     def limit(self) -> int:
-        """Bytes that this process may take, what it has already included."""
+        """Bytes that this process may use, including those that it uses now."""
 
-    def forget_peak(self) -> None:
-        """Begin to measure the peak anew."""
+    def reset_peak(self) -> None:
+        """Reset the peak."""
 
     def peak(self) -> int:
-        """The most bytes that were taken since."""
+        """Peak number of bytes in use since the reset."""
 
 
 class CudaMemory:
-    """Of a GPU, as torch's allocator counts it; what others take of it is not ours."""
+    """The memory of a GPU as torch's allocator counts it, without what other processes use."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -59,7 +59,7 @@ class CudaMemory:
         free, total = torch.cuda.mem_get_info(self.device)
         return int(free + torch.cuda.memory_reserved(self.device) - total * (1 - _USABLE))
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -69,21 +69,21 @@ class CudaMemory:
 
 
 def device_memory(device: torch.device) -> Memory | None:
-    """What can be measured of ``device``; None for a CPU, whose memory does not set the size."""
+    """The memory of ``device``; None for a CPU, whose memory does not limit the size."""
     return CudaMemory(device) if device.type == "cuda" else None
 
 
 def with_batch_size(
     config: PretrainConfig, model: Transformer, *, output: Folder, workers: ProcessGroup
 ) -> PretrainConfig:
-    """``config``, with a number in place of batch_size auto. Collective.
+    """``config`` with a number in place of batch_size auto. Collective.
 
     Args:
-        model: as it will be trained, its optimizer's state allocated.
-        output: the run's folder, with the note.
+        model: the model to train; its optimizer state is allocated.
+        output: the run folder, where the found sizes are saved.
 
     Raises:
-        UserError: one window is too much already.
+        UserError: not even one window fits.
     """
     if config.batch_size != "auto":
         return config
@@ -92,34 +92,34 @@ def with_batch_size(
     if memory is None:
         return replace(config, batch_size=max(size for size in sizes if size <= _CPU_WINDOWS))
     key = _key(config, model, workers)
-    found = workers.broadcast_int(_noted(output, key) if workers.is_rank_zero else 0)
+    found = workers.broadcast_int(_known_size(output, key) if workers.is_rank_zero else 0)
     if not found:
         probe = Probe(config, model, workers, memory)
-        found = largest_that_fits(sizes, probe.measure, limit=memory.limit(), agree=workers.all_reduce_min)
-        memory.forget_peak()
+        found = largest_that_fits(sizes, probe.measure, limit=memory.limit(), min_over_ranks=workers.all_reduce_min)
+        memory.reset_peak()
         if workers.is_rank_zero:
-            _note(output, key, found)
+            _save_size(output, key, found)
             logger.info("batch_size auto: micro-batches of %d windows, the largest that fits", found)
     return replace(config, batch_size=found)
 
 
 def largest_that_fits(
-    sizes: Sequence[int], measure: Callable[[int], int], *, limit: int, agree: Callable[[int], int]
+    sizes: Sequence[int], measure: Callable[[int], int], *, limit: int, min_over_ranks: Callable[[int], int]
 ) -> int:
-    """The largest of ``sizes`` that takes at most ``limit`` bytes on every rank. Collective where ``agree`` is.
+    """The largest of ``sizes`` that needs at most ``limit`` bytes on every rank. Collective if ``min_over_ranks`` is.
 
     Args:
-        sizes: windows of a micro-batch, rising.
-        measure: windows -> bytes.
-        agree: a number of each rank -> the smallest of them, on every rank.
+        sizes: possible numbers of windows in a micro-batch, ascending.
+        measure: from a number of windows to the peak number of bytes.
+        min_over_ranks: from an integer of each rank to the smallest, on every rank.
 
     Raises:
-        UserError: not even the first of them does.
+        UserError: the smallest size needs more.
     """
     taken = {size: measure(size) for size in sizes[:2]}
-    while following := agree(_following(sizes, taken, limit)):
+    while following := min_over_ranks(_following(sizes, taken, limit)):
         taken[following] = measure(following)
-    best = agree(max((size for size in taken if taken[size] <= limit), default=0))
+    best = min_over_ranks(max((size for size in taken if taken[size] <= limit), default=0))
     if best == 0:
         raise UserError(
             f"a micro-batch of one window takes {taken[sizes[0]] / 2**30:.1f} GiB, and {limit / 2**30:.1f} GiB of the "
@@ -130,12 +130,12 @@ def largest_that_fits(
 
 
 def _following(sizes: Sequence[int], taken: Mapping[int, int], limit: int) -> int:
-    """The size to measure next: the largest that should fit and is larger than any that does; 0 where none is."""
+    """The size to measure next: the largest that should fit, above those that do; 0 if there is none."""
     fits = [size for size in taken if taken[size] <= limit]
     if not fits or len(taken) < 2:
         return 0
     low = max(fits)
-    above = [size for size in taken if size > low]  # measured, and too large
+    above = [size for size in taken if size > low]  # measured, but too large
     left, right = (low, min(above)) if above else sorted(taken)[-2:]
     slope = max(0.0, (taken[right] - taken[left]) / (right - left))
     most = min(above, default=_MOST_GROWTH * low + 1)
@@ -143,48 +143,48 @@ def _following(sizes: Sequence[int], taken: Mapping[int, int], limit: int) -> in
 
 
 class Probe:
-    """Measures what the run's own micro-batches take."""
+    """Measures the memory that micro-batches of the run need."""
 
     def __init__(self, config: PretrainConfig, model: Transformer, workers: ProcessGroup, memory: Memory) -> None:
         self.config, self.model, self.workers, self.memory = config, model, workers, memory
         self.windows = windows_per_worker(config, workers.world_size)
 
     def measure(self, size: int) -> int:
-        """The most bytes taken while gradients of micro-batches of ``size`` windows are added up. Collective."""
+        """Peak bytes while gradients of micro-batches of ``size`` windows are accumulated. Collective."""
         shape = (size, self.config.context_length)
         tokens = torch.zeros(shape, dtype=torch.int64, device=self.workers.device)
-        self.memory.forget_peak()
-        told = out_of_memory_told(replace(self.config, batch_size=size), self.workers.world_size)
-        with told, deterministic(self.workers.device, enabled=self.config.deterministic == "on"):
+        self.memory.reset_peak()
+        explained = out_of_memory_explained(replace(self.config, batch_size=size), self.workers.world_size)
+        with explained, deterministic(self.workers.device, enabled=self.config.deterministic == "on"):
             for is_last in (True,) if size == self.windows else (False, True):
                 set_gradient_sync(self.model, enabled=is_last)
                 (self.model(tokens, tokens) * 0.0).backward()
             taken = self.memory.peak()
         self.model.zero_grad(set_to_none=True)
-        torch._dynamo.reset()  # each size is compiled for itself, and only so many are before torch gives up
+        torch._dynamo.reset()  # each size is compiled anew, and torch limits the number of compilations
         return taken
 
 
 def _key(config: PretrainConfig, model: Transformer, workers: ProcessGroup) -> dict[str, Any]:
-    """What the memory of a micro-batch depends on."""
+    """All that the memory of a micro-batch depends on."""
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else workers.device.type
     settings = {name: getattr(config, name) for name in _SETTINGS}
     return {"workers": workers.world_size, "device": device, "model": model.config.to_dict(), **settings}
 
 
-def _notes(output: Folder) -> list[dict[str, Any]]:
+def _read_sizes(output: Folder) -> list[dict[str, Any]]:
     try:
-        return list(json.loads(output.read(NOTE_FILE)))
+        return list(json.loads(output.read(BATCH_SIZES_FILE)))
     except FileNotFoundError:
         return []
 
 
-def _noted(output: Folder, key: Mapping[str, Any]) -> int:
-    """The size that was found before for ``key``; 0 where none was."""
-    return next((note["batch_size"] for note in _notes(output) if note["found_for"] == key), 0)
+def _known_size(output: Folder, key: Mapping[str, Any]) -> int:
+    """The saved size for ``key``, or 0."""
+    return next((entry["batch_size"] for entry in _read_sizes(output) if entry["found_for"] == key), 0)
 
 
-def _note(output: Folder, key: Mapping[str, Any], batch_size: int) -> None:
-    notes = [*_notes(output), {"batch_size": batch_size, "found_for": dict(key)}]
+def _save_size(output: Folder, key: Mapping[str, Any], batch_size: int) -> None:
+    entries = [*_read_sizes(output), {"batch_size": batch_size, "found_for": dict(key)}]
     output.make()
-    output.write(NOTE_FILE, [json.dumps(notes, indent=2).encode()])
+    output.write(BATCH_SIZES_FILE, [json.dumps(entries, indent=2).encode()])

@@ -1,8 +1,8 @@
-"""Some steps of a run under torch's profiler: what every operation took, as a trace and as a table.
+"""Some steps of a run under torch's profiler: the time of every operation, as a trace and as a table.
 
-On rank 0 only. <run>/profile/ then holds trace-steps-20-25.json.gz, which chrome://tracing and ui.perfetto.dev open,
-and operations-steps-20-25.txt, the operations that took the most time. Profiled steps are slower than others; what they
-compute is the same.
+Only rank 0 is profiled. <run>/profile/ then holds trace-steps-20-25.json.gz, which chrome://tracing and
+ui.perfetto.dev open, and operations-steps-20-25.txt, the operations that took the most time. Profiled steps are slower
+than others, with the same results.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config.training import PretrainConfig, step_range
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.run_files import PROFILE_FOLDER
 from pipeline.storage.folders import Folder
 from pipeline.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
-PROFILE_FOLDER = "profile"
 _MOST_ROWS = 40
 
 
 class StepProfiler:
-    """Profiles the steps of --profile_steps; a context, at whose end a profile that is not complete is dropped.
+    """Profiles the steps of --profile_steps; a context, at whose end an incomplete profile is dropped.
 
     Args:
-        output: the run's folder.
-        tracker: gets both files too.
+        output: the run folder.
+        tracker: receives both files too.
     """
 
     def __init__(self, config: PretrainConfig, *, output: Folder, workers: ProcessGroup, tracker: Tracker) -> None:
@@ -51,12 +51,12 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """What happens inside is step ``number``, from 1. A run that goes on amid the steps has the rest of them."""
+        """A context for step ``number``, counted from 1. A run that resumes within the range profiles the rest."""
         if not self.first <= number <= self.last:
             yield
             return
         if self._profile is None:
-            self.first = number  # a later one after a resume
+            self.first = number  # later than asked for after a resume
             self._profile = self._start()
         yield
         if number == self.last:
@@ -66,7 +66,7 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if self.workers.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.synchronize()  # what came before is not of these steps
+            torch.cuda.synchronize()  # earlier work does not belong to these steps
         started = profile(activities=activities, record_shapes=True)
         started.start()
         return started

@@ -1,4 +1,4 @@
-"""A run as its folder shows it: what may go on from which checkpoint, what came out, what it was made from."""
+"""What the run folder says of a run: whether it can resume, its summary, its best checkpoint, its inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What came out of a finished run (<run>/summary.json)."""
+    """The result of a finished run (<run>/summary.json)."""
 
     steps: int
     tokens_seen: int
@@ -32,20 +32,20 @@ class RunSummary:
     last_loss: float
     """Training loss of the last step, nats per token."""
     val_loss: float
-    """On the val set's first val_tokens, nats per token."""
+    """Validation loss on the first val_tokens of the val set, nats per token."""
     val_tokens: int
     sample: str
     tokens_per_second: float
-    """Over the steps of the last start, evaluation and checkpoints left out."""
+    """Mean over the steps since the last start, without evaluations and checkpoints."""
     checkpoint: str
     """Folder of the last checkpoint."""
     peak_memory_gib: float
-    """Largest resident memory of rank 0 (on a GPU: of its allocator)."""
+    """Peak resident memory of rank 0, or of its GPU allocator."""
     best_step: int | None = None
-    """Of the checkpoint with the lowest val loss."""
+    """Step of the checkpoint with the lowest val loss."""
     best_val_loss: float | None = None
     hellaswag_acc_norm: float | None = None
-    """Of the last network; None where HellaSwag was not asked for."""
+    """HellaSwag after the last step, or None if it was not evaluated."""
     hellaswag_acc: float | None = None
     hellaswag_questions: int | None = None
 
@@ -75,7 +75,11 @@ def write_best(output: Folder, best: Best) -> None:
 
 
 def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
-    """Raise a UserError where going on from checkpoint ``path`` would not be the same run."""
+    """Check that resuming from checkpoint ``path`` continues the same run.
+
+    Raises:
+        UserError: model shape, shards, tokenizer or data order differ.
+    """
     check_shape(path, info, config.model_config(manifest.vocab_size))
     if info.manifest_fingerprint != manifest.fingerprint:
         what = "tokenizer" if info.tokenizer_fingerprint != manifest.tokenizer_fingerprint else "shards"
@@ -91,9 +95,9 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
 
 
 def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Path | Folder) -> RunSummary | None:
-    """The summary of this very run if it has reached train_steps; checks what a resume would check.
+    """The summary of this run if it has reached train_steps, else None; checks the same as a resume.
 
-    Needs neither Ray nor a process group, so that jobs can say at once what is done or what does not fit.
+    It needs neither Ray nor a process group, so that jobs can report at once that a run is done or does not match.
     """
     _, manifest = open_data(as_folder(data))
     output = as_folder(output)
@@ -116,10 +120,10 @@ def write_summary(output: Folder, summary: RunSummary) -> None:
 
 
 def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:
-    """What the run is made from, with fingerprints: the lineage of its weights."""
+    """The data sets and the tokenizer of the run with their fingerprints: the lineage of its weights."""
     inputs = [
         RunInput(
-            name=f"{data.url.rpartition('/')[2]}-{split}",  # MLflow takes equal names and fingerprints for one data set
+            name=f"{data.url.rpartition('/')[2]}-{split}",  # for MLflow, equal names and fingerprints are one data set
             fingerprint=manifest.fingerprint,
             source=str(data),
             context=context,

@@ -37,7 +37,7 @@ from pipeline.pretrained import weights
 from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.batch_size import out_of_memory_told
+from pipeline.training.batch_size import out_of_memory_explained
 from pipeline.training.garbage import GarbageCollection
 from pipeline.training.largest_batch import with_batch_size
 from pipeline.training.nonfinite import NonFiniteFinder
@@ -141,7 +141,7 @@ class Trainer:
         with (
             self.guard,
             self.profiler,
-            out_of_memory_told(self.config, self.workers.world_size),
+            out_of_memory_explained(self.config, self.workers.world_size),
             GarbageCollection() as garbage,
         ):
             with self.throughput.paused(), self.guard.watchdog.phase("compiling the evaluation"):

@@ -34,7 +34,7 @@ class StandIn:
     def limit(self) -> int:
         return self._limit
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         self._peak = 0
 
     def peak(self) -> int:

@@ -23,10 +23,11 @@ from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.checkpoints.reader import newest_info
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
+from pipeline.run_files import BATCH_SIZES_FILE
 from pipeline.storage.folders import open_folder
 from pipeline.training import largest_batch
 from pipeline.training.batch_size import possible_sizes
-from pipeline.training.largest_batch import NOTE_FILE, Probe, largest_that_fits
+from pipeline.training.largest_batch import Probe, largest_that_fits
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
 from tests.support.small_memory import StandIn
@@ -44,10 +45,10 @@ def test_the_largest_size_within_the_limit_is_found(windows: int, base: int, slo
     sizes = possible_sizes(windows)
     fits = [size for size in sizes if base + slope * size <= limit]
     if fits:
-        assert largest_that_fits(sizes, lambda size: base + slope * size, limit=limit, agree=alone) == fits[-1]
+        assert largest_that_fits(sizes, lambda size: base + slope * size, limit=limit, min_over_ranks=alone) == fits[-1]
     else:
         with pytest.raises(UserError, match="give --recompute blocks, more workers, a smaller model or a shorter"):
-            largest_that_fits(sizes, lambda size: base + slope * size, limit=limit, agree=alone)
+            largest_that_fits(sizes, lambda size: base + slope * size, limit=limit, min_over_ranks=alone)
 
 
 @given(windows=st.integers(1, 600), limit=st.integers(10, 40_000), bend=st.integers(1, 100), more=st.integers(0, 60))
@@ -59,7 +60,7 @@ def test_nor_does_a_line_that_bends_mislead(windows: int, limit: int, bend: int,
         measured[size] = 5 * min(size, bend) + more * max(0, size - bend)
         return measured[size]
 
-    found = largest_that_fits(possible_sizes(windows), measure, limit=limit, agree=alone)
+    found = largest_that_fits(possible_sizes(windows), measure, limit=limit, min_over_ranks=alone)
     assert found == max(size for size, taken in measured.items() if taken <= limit)
     assert all(later <= 8 * max(list(measured)[:place]) for place, later in enumerate(measured) if place > 1)
 
@@ -83,7 +84,7 @@ def test_ranks_measure_the_same_sizes_and_agree_on_what_fits_on_all() -> None:
             measured.append(size)
             return 10 + size
 
-        return largest_that_fits(possible_sizes(512), measure, limit=limit, agree=agree), measured
+        return largest_that_fits(possible_sizes(512), measure, limit=limit, min_over_ranks=agree), measured
 
     with ThreadPoolExecutor(2) as threads:
         futures = [threads.submit(run, rank, limit) for rank, limit in enumerate((80, 150))]
@@ -159,7 +160,7 @@ def test_a_resumed_run_takes_the_size_that_was_found_whatever_fits_now(
 ) -> None:
     memory(10**9)
     assert trainer(AUTO, tiny_data, tmp_path).config.batch_size == 12
-    assert json.loads((tmp_path / NOTE_FILE).read_text())[0]["batch_size"] == 12
+    assert json.loads((tmp_path / BATCH_SIZES_FILE).read_text())[0]["batch_size"] == 12
     memory(0)
     assert trainer(AUTO, tiny_data, tmp_path).config.batch_size == 12
 
@@ -190,7 +191,7 @@ def test_on_a_cpu_it_is_the_recipes_size_or_what_a_step_has(
 ) -> None:
     made = trainer(dataclasses.replace(AUTO, tokens_per_step=32 * windows), tiny_data, tmp_path)
     assert made.config.batch_size == expected
-    assert not (tmp_path / NOTE_FILE).exists()
+    assert not (tmp_path / BATCH_SIZES_FILE).exists()
 
 
 def torchrun(config: PretrainConfig, data: Path, folder: Path, *limits: int) -> list[dict[str, Any]]:

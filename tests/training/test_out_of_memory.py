@@ -19,7 +19,7 @@ from pipeline.cluster.workers import SharedFiles, WorkerOutcome, _run_worker
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.training import launch
-from pipeline.training.batch_size import next_smaller, out_of_memory_told, possible_sizes
+from pipeline.training.batch_size import next_smaller, out_of_memory_explained, possible_sizes
 from pipeline.training.trainer import Trainer
 from tests.support import out_of_memory_workers as workers
 from tests.support.memory_tracker import MemoryTracker
@@ -82,9 +82,9 @@ def test_a_step_that_does_not_fit_is_one_sentence(
     "text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
 )
 def test_other_ways_to_say_so_are_known_and_other_errors_pass(text: str) -> None:
-    with pytest.raises(UserError, match="give --batch_size 1, or"), out_of_memory_told(CONFIG, 1):
+    with pytest.raises(UserError, match="give --batch_size 1, or"), out_of_memory_explained(CONFIG, 1):
         raise RuntimeError(text)
-    with pytest.raises(RuntimeError, match="Connection closed by peer"), out_of_memory_told(CONFIG, 1):
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), out_of_memory_explained(CONFIG, 1):
         raise RuntimeError("Connection closed by peer")
 
 
