@@ -34,6 +34,7 @@ from pipeline.distributed.signals import Interruptions
 from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import RunStopped, UserError
 from pipeline.pretrained import weights
+from pipeline.run_files import CHECKPOINTS_FOLDER
 from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
@@ -92,21 +93,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config, self.workers)
         self.optimizer.init_state()
         self.config = config = with_batch_size(config, self.model, output=output, workers=workers)
-        self.order = BatchOrder(
-            num_windows=len(self.train_stream) // (config.context_length + 1),
-            windows_per_step=config.windows_per_step,
-            batch_size=config.micro_batch,
-            seed=config.seed,
-        )
         self.startup.mark("model")
-        self.loader = BatchLoader(
-            self.train_stream,
-            self.order,
-            context_length=config.context_length,
-            rank=workers.rank,
-            world_size=workers.world_size,
-            device=workers.device,
-        )
+        self.loader = self._build_loader()
         streams = (self.train_stream, self.val_stream)
         self.guard = StepGuard(config, workers, streams, interruptions or Interruptions())
         self.profiler = StepProfiler(config, output=output, workers=workers, tracker=tracker)
@@ -116,7 +104,7 @@ class Trainer:
             config, self.model, self.tokenizer, self.val_stream, output=output, workers=workers, tracker=tracker
         )
         self.writer = CheckpointWriter(
-            open_folder(f"{output}/checkpoints"),
+            open_folder(f"{output}/{CHECKPOINTS_FOLDER}"),
             workers,
             tokenizer_json=data.read(TOKENIZER_NAME).decode(),
             keep=config.keep_checkpoints,
@@ -253,6 +241,23 @@ class Trainer:
             recompute_blocks(model)
         compile_blocks = compiles(self.config, self.workers)
         return parallelize(model, self.workers, dtype=self.dtype, compile_blocks=compile_blocks)
+
+    def _build_loader(self) -> BatchLoader:
+        length, workers = self.config.context_length, self.workers
+        order = BatchOrder(
+            num_windows=len(self.train_stream) // (length + 1),
+            windows_per_step=self.config.windows_per_step,
+            batch_size=self.config.micro_batch,
+            seed=self.config.seed,
+        )
+        return BatchLoader(
+            self.train_stream,
+            order,
+            context_length=length,
+            rank=workers.rank,
+            world_size=workers.world_size,
+            device=workers.device,
+        )
 
     def _resume(self) -> int:
         """Load the newest checkpoint of this run, or the weights of --checkpoint; returns the first step to do."""

@@ -136,7 +136,7 @@ def test_a_checkpoint_is_read_bit_by_bit_and_the_data_order_goes_on(home: Path) 
     assert trainer.start_step == STEPS[0]
     assert hashes(trainer) == EXPECTED["state"]["20"]
     for step in STEPS:
-        assert trainer.order.step_windows(step).tolist() == EXPECTED["windows"][str(step)]
+        assert trainer.loader.order.step_windows(step).tolist() == EXPECTED["windows"][str(step)]
         digest = hashlib.sha256()
         for batch in trainer.loader.step(step):
             digest.update(batch.inputs.numpy().astype("<i8").tobytes() + batch.targets.numpy().astype("<i8").tobytes())
