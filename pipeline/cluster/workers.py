@@ -238,7 +238,7 @@ def _run_worker(worker: Worker[SettingsT, Any], settings: SettingsT, files: Shar
 
     The worker with the error writes the error file and leaves the process group. The collectives of the others then
     fail, and they find the file; without it a failed collective means a lost worker, which a restart does mend. Where
-    collectives wait instead of failing, the others end (PeerErrorWatcher), and the next group finds the file at once.
+    collectives wait instead of failing, the others end (end_after_peer_error), and the next group finds the file.
     """
     if sentence := files.read_error():
         return WorkerOutcome(error=sentence)

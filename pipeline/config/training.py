@@ -7,26 +7,16 @@ no sense raises a UserError that shows it. Dimensions and recipe: docs/design.md
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from model.config import ModelConfig
-from pipeline.config.settings import require
+from pipeline.config.settings import require, require_positive
 from pipeline.errors import UserError
 
 _POSITIVE = (
-    "train_steps",
-    "tokens_per_step",
-    "batch_size",
-    "log_every",
-    "val_every",
-    "val_tokens",
-    "sample_every",
-    "sample_tokens",
-    "hellaswag_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "collective_timeout",
+    *("train_steps", "tokens_per_step", "log_every", "val_every", "val_tokens", "sample_every", "sample_tokens"),
+    *("hellaswag_every", "checkpoint_every", "keep_checkpoints", "collective_timeout"),
 )
 
 
@@ -153,9 +143,7 @@ class PretrainConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            require(value == "auto" or value > 0, f"{name} is {value}; it must be positive")
+        require_positive(self, *_POSITIVE, *(() if self.batch_size == "auto" else ("batch_size",)))
         for name in ("min_lr_fraction", "warmup_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
@@ -179,17 +167,8 @@ class PretrainConfig:
             UserError: the dimensions do not fit together.
         """
         try:
-            return ModelConfig(
-                vocab_size=vocab_size,
-                context_length=self.context_length,
-                num_layers=self.num_layers,
-                num_heads=self.num_heads,
-                d_model=self.d_model,
-                d_ff=self.d_ff,
-                theta=self.theta,
-                norm_eps=self.norm_eps,
-                tie_embeddings=self.tie_embeddings,
-            )
+            names = {field.name for field in fields(ModelConfig)} - {"vocab_size"}
+            return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
         except ValueError as error:
             raise UserError(str(error)) from error
 

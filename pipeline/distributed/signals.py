@@ -98,19 +98,26 @@ def call_in_thread(action: Callable[[], Result]) -> Result:
         return thread.submit(action).result()
 
 
-class StopFileWatcher:
-    """A thread that looks for the stop file, as a request to a bucket would take too long for a step.
+class FileWatcher:
+    """A thread that looks for a file, as a request to a bucket would take too long for a step.
 
     Args:
         exists: whether the file is there; if the storage does not answer, it is called again.
+        seconds: time between two calls.
+        on_found: called once in the thread, with the event that close() sets.
     """
 
-    def __init__(self, exists: Callable[[], bool]) -> None:
-        self._exists = exists
+    def __init__(
+        self,
+        exists: Callable[[], bool],
+        *,
+        seconds: float = _STOP_FILE_SECONDS,
+        on_found: Callable[[threading.Event], object] = lambda closed: None,
+    ) -> None:
+        self._exists, self._seconds, self._on_found = exists, seconds, on_found
         self._found = False
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stop-file", daemon=True)
-        self._thread.start()
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="file-watcher", daemon=True).start()
 
     def __call__(self) -> bool:
         """Whether the file was there once."""
@@ -118,15 +125,21 @@ class StopFileWatcher:
 
     def close(self) -> None:
         """Stop looking."""
-        self._stopped.set()
+        self._closed.set()
 
     def _watch(self) -> None:
-        while not self._found and not self._stopped.wait(_STOP_FILE_SECONDS):
+        while not self._found and not self._closed.wait(self._seconds):
             with contextlib.suppress(UserError, OSError):
                 self._found = self._exists()
+        if self._found:
+            self._on_found(self._closed)
 
 
-class PeerErrorWatcher:
+def end_after_peer_error(
+    exists: Callable[[], bool],
+    before_exit: Callable[[], object],
+    exit_process: Callable[[], None] = lambda: os._exit(EXIT_CODE),
+) -> contextlib.AbstractContextManager[object]:
     """A context that ends this process if another worker has left with an error and this one waits for it for ever.
 
     Over gloo a collective fails as soon as a process leaves; over NCCL it may go on waiting. A thread looks for the
@@ -138,31 +151,10 @@ class PeerErrorWatcher:
         exit_process: called at the end; tests replace it.
     """
 
-    def __init__(
-        self,
-        exists: Callable[[], bool],
-        before_exit: Callable[[], object],
-        exit_process: Callable[[], None] = lambda: os._exit(EXIT_CODE),
-    ) -> None:
-        self._exists, self._before_exit, self._exit = exists, before_exit, exit_process
-        self._stopped = threading.Event()
+    def end(closed: threading.Event) -> None:
+        if not closed.wait(_GRACE_SECONDS):
+            logger.error("another worker has left with an error, and this one waits for it: it ends too")
+            before_exit()
+            exit_process()
 
-    def __enter__(self) -> PeerErrorWatcher:
-        threading.Thread(target=self._watch, name="peer-error", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(_ERROR_FILE_SECONDS):
-            try:
-                is_there = self._exists()
-            except (UserError, OSError):  # the storage does not answer: try again
-                continue
-            if is_there:
-                if not self._stopped.wait(_GRACE_SECONDS):
-                    logger.error("another worker has left with an error, and this one waits for it: it ends too")
-                    self._before_exit()
-                    self._exit()
-                return
+    return contextlib.closing(FileWatcher(exists, seconds=_ERROR_FILE_SECONDS, on_found=end))

@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,19 +36,6 @@ _MOST_GROWTH = 8  # from one measurement to the next, in case the extrapolation 
 _SETTINGS = ("context_length", "tokens_per_step", "optimizer", "precision", "compile", "recompute", "deterministic")
 
 
-class Memory(Protocol):
-    """The memory of one device; tests replace it."""
-
-    def limit(self) -> int:
-        """Bytes that this process may use, including those that it uses now."""
-
-    def reset_peak(self) -> None:
-        """Reset the peak."""
-
-    def peak(self) -> int:
-        """Peak number of bytes in use since the reset."""
-
-
 class CudaMemory:
     """The memory of a GPU as torch's allocator counts it, without what other processes use."""
 
@@ -56,19 +43,22 @@ class CudaMemory:
         self.device = device
 
     def limit(self) -> int:
+        """Bytes that this process may use, including those that it uses now."""
         free, total = torch.cuda.mem_get_info(self.device)
         return int(free + torch.cuda.memory_reserved(self.device) - total * (1 - _USABLE))
 
     def reset_peak(self) -> None:
+        """Begin to measure the peak anew."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
+        """Peak number of bytes in use since the reset."""
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device)
 
 
-def device_memory(device: torch.device) -> Memory | None:
+def device_memory(device: torch.device) -> CudaMemory | None:
     """The memory of ``device``; None for a CPU, whose memory does not limit the size."""
     return CudaMemory(device) if device.type == "cuda" else None
 
@@ -145,7 +135,7 @@ def _following(sizes: Sequence[int], taken: Mapping[int, int], limit: int) -> in
 class Probe:
     """Measures the memory that micro-batches of the run need."""
 
-    def __init__(self, config: PretrainConfig, model: Transformer, workers: ProcessGroup, memory: Memory) -> None:
+    def __init__(self, config: PretrainConfig, model: Transformer, workers: ProcessGroup, memory: CudaMemory) -> None:
         self.config, self.model, self.workers, self.memory = config, model, workers, memory
         self.windows = windows_per_worker(config, workers.world_size)
 

@@ -11,7 +11,7 @@ from pipeline.checkpoints.reader import find_checkpoint
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers, show_progress
 from pipeline.config.training import PretrainConfig
 from pipeline.distributed.process_group import init_distributed
-from pipeline.distributed.signals import Interruptions, PeerErrorWatcher, StopFileWatcher
+from pipeline.distributed.signals import FileWatcher, Interruptions, end_after_peer_error
 from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import UserError
 from pipeline.paths import resolve_output, working_folder
@@ -93,7 +93,7 @@ def pretrain_worker(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     show_progress(workers.is_rank_zero)
     output = open_folder(settings.output)
     tracker = _tracker(settings, output) if workers.is_rank_zero else Tracker()
-    stop_watcher = StopFileWatcher(lambda: workers.is_rank_zero and files.stop_requested())
+    stop_watcher = FileWatcher(lambda: workers.is_rank_zero and files.stop_requested())
     watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
     with contextlib.closing(stop_watcher), _failures_logged(tracker, files.has_error):
         trainer = Trainer(
@@ -127,7 +127,7 @@ def _tracker(settings: WorkerSettings, output: Folder) -> Tracker:
 def _failures_logged(tracker: Tracker, peer_failed: Callable[[], bool]) -> Iterator[None]:
     """A context in which a UserError of this or another worker marks the run as failed; the next start undoes that."""
     try:
-        with PeerErrorWatcher(peer_failed, lambda: tracker.finish("FAILED")):
+        with end_after_peer_error(peer_failed, lambda: tracker.finish("FAILED")):
             yield
     except UserError:
         tracker.finish("FAILED")

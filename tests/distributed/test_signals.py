@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipeline.distributed.signals import StopFileWatcher, call_in_thread, stop_on_signals
+from pipeline.distributed.signals import FileWatcher, call_in_thread, stop_on_signals
 
 
 def test_the_first_signal_is_a_request_and_handlers_come_back() -> None:
@@ -48,7 +48,7 @@ def test_a_stop_file_is_found_though_its_storage_fails_at_first() -> None:
             raise answer
         return answer
 
-    watcher = StopFileWatcher(exists)
+    watcher = FileWatcher(exists)
     deadline = time.monotonic() + 30
     while not watcher():
         assert time.monotonic() < deadline

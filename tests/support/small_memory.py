@@ -25,7 +25,7 @@ def small_memory(largest: int, *, ranks: Collection[int]) -> None:
     Transformer.forward = starved  # type: ignore[method-assign, assignment]
 
 
-class StandIn:
+class StandIn(largest_batch.CudaMemory):
     """A memory that takes what autograd keeps for backward, and gives nothing back before the peak is forgotten."""
 
     def __init__(self, limit: int) -> None:
