@@ -227,7 +227,7 @@ class Trainer:
         saves = done % config.checkpoint_every == 0 or done == config.train_steps or self.guard.wants_checkpoint
         if done == 1 or done % config.log_every == 0 or saves:
             self._log_step(done, result)
-        with self.throughput.paused(), self.guard.watchdog.phase(f"behind step {done}"):
+        with self.throughput.paused(), self.guard.watchdog.phase(f"after step {done}"):
             path = self._save(done) if saves else None
             self.guard.wants_checkpoint = False
             if self.guard.is_stopping:
