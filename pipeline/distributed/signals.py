@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
 
+from pipeline.distributed.watchdog import EXIT_CODE
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STOP_FILE_SECONDS = 0.5
 _ERROR_FILE_SECONDS = 5.0  # every worker looks, perhaps into a bucket
 _GRACE_SECONDS = 10.0
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h, as in watchdog.py
 
 Result = TypeVar("Result")
 
