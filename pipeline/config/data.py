@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config.settings import require, require_positive
-from pipeline.tokenizer.patterns import Pattern
-
-MAX_VOCAB_SIZE = (1 << 20) - 1  # bpe.MAX_TOKENS; bpe takes numba, and a trainer reads this file too
+from pipeline.tokenizer.patterns import MAX_TOKENS, Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +107,7 @@ class TrainTokenizerConfig(ReadingConfig):
 
 def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:
     require(vocab_size >= lowest, f"vocab_size is {vocab_size}; it must be at least {lowest}: {needed}")
-    require(vocab_size <= MAX_VOCAB_SIZE, f"vocab_size is {vocab_size}; it must be at most {MAX_VOCAB_SIZE}")
+    require(vocab_size <= MAX_TOKENS, f"vocab_size is {vocab_size}; it must be at most {MAX_TOKENS}")
 
 
 def _check_special_tokens(names: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.command_line import resolve
-from pipeline.config.data import MAX_VOCAB_SIZE, TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import EvaluateConfig, GenerateConfig
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig, worker_range
@@ -188,7 +188,6 @@ def test_mistakes_of_tokenizer_training(flags: list[str], sentence: str) -> None
 
 
 def test_no_vocabulary_is_larger_than_the_tokenizer_takes() -> None:
-    assert MAX_VOCAB_SIZE == MAX_TOKENS
     with pytest.raises(UserError, match="vocab_size is 1048576; it must be at most 1048575"):
         TokenizeConfig(vocab_size=MAX_TOKENS + 1)
 
