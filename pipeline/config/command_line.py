@@ -26,7 +26,7 @@ ConfigT = TypeVar("ConfigT")
 _WHOLE = (int, int | None, int | Literal["auto"])
 _SCIENTIFIC = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
-SECTIONS = ("tokenize", "train_tokenizer", "pretrain", "evaluate", "generate", "export", "serve")
+SECTIONS = ("tokenize", "train_tokenizer", "import_shards", "pretrain", "evaluate", "generate", "export", "serve")
 
 
 def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str], *, program: str) -> ConfigT:

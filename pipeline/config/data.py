@@ -1,4 +1,4 @@
-"""Settings of the jobs that read text: jobs/tokenize.py and jobs/train_tokenizer.py.
+"""Settings of the jobs that make data: jobs/tokenize.py, jobs/train_tokenizer.py and jobs/import_shards.py.
 
 The fields are the keys of a preset's section (``configs/*.yaml``) and the flags of the command line. A value that makes
 no sense raises a UserError that shows it.
@@ -11,6 +11,8 @@ from typing import Literal
 
 from pipeline.config.settings import require, require_positive
 from pipeline.tokenizer.patterns import MAX_TOKENS, Pattern
+
+GPT2_TOKENIZER = "hf://openai-community/gpt2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,37 @@ class TrainTokenizerConfig(ReadingConfig):
         _check_vocab_size(self.vocab_size, 256 + num_special, f"256 bytes and {num_special} special tokens")
         require(self.min_frequency > 0, f"min_frequency is {self.min_frequency}; it must be positive")
         _check_special_tokens(self.special_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportShardsConfig:
+    """From files of tokens that others made to a folder of data (jobs/import_shards.py)."""
+
+    train: str
+    """Files of tokens to train on: a file, folder or glob of .bin files; s3://BUCKET/GLOB, gs://BUCKET/GLOB;
+    https://HOST/FILE; or hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
+    val: str
+    """Files of tokens held out for validation, given as those to train on; no file may be in both."""
+    output: str
+    """Folder for the shards, their manifest and the tokenizer; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER."""
+    headerless: bool = False
+    """The files are bare little-endian uint16 tokens without a header, as nanoGPT writes them."""
+    tokenizer: str = GPT2_TOKENIZER
+    """The tokenizer that made the files: a tokenizer.json, or hf://OWNER/NAME[@REVISION] of the hub. The default is
+    GPT-2's, which is fetched from the hub once."""
+    eot_id: int | None = None
+    """Id of the token between documents. If not given, that of <|endoftext|> in the tokenizer."""
+    tracking_uri: str | None = None
+    """MLflow server or store. If not given, MLFLOW_TRACKING_URI, or else sqlite in the working folder."""
+    experiment: str = "gpt-2.5"
+    """Name of the MLflow experiment."""
+    dry_run: bool = False
+    """Print the resolved settings, then stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "output", "tokenizer"):
+            require(getattr(self, name) != "", f"{name} is empty; give a value")
+        require(self.eot_id is None or self.eot_id >= 0, f"eot_id is {self.eot_id}; it must not be negative")
 
 
 def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:

@@ -18,6 +18,9 @@ class EvaluateConfig:
     """Model to use: a checkpoint, run or exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
     data: str | None = None
     """Folder of shards. If not given, the one that the checkpoint was trained on."""
+    val_tokens: int | None = None
+    """Number of tokens to predict, from the start of the val set. If not given, all of it; the val loss that is
+    published for FineWeb takes 10485760."""
     hellaswag: str | None = None
     """HellaSwag questions: a hellaswag_val.jsonl, or hf://datasets/OWNER/NAME[@REVISION]/FILE. Optional."""
     hellaswag_questions: int | None = None
@@ -36,7 +39,7 @@ class EvaluateConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "num_workers", "hellaswag_questions")
+        require_positive(self, "val_tokens", "batch_size", "num_workers", "hellaswag_questions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ from pipeline.storage.folders import Folder, LocalFolder, as_folder
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
 SPLIT_HASH = "xxh3_64"  # the hash of its text decides the split of a document: encode_documents.split_by_hash
+IMPORTED = "imported"
+"""The setting of shards that others cut, as jobs/import_shards.py takes them: one may begin inside a document."""
 _FORMAT = 1
 
 
@@ -39,6 +41,8 @@ class ShardEntry:
     """sha256 of the whole file, hexadecimal."""
     source: str
     """Name of the input that the shard was made from."""
+    headerless: bool = False
+    """Whether the file is bare uint16 tokens, as jobs/import_shards.py may leave it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Manifest:
     vocab_size: int
     """All ids are smaller."""
     eot_id: int
-    """The token that every document starts with."""
+    """The token that every document starts with; in imported shards it may end them instead."""
     settings: dict[str, Any]
     """The settings that the shards depend on, besides input and tokenizer."""
     inputs: tuple[dict[str, Any], ...]
@@ -91,7 +95,11 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The file's content: the same bytes for the same manifest."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"format": _FORMAT, "totals": self.totals(), "shards": [vars(entry) for entry in self.shards]}
+        values |= {
+            "format": _FORMAT,
+            "totals": self.totals(),
+            "shards": [_entry_values(entry) for entry in self.shards],
+        }
         return ("{\n" + ",\n".join(f'"{name}": {_to_json(values[name])}' for name in sorted(values)) + "\n}\n").encode()
 
     def totals(self) -> dict[str, dict[str, int]]:
@@ -118,6 +126,11 @@ class Manifest:
 
     def _total(self, split: str, name: str) -> int:
         return sum(getattr(entry, name) for entry in self.shards if entry.split == split)
+
+
+def _entry_values(entry: ShardEntry) -> dict[str, Any]:
+    """The fields of an entry; headerless only where it holds, so that other manifests keep their fingerprints."""
+    return {name: value for name, value in vars(entry).items() if name != "headerless" or value}
 
 
 def _to_json(value: Any) -> str:

@@ -51,6 +51,11 @@ def shard_bytes(num_tokens: int, vocab_size: int) -> int:
     return HEADER_BYTES + num_tokens * token_dtype(vocab_size).itemsize
 
 
+def file_bytes(entry: ShardEntry, vocab_size: int) -> int:
+    """Size of the file of a manifest's entry, with its header or without one."""
+    return shard_bytes(entry.tokens, vocab_size) - (HEADER_BYTES if entry.headerless else 0)
+
+
 def write_shard(path: Path, tokens: npt.NDArray[Any], *, vocab_size: int) -> str:
     """Write a shard of ``tokens`` (1-D, unsigned ids below ``vocab_size``) and return its sha256 (hexadecimal)."""
     return write_atomically(path, shard_parts(tokens, vocab_size=vocab_size))
@@ -90,6 +95,11 @@ def open_shard(path: Path, *, headerless: bool = False) -> Tokens:
         return np.memmap(path, dtype="<u2", mode="r")
     dtype, num_tokens = parse_header(str(path), header, size_bytes)
     return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def has_header(head: bytes) -> bool:
+    """Whether a file that begins with these bytes has the header of a shard, whole or cut."""
+    return len(head) >= 8 and tuple(np.frombuffer(head[:8], dtype="<i4").tolist()) in _DTYPE_OF_MAGIC
 
 
 def parse_header(path: str, header: npt.NDArray[np.uint8], size_bytes: int) -> tuple[np.dtype[Any], int]:
@@ -211,7 +221,7 @@ class ShardFiles:
                 size_bytes = (self._folder / entry.name).stat().st_size
             except OSError:
                 size_bytes = -1
-            if size_bytes != shard_bytes(entry.tokens, self._vocab_size):
+            if size_bytes != file_bytes(entry, self._vocab_size):
                 self._open(entry)
 
         in_threads(check, self._entries, _STATS_AT_ONCE)
@@ -219,7 +229,7 @@ class ShardFiles:
     def _open(self, entry: ShardEntry) -> Tokens:
         if not (self._folder / entry.name).is_file():
             raise UserError(f"shard {self._folder / entry.name} is missing; {MEND}")
-        shard = open_shard(self._folder / entry.name)
+        shard = open_shard(self._folder / entry.name, headerless=entry.headerless)
         width = token_dtype(self._vocab_size).itemsize
         if len(shard) != entry.tokens or shard.dtype.itemsize != width:
             raise UserError(
@@ -263,7 +273,7 @@ def _copy_to_node(folder: Folder, manifest: Manifest, entries: Sequence[ShardEnt
     copy = LocalFolder(url=str(node_cache(f"shards-{manifest.fingerprint[:20]}")))
     copy.make()
     wanted = [
-        FileEntry(name=entry.name, num_bytes=shard_bytes(entry.tokens, manifest.vocab_size), sha256=entry.sha256)
+        FileEntry(name=entry.name, num_bytes=file_bytes(entry, manifest.vocab_size), sha256=entry.sha256)
         for entry in entries
     ]
     try:

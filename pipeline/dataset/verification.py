@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.shards import HEADER_BYTES, MEND, ShardFiles, other_sha256, parse_header, shard_bytes, token_dtype
+from pipeline.dataset.manifest import IMPORTED, Manifest, ShardEntry
+from pipeline.dataset.shards import HEADER_BYTES, MEND, ShardFiles, file_bytes, other_sha256, parse_header, token_dtype
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, as_folder, in_threads
 
@@ -107,7 +107,7 @@ def verify(folder: Folder | Path, *, num_threads: int = 8, progress: Callable[[i
 
 def _problems(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
     where = f"{folder}/{entry.name}"
-    expected_bytes = shard_bytes(entry.tokens, manifest.vocab_size)
+    expected_bytes = file_bytes(entry, manifest.vocab_size)
     try:
         size_bytes = folder.size(entry.name)
         if size_bytes is None:
@@ -124,11 +124,11 @@ def _problems(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str
 def _problems_of_content(folder: Folder, entry: ShardEntry, manifest: Manifest) -> list[str]:
     where = f"{folder}/{entry.name}"
     dtype = token_dtype(manifest.vocab_size)
-    header = folder.read_range(entry.name, 0, HEADER_BYTES)
+    header = b"" if entry.headerless else folder.read_range(entry.name, 0, HEADER_BYTES)
     digest = hashlib.sha256(header)
     largest, num_documents, first = 0, 0, None
-    stop = shard_bytes(entry.tokens, manifest.vocab_size)
-    for start in range(HEADER_BYTES, stop, _READ_BYTES):
+    stop = file_bytes(entry, manifest.vocab_size)
+    for start in range(len(header), stop, _READ_BYTES):
         content = folder.read_range(entry.name, start, min(start + _READ_BYTES, stop))
         if len(content) < min(_READ_BYTES, stop - start):
             return [f"shard {where} became shorter while it was read"]
@@ -137,14 +137,14 @@ def _problems_of_content(folder: Folder, entry: ShardEntry, manifest: Manifest) 
         first = int(ids[0]) if first is None else first
         largest = max(largest, int(ids.max()))
         num_documents += int(np.count_nonzero(ids == manifest.eot_id))
-    found = _problems_of_header(where, header, stop, dtype)
+    found = [] if entry.headerless else _problems_of_header(where, header, stop, dtype)
     if digest.hexdigest() != entry.sha256:
         found.append(f"shard {where} is damaged: {other_sha256(digest.hexdigest(), entry.sha256)}")
     if largest >= manifest.vocab_size:
         found.append(f"shard {where} holds the id {largest:,}, but ids are below {manifest.vocab_size:,}")
     if num_documents != entry.documents:
         found.append(f"shard {where} holds {num_documents:,} documents, but the manifest says {entry.documents:,}")
-    if first != manifest.eot_id:
+    if first != manifest.eot_id and not manifest.settings.get(IMPORTED):
         found.append(f"shard {where} begins with the id {first}, not with {manifest.eot_id}, as every document does")
     return found
 

@@ -13,20 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from model.transformer import Transformer
 from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers
 from pipeline.config.inference import EvaluateConfig
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
+from pipeline.dataset.token_counts import byte_lengths, count_tokens
 from pipeline.distributed.fsdp import parallelize
 from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
-from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
+from pipeline.evaluation.validation import bits_per_byte, entropy, validation_loss
 from pipeline.paths import resolve_output, resolve_output_file, working_folder
 from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
@@ -50,7 +49,7 @@ class Scores:
     val_loss: float | None = None
     """Nats per token."""
     bits_per_byte: float | None = None
-    """Bits per byte of text, which can be compared between tokenizers."""
+    """Bits per byte of the text of exactly these tokens, which can be compared between tokenizers."""
     unigram_entropy: float | None = None
     """Entropy of the token frequencies in nats: the loss of the best model that ignores the context."""
     hellaswag_acc_norm: float | None = None
@@ -102,7 +101,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     if data is None and questions is None:
         raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag")
     manifest = None if data is None else _check_data(data, path)
-    if reuse and run_folder and (saved := _saved_scores(run_folder, source.address, manifest, questions)):
+    if reuse and run_folder and (saved := _saved_scores(config, run_folder, source.address, manifest)):
         return saved
     settings = ScoreSettings(config=config, path=path, data=str(data or ""), questions=questions)
     if config.num_workers == 1:
@@ -136,7 +135,7 @@ def evaluate_on_rank(settings: ScoreSettings) -> dict[str, Any]:
     tokenizer = read_tokenizer(path)
     result: dict[str, Any] = {}
     if settings.data:
-        result |= _val_scores(model, tokenizer, open_folder(settings.data), config.batch_size, workers)
+        result |= _val_scores(model, tokenizer, open_folder(settings.data), config, workers)
     if settings.questions:
         questions = hellaswag.read_questions(Path(settings.questions), config.hellaswag_questions)
         tokens_per_batch = config.batch_size * model.config.context_length
@@ -150,20 +149,18 @@ def evaluate_on_rank(settings: ScoreSettings) -> dict[str, Any]:
 
 
 def _val_scores(
-    model: Transformer, tokenizer: Tokenizer, data: Folder, batch_size: int, workers: ProcessGroup
+    model: Transformer, tokenizer: Tokenizer, data: Folder, config: EvaluateConfig, workers: ProcessGroup
 ) -> dict[str, Any]:
     stream = open_split(data, "val")
-    result = validation_loss(model, stream, workers, context_length=model.config.context_length, batch_size=batch_size)
-    counts = count_tokens(stream)
-    first = int(stream.read(0, 1)[0])  # has no context, so it is never predicted
-    sizes = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
-    sizes[list(tokenizer.special_tokens.values())] = 0  # not part of the text
-    num_bytes = int(counts[: len(sizes)] @ sizes) - int(sizes[first])
+    length = model.config.context_length
+    result = validation_loss(
+        model, stream, workers, context_length=length, batch_size=config.batch_size, max_tokens=config.val_tokens
+    )
     return {
         "val_tokens": result.tokens,
         "val_loss": result.loss,
-        "bits_per_byte": result.loss * result.tokens / math.log(2) / num_bytes,
-        "unigram_entropy": entropy(counts),
+        "bits_per_byte": bits_per_byte(result.loss, stream, result.tokens, byte_lengths(tokenizer)),
+        "unigram_entropy": entropy(count_tokens(stream, 0, result.tokens + 1)),
     }
 
 
@@ -181,9 +178,9 @@ def _check_data(data: Folder, path: Path) -> Manifest:
 
 
 def _saved_scores(
-    run_folder: Folder, checkpoint: str, manifest: Manifest | None, questions: str | None
+    config: EvaluateConfig, run_folder: Folder, checkpoint: str, manifest: Manifest | None
 ) -> Scores | None:
-    """The scores in evaluation.json, if they are of this checkpoint and this data."""
+    """The scores in evaluation.json, if they are of this checkpoint and of the same part of this data."""
     try:
         values = json.loads(run_folder.read(SCORES_FILE))
     except FileNotFoundError:
@@ -191,7 +188,10 @@ def _saved_scores(
     values.pop("perplexity", None)
     scores = Scores(**values)
     same = (scores.checkpoint, scores.manifest_fingerprint) == (checkpoint, manifest.fingerprint if manifest else None)
-    return scores if same and (questions is None or scores.hellaswag_acc is not None) else None
+    if manifest is not None:
+        targets = manifest.tokens("val") - 1
+        same = same and scores.val_tokens == min(targets, config.val_tokens or targets)
+    return scores if same and (not config.hellaswag or scores.hellaswag_acc is not None) else None
 
 
 def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores) -> None:

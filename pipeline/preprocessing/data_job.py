@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pipeline.cluster import ray_cluster
 from pipeline.config.data import ReadingConfig
@@ -22,6 +22,22 @@ from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.tracker import RunInput, Tracker
 
 
+class JobConfig(Protocol):
+    """Settings of a job with an output folder and an MLflow run."""
+
+    @property
+    def output(self) -> str:
+        """Folder that the job writes to."""
+
+    @property
+    def tracking_uri(self) -> str | None:
+        """MLflow server or store."""
+
+    @property
+    def experiment(self) -> str:
+        """Name of the MLflow experiment."""
+
+
 class Report(Protocol):
     """A dataclass of figures."""
 
@@ -30,11 +46,30 @@ class Report(Protocol):
         """Reason -> documents left out."""
 
 
-ReportT = TypeVar("ReportT", bound=Report)
+ReportT = TypeVar("ReportT")
 
 
 def run_job(
     config: ReadingConfig,
+    name: str,
+    *,
+    find: Callable[[Folder], ReportT | None],
+    make: Callable[[Folder], ReportT],
+    track: Callable[[Folder, ReportT, Tracker], None],
+) -> tuple[ReportT, MLflowRun, bool]:
+    """``run_tracked``, with ``make`` on a Ray that is initialised."""
+
+    def make_on_ray(output: Folder) -> ReportT:
+        ray_cluster.connect(num_cpus=config.num_workers or os.cpu_count() or 1)
+        if config.num_workers:
+            ray_cluster.require(num_workers=config.num_workers, gpus=False)
+        return make(output)
+
+    return run_tracked(config, name, find=find, make=make_on_ray, track=track)
+
+
+def run_tracked(
+    config: JobConfig,
     name: str,
     *,
     find: Callable[[Folder], ReportT | None],
@@ -47,7 +82,7 @@ def run_job(
         config: settings of the job.
         name: the verb, as of ``jobs/<name>.py``.
         find: returns the report of a job that is done; needs no Ray.
-        make: does the work, on a Ray that is initialised, and returns its report.
+        make: does the work and returns its report.
         track: logs what is particular to the job.
 
     Returns:
@@ -67,9 +102,6 @@ def run_job(
         )
         if report is not None:
             return report, run, True
-        ray_cluster.connect(num_cpus=config.num_workers or os.cpu_count() or 1)
-        if config.num_workers:
-            ray_cluster.require(num_workers=config.num_workers, gpus=False)
         report = make(output)
         tracker = MLflowTracker(run)
         tracker.log_params(to_dict(config))
@@ -78,9 +110,9 @@ def run_job(
         return report, run, False
 
 
-def report_json(report: Report) -> bytes:
-    """The content of summary.json."""
-    return json.dumps(dataclasses.asdict(report), indent=2).encode()  # type: ignore[call-overload]
+def report_json(report: Any) -> bytes:
+    """The content of summary.json, from a dataclass of figures."""
+    return json.dumps(dataclasses.asdict(report), indent=2).encode()
 
 
 def log_figures(tracker: Tracker, report: Report, more: dict[str, float]) -> None:

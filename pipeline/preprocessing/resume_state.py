@@ -101,9 +101,17 @@ def finished(config: TokenizeConfig, folder: Folder, settings: dict[str, Any]) -
     return manifest
 
 
-def is_complete(folder: Folder, source: str, settings: dict[str, Any], *, names: tuple[str, ...]) -> bool:
+def is_complete(
+    folder: Folder,
+    source: str,
+    settings: dict[str, Any],
+    *,
+    names: tuple[str, ...],
+    inputs_now: Callable[[], list[Input]] | None = None,
+) -> bool:
     """Whether a job has written the files ``names`` to its folder, with these settings and from this source.
 
+    inputs_now: lists the inputs of the source as they are now; by default ``source`` is listed as a source of text.
     Raises UserError where the folder was begun with other settings, or from other input.
     """
     record = read_run(folder)
@@ -113,7 +121,7 @@ def is_complete(folder: Folder, source: str, settings: dict[str, Any], *, names:
     if any(folder.size(name) is None for name in names):
         return False
     if record.pinned is None or record.source != source:
-        _require_same_inputs(folder, record, find(source).inputs)
+        _require_same_inputs(folder, record, inputs_now() if inputs_now else find(source).inputs)
     return True
 
 

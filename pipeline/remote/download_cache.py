@@ -14,7 +14,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -41,8 +41,10 @@ class Cache:
     max_bytes: int
 
     @contextlib.contextmanager
-    def file(self, file: RemoteFile) -> Iterator[Path]:
+    def file(self, file: RemoteFile, progress: Callable[[int], None] | None = None) -> Iterator[Path]:
         """The whole file on disk while the block runs, its size and (where known) its checksum verified.
+
+        progress: called with the number of bytes that are there, again and again; those of a killed download count.
 
         It waits for space, and for another reader of the same file, so the block must not open a second file.
 
@@ -57,7 +59,7 @@ class Cache:
             )
         with contextlib.closing(self._take(file)) as slot:
             try:
-                slot.fill(file)
+                slot.fill(file, progress or _no_progress)
             except DamagedInputError:
                 with self._locked():
                     slot.part.unlink()
@@ -143,11 +145,11 @@ class _Slot:
     def close(self) -> None:
         self.handle.close()
 
-    def fill(self, file: RemoteFile) -> None:
+    def fill(self, file: RemoteFile, progress: Callable[[int], None]) -> None:
         """Fetch the rest; a file with a wrong checksum is fetched once more, from the start."""
         found = expected = ""
         for _ in range(2):
-            found, expected = self._append(file)
+            found, expected = self._append(file, progress)
             if found == expected:
                 return
             _logger.warning("%s arrived with a wrong checksum", file.where)
@@ -156,7 +158,7 @@ class _Slot:
             f"{file.where} is damaged: it arrived twice with the checksum {found}, and should have {expected}"
         )
 
-    def _append(self, file: RemoteFile) -> tuple[str, str]:
+    def _append(self, file: RemoteFile, progress: Callable[[int], None]) -> tuple[str, str]:
         """Fetch the rest; returns the checksum found and the one expected."""
         digest, expected = _digest_of(file)
         if not file.version:  # nothing says whether the rest belongs to the part
@@ -166,10 +168,12 @@ class _Slot:
         while block := self.handle.read(_BLOCK_BYTES):
             present_bytes += len(block)
             digest.update(block)
+            progress(len(block))
         with contextlib.closing(remote_files.stream(file, present_bytes)) as chunks:
             for chunk in chunks:
                 self._write(chunk)
                 digest.update(chunk)
+                progress(len(chunk))
         return (digest.hexdigest() if expected else ""), expected
 
     def _write(self, chunk: bytes) -> None:
@@ -179,6 +183,10 @@ class _Slot:
                 rest = rest[self.handle.write(rest) :]
             except OSError as error:
                 raise write_error(self.part, error) from error
+
+
+def _no_progress(num_bytes: int) -> None:
+    """Stands for a report of progress that nobody wants."""
 
 
 def _key(file: RemoteFile) -> str:

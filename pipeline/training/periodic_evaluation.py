@@ -14,9 +14,10 @@ import torch
 from model.transformer import Transformer
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.shards import TokenStream
+from pipeline.dataset.token_counts import byte_lengths
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score_encoded
-from pipeline.evaluation.validation import ValidationResult, validation_loss
+from pipeline.evaluation.validation import ValidationResult, bits_per_byte, validation_loss
 from pipeline.generation.sampling import continue_text
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer.bpe import Tokenizer
@@ -57,6 +58,8 @@ class PeriodicEvaluation:
         self.sample = ""
         """The last text sample."""
         self.best = read_best(self.output)
+        self._bits_of_a_nat: float | None = None
+        """Bits per byte of text that one nat per token makes; None until it is asked for."""
         self._questions = encode_all(read_questions(config.hellaswag), tokenizer) if config.hellaswag else None
 
     def compile(self) -> None:
@@ -102,12 +105,19 @@ class PeriodicEvaluation:
             self.best = Best(step=done, val_loss=result.loss)
         if not self.workers.is_rank_zero:
             return
-        self.tracker.log_metrics({"val/loss": result.loss, "val/perplexity": result.perplexity}, done)
+        metrics = {"val/loss": result.loss, "val/perplexity": result.perplexity}
+        self.tracker.log_metrics(metrics | {"val/bits_per_byte": self._bits_per_byte(result)}, done)
         logger.info("step %d: val loss %.4f, perplexity %.2f", done, result.loss, result.perplexity)
         if checkpoint is not None:
             if self.best is not None and is_best:
                 write_best(self.output, self.best)
             self.tracker.log_checkpoint(done, checkpoint, {"val_loss": result.loss}, best=is_best)
+
+    def _bits_per_byte(self, result: ValidationResult) -> float:
+        if self._bits_of_a_nat is None:  # the same tokens every time
+            lengths = byte_lengths(self.tokenizer)
+            self._bits_of_a_nat = bits_per_byte(1.0, self.val_stream, result.tokens, lengths)
+        return result.loss * self._bits_of_a_nat
 
     def _validation_loss(self, max_tokens: int) -> ValidationResult:
         return validation_loss(
