@@ -111,12 +111,12 @@ class TrainTokenizerConfig(ReadingConfig):
 class ImportShardsConfig:
     """From files of tokens that others made to a folder of data (jobs/import_shards.py)."""
 
-    train: str
-    """Files of tokens to train on: a file, folder or glob of .bin files; s3://BUCKET/GLOB, gs://BUCKET/GLOB;
+    train: str = ""
+    """Files of tokens to train on, which must be given: a file, folder or glob of .bin files; s3://BUCKET/GLOB, gs://BUCKET/GLOB;
     https://HOST/FILE; or hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
-    val: str
-    """Files of tokens held out for validation, given as those to train on; no file may be in both."""
-    output: str
+    val: str = ""
+    """Files of tokens held out for validation, which must be given too, in the same way; no file may be in both."""
+    output: str = "data/imported"
     """Folder for the shards, their manifest and the tokenizer; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER."""
     headerless: bool = False
     """The files are bare little-endian uint16 tokens without a header, as nanoGPT writes them."""
@@ -133,8 +133,8 @@ class ImportShardsConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "val", "output", "tokenizer"):
-            require(getattr(self, name) != "", f"{name} is empty; give a value")
+        require(self.train != "", "--train is missing; name the files of tokens to train on")
+        require(self.val != "", "--val is missing; name the files of tokens to validate on")
         require(self.eot_id is None or self.eot_id >= 0, f"eot_id is {self.eot_id}; it must not be negative")
 
 

@@ -137,6 +137,24 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, name: str, function: str,
     assert stopped.value.code == f"interrupted; the same command {what_next}"
 
 
+def test_import_shards(tiny_data: Path, tmp_path: Path) -> None:
+    assert "--train is missing; name the files of tokens" in error_of("import_shards.py", cwd=tmp_path)
+    flags = ["--train", str(tiny_data / "train_*.bin"), "--val", str(tiny_data / "val_*.bin"), "--output", "out"]
+    assert "did you mean 'headerless'?" in error_of("import_shards.py", *flags, "--header_less", cwd=tmp_path)
+    assert "no .bin file matches --val" in error_of(
+        "import_shards.py", *flags, "--val", "none*.bin", "--tokenizer", str(tiny_data / "tokenizer.json"), cwd=tmp_path
+    )
+    flags += ["--tokenizer", str(tiny_data / "tokenizer.json")]
+    first = job("import_shards.py", *flags, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "import_shards: done\n" in first.stdout and "80,000 train, 1,500 val" in first.stdout
+    again = job("import_shards.py", *flags, cwd=tmp_path)
+    assert again.stdout == first.stdout.replace("import_shards: done", "import_shards: done before"), again.stderr
+    (tmp_path / "out/val_000000.bin").unlink()
+    third = job("import_shards.py", *flags, cwd=tmp_path)
+    assert "import_shards: done\n" in third.stdout and "it is imported again" in third.stderr
+
+
 def test_train_tokenizer(tmp_path: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "pipeline").glob("[a-z]*.py"))]
     pq.write_table(pa.table({"text": texts}), tmp_path / "code.parquet")
