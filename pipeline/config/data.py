@@ -112,8 +112,8 @@ class ImportShardsConfig:
     """From files of tokens that others made to a folder of data (jobs/import_shards.py)."""
 
     train: str = ""
-    """Files of tokens to train on, which must be given: a file, folder or glob of .bin files; s3://BUCKET/GLOB, gs://BUCKET/GLOB;
-    https://HOST/FILE; or hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
+    """Files of tokens to train on, which must be given: a file, folder or glob of .bin files; s3://BUCKET/GLOB,
+    gs://BUCKET/GLOB; https://HOST/FILE; or hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
     val: str = ""
     """Files of tokens held out for validation, which must be given too, in the same way; no file may be in both."""
     output: str = "data/imported"
