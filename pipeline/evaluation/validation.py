@@ -3,8 +3,8 @@
 Windows of context_length tokens follow one another from the start of the val set, so that each token but the first is a
 target exactly once; the last window has the rest. llm.c and modded-nanogpt count in the same way: window i has tokens
 [i * T, (i + 1) * T) as inputs and the tokens one further on as targets, and nothing separates documents. Over the first
-10,485,760 targets of fineweb_val_000000.bin, with a context of 1024, it is the val loss that they publish. Perplexity is
-exp(loss) over the same tokens.
+10,485,760 targets of fineweb_val_000000.bin, with a context of 1024, it is the val loss that they publish. Perplexity
+is exp(loss) over the same tokens.
 """
 
 from __future__ import annotations

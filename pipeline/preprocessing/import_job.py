@@ -37,7 +37,16 @@ from pipeline.remote.remote_file import RemoteFile
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import Input
 from pipeline.sources.token_files import TokenFile, find_token_files, for_split
-from pipeline.storage.folders import TEMPORARY_PREFIX, Folder, LocalFolder, in_threads, node_cache, write_atomically
+from pipeline.storage.folders import (
+    TEMPORARY_PREFIX,
+    Folder,
+    LocalFolder,
+    in_threads,
+    node_cache,
+    sync_folder,
+    write_atomically,
+    write_error,
+)
 from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from pipeline.tracking.mlflow_run import MLflowRun
 from pipeline.tracking.tracker import RunInput, Tracker
@@ -327,9 +336,13 @@ def _link(source: Path, target: Path) -> None:
         if source.stat().st_dev != target.parent.stat().st_dev:
             write_atomically(target, _blocks(source))
             return
-        temporary.symlink_to(source)
+        try:
+            temporary.symlink_to(source)
+        except OSError as error:
+            raise write_error(target, error) from error
     temporary.replace(target)
     temporary.unlink(missing_ok=True)  # to rename one link of a file to another does nothing
+    sync_folder(target.parent)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

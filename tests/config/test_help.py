@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from pipeline.config.command_line import SECTIONS, resolve
-from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
 from pipeline.config.training import PretrainConfig
 
 CONFIGS: dict[str, type[Any]] = {
     "tokenize": TokenizeConfig,
     "train_tokenizer": TrainTokenizerConfig,
+    "import_shards": ImportShardsConfig,
     "pretrain": PretrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

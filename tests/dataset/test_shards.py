@@ -162,7 +162,12 @@ def test_manifest_round_trip_and_totals(tmp_path: Path) -> None:
     assert loaded.text_bytes("val") == 7
     values = json.loads(content)
     assert values["totals"]["train"] == {"tokens": 3, "documents": 2, "text_bytes": 14}
-    assert values["shards"] == [dataclasses.asdict(entry) for entry in manifest.shards]
+    plain = [dataclasses.asdict(entry) | {"headerless": None} for entry in manifest.shards]
+    assert [entry | {"headerless": None} for entry in values["shards"]] == plain
+    assert not any("headerless" in entry for entry in values["shards"]), "a field that others do not know"
+    bare = dataclasses.replace(manifest, shards=(dataclasses.replace(manifest.shards[0], headerless=True),))
+    bare.save(tmp_path)
+    assert Manifest.load(tmp_path) == bare and bare.fingerprint != manifest.fingerprint
     assert (values["inputs"][1]["name"], values["damaged"][0]["name"], values["skipped"]) == ("żółw", "y", {"empty": 2})
     assert sum(b"train_00000" in line for line in content.splitlines()) == 2  # a line for each
     other = dataclasses.replace(manifest, settings={"val_fraction": 0.2})

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import ModelConfig
 from model.transformer import Transformer, init_weights
 from pipeline.dataset.shards import TokenStream
+from pipeline.dataset.token_counts import count_tokens
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.evaluation import validation
-from pipeline.evaluation.validation import count_tokens, entropy, validation_loss
+from pipeline.evaluation.validation import entropy, validation_loss
 
 LENGTH = 16
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.config.data import ImportShardsConfig
 from pipeline.dataset.dataset import open_data
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
+from pipeline.dataset.token_counts import FileCounts, count_file
 from pipeline.dataset.verification import verify
 from pipeline.errors import UserError
 from pipeline.preprocessing import import_job
@@ -230,10 +232,12 @@ def test_an_import_goes_on_where_it_stopped(
     (Path(config.output) / "manifest.json").unlink()
     (Path(config.output) / "train_000001.bin").unlink()
     read: list[str] = []
-    count_file = import_job.count_file
-    monkeypatch.setattr(
-        import_job, "count_file", lambda path, *a, **k: read.append(path.name) or count_file(path, *a, **k)
-    )
+
+    def noted(path: Path, *arguments: Any, **settings: Any) -> FileCounts:
+        read.append(path.name)
+        return count_file(path, *arguments, **settings)
+
+    monkeypatch.setattr(import_job, "count_file", noted)
     assert import_into(config) == manifest
     assert read == ["fineweb_train_000002.bin"]
     with pytest.raises(UserError, match="was begun with eot_id"):
