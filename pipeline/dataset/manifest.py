@@ -44,6 +44,10 @@ class ShardEntry:
     headerless: bool = False
     """Whether the file is bare uint16 tokens, as jobs/import_shards.py may leave it."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its form in JSON; headerless only where it holds, so that other files on disk keep their bytes."""
+        return {name: value for name, value in vars(self).items() if name != "headerless" or value}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -98,7 +102,7 @@ class Manifest:
         values |= {
             "format": _FORMAT,
             "totals": self.totals(),
-            "shards": [_entry_values(entry) for entry in self.shards],
+            "shards": [entry.to_dict() for entry in self.shards],
         }
         return ("{\n" + ",\n".join(f'"{name}": {_to_json(values[name])}' for name in sorted(values)) + "\n}\n").encode()
 
@@ -126,11 +130,6 @@ class Manifest:
 
     def _total(self, split: str, name: str) -> int:
         return sum(getattr(entry, name) for entry in self.shards if entry.split == split)
-
-
-def _entry_values(entry: ShardEntry) -> dict[str, Any]:
-    """The fields of an entry; headerless only where it holds, so that other manifests keep their fingerprints."""
-    return {name: value for name, value in vars(entry).items() if name != "headerless" or value}
 
 
 def _to_json(value: Any) -> str:

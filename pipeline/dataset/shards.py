@@ -38,7 +38,10 @@ _MAX_TOKENS = 2**31 - 1  # the header counts in int32
 
 _MOST_MAPS = 4096  # at a time; a process may have some 65,000, and each takes a file descriptor
 _STATS_AT_ONCE = 16
-MEND = "put it back, or delete what is left of it and run jobs/tokenize.py again, which makes the same bytes"
+MEND = (
+    "put it back, or delete what is left of it and run jobs/tokenize.py again, which makes the same bytes (or "
+    "jobs/import_shards.py, if that made the folder)"
+)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

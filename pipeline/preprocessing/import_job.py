@@ -221,7 +221,7 @@ class _FileImport:
                 entry = self._take(name, file, path, None)
         else:
             entry = self._take(name, file, file.place, self.progress)
-        record = {"input": dataclasses.asdict(file.input), "entry": dataclasses.asdict(entry)}
+        record = {"input": dataclasses.asdict(file.input), "entry": entry.to_dict()}
         self.output.write(_record_name(name), [json.dumps(record, indent=1).encode()])
         return entry
 

@@ -282,7 +282,10 @@ def _attempts_name(name: str) -> str:
 
 
 def _to_json(record: RunRecord | ItemRecord) -> bytes:
-    return (json.dumps(dataclasses.asdict(record), indent=1, sort_keys=True) + "\n").encode()
+    values = dataclasses.asdict(record)
+    if isinstance(record, ItemRecord):
+        values["shards"] = [entry.to_dict() for entry in record.shards]
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _require_same_settings(folder: Folder, record: RunRecord, settings: dict[str, Any]) -> None:
