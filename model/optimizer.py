@@ -238,6 +238,32 @@ def warmup_cosine(step: int, *, max_lr: float, min_lr: float, warmup_steps: int,
     return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def warmup_linear(
+    step: int, *, max_lr: float, min_lr: float, warmup_steps: int, decay_from: int, total_steps: int
+) -> float:
+    """Learning rate of a step: a straight line up, a plateau, a straight line down (arXiv 2404.06395).
+
+    Steps count from 0, and the way up is that of warmup_cosine. The steps from there to decay_from - 1 get max_lr. Step
+    decay_from is the first one below it, step total_steps - 1 and all later ones get min_lr, and the steps between them
+    lie on a line. With decay_from equal to total_steps the last step gets max_lr too: there is no decay.
+
+    Raises:
+        ValueError: step negative, total_steps not positive, or not 0 <= warmup_steps <= decay_from <= total_steps.
+    """
+    if step < 0 or total_steps <= 0 or not 0 <= warmup_steps <= decay_from <= total_steps:
+        raise ValueError(
+            f"step {step}, warmup_steps {warmup_steps}, decay_from {decay_from}, total_steps {total_steps}; "
+            "needed: step >= 0 and 0 <= warmup_steps <= decay_from <= total_steps, total_steps positive"
+        )
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    if step < decay_from:
+        return max_lr
+    if step >= total_steps - 1:
+        return min_lr
+    return min_lr + (max_lr - min_lr) * (total_steps - 1 - step) / (total_steps - decay_from)
+
+
 def clip_grad_norm(grads: Iterable[Tensor], max_norm: float) -> Tensor:
     """Clips the gradients of a single process in place by their global norm; returns the norm before, 0-d float32.
 

@@ -18,6 +18,7 @@ _POSITIVE = (
     *("train_steps", "tokens_per_step", "log_every", "val_every", "val_tokens", "sample_every", "sample_tokens"),
     *("hellaswag_every", "checkpoint_every", "keep_checkpoints", "collective_timeout"),
 )
+_FRACTIONS = {"warmup_fraction": 0.05, "decay_fraction": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,19 @@ class PretrainConfig:
     """Highest learning rate, which is reached at the end of the warmup."""
     min_lr_fraction: float = 0.1
     """Last learning rate as a fraction of the highest."""
-    warmup_fraction: float = 0.05
-    """Fraction of the steps over which the learning rate rises to its highest."""
+    warmup_fraction: float | None = None
+    """Fraction of the steps over which the learning rate rises to its highest. If neither this nor warmup_steps is
+    given, 0.05."""
+    warmup_steps: int | None = None
+    """Number of steps over which the learning rate rises to its highest, in place of warmup_fraction."""
+    schedule: Literal["cosine", "wsd", "linear"] = "cosine"
+    """Course of the learning rate after its rise. With cosine, it falls over all other steps as half a cosine, with
+    linear, as a straight line. With wsd, it stays at its highest, then falls as a straight line over the last steps."""
+    decay_fraction: float | None = None
+    """With wsd, the fraction of the steps, at the end of the run, over which the learning rate falls; with 0, it never
+    does. If neither this nor decay_from is given, 0.2."""
+    decay_from: int | None = None
+    """With wsd, the number of steps after which the learning rate begins to fall, in place of decay_fraction."""
     beta1: float = 0.9
     """Decay rate of the mean gradient in AdamW."""
     beta2: float = 0.95
@@ -144,9 +156,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, *_POSITIVE, *(() if self.batch_size == "auto" else ("batch_size",)))
-        for name in ("min_lr_fraction", "warmup_fraction"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
+        self._check_schedule()
         require(self.resize_seconds > 0, f"resize_seconds is {self.resize_seconds:g}; it must be positive")
         every = self.keep_every
         require(
@@ -188,6 +198,55 @@ class PretrainConfig:
         """batch_size as a number; a run replaces auto at its start (training/largest_batch.py)."""
         assert self.batch_size != "auto"
         return self.batch_size
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        assert self.warmup_fraction is not None
+        return round(self.train_steps * self.warmup_fraction)
+
+    @property
+    def first_decay_step(self) -> int:
+        """The first step, counted from 0, whose learning rate is below the highest; without any, train_steps."""
+        if self.schedule != "wsd":
+            return min(max(self.num_warmup_steps, 1), self.train_steps)
+        if self.decay_from is not None:
+            return self.decay_from
+        assert self.decay_fraction is not None
+        return self.train_steps - round(self.train_steps * self.decay_fraction)
+
+    def _check_schedule(self) -> None:
+        self._resolve_fraction("warmup_fraction", "warmup_steps", is_used=True)
+        self._resolve_fraction("decay_fraction", "decay_from", is_used=self.schedule == "wsd")
+        for name in ("min_lr_fraction", "warmup_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
+        warmup, decay, steps = self.num_warmup_steps, self.first_decay_step, self.train_steps
+        require(0 <= warmup <= steps, f"warmup_steps is {warmup}; it must lie between 0 and train_steps {steps}")
+        require(
+            warmup <= decay <= steps,
+            f"the learning rate would rise until step {warmup} and fall from step {decay} on, but the fall must begin "
+            f"between the end of the rise and train_steps {steps}; change the warm-up, decay_fraction or decay_from",
+        )
+
+    def _resolve_fraction(self, fraction: str, steps: str, *, is_used: bool) -> None:
+        """Check that one of the two ways to say the same is given; if none is, fill in the fraction's default."""
+        given = {name: getattr(self, name) for name in (steps, fraction) if getattr(self, name) is not None}
+        require(
+            len(given) < 2,
+            f"{' and '.join(f'{name} {value}' for name, value in given.items())} are two ways to say the same; give "
+            f"one of them (--{fraction} None takes back what a preset gives)",
+        )
+        for name, value in given.items():
+            require(
+                is_used,
+                f"{name} is {value}, but only with schedule wsd it has a meaning; leave it out, or give --schedule wsd",
+            )
+        if is_used and not given:
+            # The class is frozen for its users; what is recorded of a run has to say which fraction it was.
+            object.__setattr__(self, fraction, _FRACTIONS[fraction])
 
     def _check_batch(self) -> None:
         tokens, length = self.tokens_per_step, self.context_length

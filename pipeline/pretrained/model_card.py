@@ -42,6 +42,10 @@ _RECIPE = {
     "lr": "highest learning rate",
     "min_lr_fraction": "last learning rate, share of the highest",
     "warmup_fraction": "warm-up, share of the steps",
+    "warmup_steps": "warm-up, steps",
+    "schedule": "schedule of the learning rate",
+    "decay_fraction": "decay, share of the steps",
+    "decay_from": "decay, from step",
     "beta1": "AdamW beta1",
     "beta2": "AdamW beta2",
     "eps": "AdamW eps",
@@ -156,7 +160,7 @@ def _tables(run: Run, info: CheckpointInfo) -> dict[str, list[tuple[str, str]]]:
 
 
 def _rows(values: dict[str, Any], labels: dict[str, str]) -> list[tuple[str, str]]:
-    return [(label, _show(values[key])) for key, label in labels.items() if key in values]
+    return [(label, _show(values[key])) for key, label in labels.items() if values.get(key) is not None]
 
 
 def _curve_rows(run: Run) -> list[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.muon import Group, Muon, muon_groups
-from model.optimizer import AdamW, parameter_groups, warmup_cosine
+from model.optimizer import AdamW, parameter_groups, warmup_cosine, warmup_linear
 from model.transformer import Transformer
 from pipeline.distributed.fsdp import local_part
 from pipeline.distributed.process_group import ProcessGroup
@@ -34,14 +34,16 @@ def build_optimizer(model: Transformer, config: PretrainConfig, workers: Process
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
-    """The learning rate of ``step``, counted from 0."""
-    return warmup_cosine(
-        step,
-        max_lr=config.lr,
-        min_lr=config.lr * config.min_lr_fraction,
-        warmup_steps=round(config.train_steps * config.warmup_fraction),
-        total_steps=config.train_steps,
-    )
+    """The learning rate of ``step``, counted from 0, by --schedule."""
+    ends: dict[str, Any] = {
+        "max_lr": config.lr,
+        "min_lr": config.lr * config.min_lr_fraction,
+        "warmup_steps": config.num_warmup_steps,
+        "total_steps": config.train_steps,
+    }
+    if config.schedule == "cosine":
+        return warmup_cosine(step, **ends)
+    return warmup_linear(step, **ends, decay_from=config.first_decay_step)
 
 
 def compiles(config: PretrainConfig, workers: ProcessGroup) -> bool:

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.run_files import BEST_FILE, CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, open_folder
 from pipeline.tracking.tracker import RunInput
+from pipeline.training.schedule import check_schedule
 
 _ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
 
@@ -78,7 +79,7 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
     """Check that resuming from checkpoint ``path`` continues the same run.
 
     Raises:
-        UserError: model shape, shards, tokenizer or data order differ.
+        UserError: model shape, shards, tokenizer or data order differ, or the learning rate's schedule would bend.
     """
     check_shape(path, info, config.model_config(manifest.vocab_size))
     if info.manifest_fingerprint != manifest.fingerprint:
@@ -92,6 +93,7 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
                 f"checkpoint {path} was trained with {name} {info.config[name]}, now it is {getattr(config, name)}; "
                 "that changes the data order, so keep it, or give a new --output"
             )
+    check_schedule(path, info, config)
 
 
 def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Path | Folder) -> RunSummary | None:

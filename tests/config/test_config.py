@@ -67,6 +67,14 @@ def test_flags_override_the_preset_and_hyphens_are_underscores(tmp_path: Path) -
     assert (config.lr, config.train_steps, config.tie_embeddings, config.batch_size) == (1e-3, 20, False, 8)
 
 
+def test_the_warmup_of_a_preset_is_taken_back_for_one_in_steps(tmp_path: Path) -> None:
+    path = preset(tmp_path, "pretrain: {warmup_fraction: 0.05}")
+    config = pretrain("--config", path, "--warmup_fraction", "None", "--warmup_steps", "300")
+    assert (config.num_warmup_steps, config.warmup_fraction) == (300, None)
+    assert (pretrain().num_warmup_steps, pretrain("--warmup_steps", "0").num_warmup_steps) == (4000, 0)
+    assert pretrain("--schedule", "wsd").first_decay_step == 64_000
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -96,6 +104,21 @@ def test_flags_override_the_preset_and_hyphens_are_underscores(tmp_path: Path) -
         (["--batch_size", "auto", "--grad_accum_steps", "4"], "grad_accum_steps 4 says what batch_size auto is to"),
         (["--profile_steps", "20"], "profile_steps is 20; give the first and the last step, for instance 20:25"),
         (["--profile_steps", "25:20"], "profile_steps is 25:20; the first step must not come after the last"),
+        (
+            ["--warmup_steps", "4001", "--warmup_fraction", "0.05"],
+            "give one of them (--warmup_fraction None takes back",
+        ),
+        (["--warmup_steps", "80001"], "warmup_steps is 80001; it must lie between 0 and train_steps 80000"),
+        (["--warmup_fraction", "1.5"], "warmup_fraction is 1.5; it must lie in [0, 1]"),
+        (["--decay_fraction", "0.5"], "decay_fraction is 0.5, but only with schedule wsd it has a meaning"),
+        (["--schedule", "linear", "--decay_from", "9"], "decay_from is 9, but only with schedule wsd it has a meaning"),
+        (
+            ["--schedule=wsd", "--decay_from=9", "--decay_fraction=0.1"],
+            "decay_from 9 and decay_fraction 0.1 are two ways",
+        ),
+        (["--schedule=wsd", "--decay_from=3999"], "would rise until step 4000 and fall from step 3999 on"),
+        (["--schedule=wsd", "--decay_from=80001"], "and train_steps 80000; change the warm-up"),
+        (["--schedule", "step"], "invalid choice 'step'"),
         (["--recompute", "all"], "invalid choice 'all'"),
         (["--deterministic", "yes"], "invalid choice 'yes'"),
     ],

@@ -20,6 +20,7 @@ from model.optimizer import (
     local_squared_norm,
     parameter_groups,
     warmup_cosine,
+    warmup_linear,
 )
 from model.transformer import Transformer
 from tests.support.llama_twin import grad_of, small_config
@@ -260,6 +261,37 @@ def test_recipe_schedule() -> None:
 def test_impossible_schedules_are_errors(step: int, warmup_steps: int, total_steps: int) -> None:
     with pytest.raises(ValueError, match=f"step {step}, warmup_steps {warmup_steps}, total_steps {total_steps}"):
         warmup_cosine(step, max_lr=1.0, min_lr=0.1, warmup_steps=warmup_steps, total_steps=total_steps)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "decay_from", "min_lr", "rates"),
+    [
+        (2, 6, 0.1, [0.5, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325, 0.1, 0.1, 0.1]),
+        (2, 2, 0.2, [0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2, 0.2]),
+        (0, 9, 0.0, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]),
+        (4, 10, 0.1, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 0.1, 0.1]),
+        (10, 10, 0.1, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 0.1, 0.1]),
+        (0, 0, 0.0, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0, 0, 0]),
+    ],
+)
+def test_straight_schedules_have_the_rates_computed_by_hand(
+    warmup_steps: int, decay_from: int, min_lr: float, rates: list[float]
+) -> None:
+    ends = {"warmup_steps": warmup_steps, "decay_from": decay_from, "total_steps": 10}
+    found = [warmup_linear(step, max_lr=1.0, min_lr=min_lr, **ends) for step in range(12)]
+    assert found == pytest.approx(rates, rel=1e-12)
+    assert found[10:] == [min_lr, min_lr], "no rounding at the end"
+
+
+@pytest.mark.parametrize(
+    ("step", "warmup_steps", "decay_from", "total_steps"), [(-1, 0, 5, 10), (0, 6, 5, 10), (0, 0, 11, 10), (0, 0, 0, 0)]
+)
+def test_impossible_straight_schedules_are_errors(
+    step: int, warmup_steps: int, decay_from: int, total_steps: int
+) -> None:
+    ends = {"warmup_steps": warmup_steps, "decay_from": decay_from, "total_steps": total_steps}
+    with pytest.raises(ValueError, match=f"warmup_steps {warmup_steps}, decay_from {decay_from}, total_steps"):
+        warmup_linear(step, max_lr=1.0, min_lr=0.1, **ends)
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -29,6 +29,8 @@ def test_the_run_folder_may_be_in_a_bucket(
         num_layers=1,
         tokens_per_step=32 * 8,
         train_steps=4,
+        schedule="wsd",  # more steps would bend a cosine
+        decay_fraction=0.0,
         val_every=4,
         sample_every=4,
         checkpoint_every=2,

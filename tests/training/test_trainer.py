@@ -187,9 +187,10 @@ def test_everything_is_tracked(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_a_finished_run_says_so_and_more_steps_go_on(tiny_data: Path, tmp_path: Path) -> None:
     assert finished_summary(CONFIG, data=tiny_data, output=tmp_path) is None
-    summary, _ = train_here(CONFIG, tiny_data, tmp_path)
-    assert finished_summary(CONFIG, data=tiny_data, output=tmp_path) == summary
-    longer = dataclasses.replace(CONFIG, train_steps=STEPS + 3)
+    plateau = dataclasses.replace(CONFIG, schedule="wsd", decay_fraction=0.0)  # more steps would bend a cosine
+    summary, _ = train_here(plateau, tiny_data, tmp_path)
+    assert finished_summary(plateau, data=tiny_data, output=tmp_path) == summary
+    longer = dataclasses.replace(plateau, train_steps=STEPS + 3)
     assert finished_summary(longer, data=tiny_data, output=tmp_path) is None
     _, tracker = train_here(longer, tiny_data, tmp_path)
     assert [step for step, _ in tracker.metrics["train/loss"]] == [13, 14, 15]
