@@ -59,7 +59,8 @@ def _advice(before: PretrainConfig, now: PretrainConfig, done: int) -> str:
     if warmup <= (now.first_decay_step if now.schedule == "wsd" else now.train_steps):
         same_start = replace(now, warmup_fraction=None, warmup_steps=warmup)
         if last_difference(before, same_start, done) is None:
-            return f"give --warmup_steps {warmup}" + (" in place of --warmup_fraction" if now.warmup_fraction else "")
+            instead = "" if now.warmup_fraction is None else " in place of --warmup_fraction"
+            return f"give --warmup_steps {warmup}{instead}"
     if before.schedule == now.schedule == "wsd":
         start = min(before.first_decay_step, now.first_decay_step)
         if start < done:
