@@ -172,7 +172,7 @@ def test_everything_is_tracked(tiny_data: Path, tmp_path: Path) -> None:
     assert [step for step, _ in tracker.metrics["train/loss"]] == list(range(1, STEPS + 1))
     contract = {"train/loss", "train/grad_norm", "train/lr", "val/loss", "val/perplexity", "perf/tokens_per_second"}
     contract |= {"perf/step_seconds", "perf/data_wait_seconds", "tokens_seen"}
-    contract.add("perf/checkpoint_stall_seconds")
+    contract |= {"perf/checkpoint_stall_seconds", "val/bits_per_byte"}
     assert tracker.metrics.keys() == contract
     assert [step for step, _ in tracker.metrics["perf/step_seconds"]] == list(range(2, STEPS + 1)), "the first compiles"
     assert [step for step, _ in tracker.metrics["val/loss"]] == [6, 12]
