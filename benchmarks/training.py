@@ -133,13 +133,13 @@ def train(config: PretrainConfig, data: Path, folder: Path, results: Results) ->
 
 
 def known(tracker: MemoryTracker) -> dict[str, float | int]:
-    """What the run has told so far; the first reading of speed and waiting is left out, since it has compiled."""
+    """The newest values that the run has logged, and medians of its speed, which leaves the compiling step out."""
 
     def last(name: str) -> float:
         return tracker.metrics[name][-1][1] if tracker.metrics[name] else math.nan
 
     def median(name: str) -> float:
-        values = [value for _, value in tracker.metrics[name][1:]]
+        values = [value for _, value in tracker.metrics[name]]
         return statistics.median(values) if values else math.nan
 
     steps = tracker.metrics["train/loss"][-1][0] if tracker.metrics["train/loss"] else 0
