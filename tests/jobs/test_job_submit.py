@@ -90,9 +90,13 @@ def wait_until_listening(port: int, head: subprocess.Popen[bytes]) -> None:
 
 def submit(job: str, preset: str, environment: dict[str, str]) -> str:
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{job}.py", "--config", preset]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False
-    )
+    for _ in range(120):  # the dashboard answers some time before the agent that starts jobs does
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False
+        )
+        if "No available agent to submit job" not in result.stdout + result.stderr:
+            break
+        time.sleep(1)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     return result.stdout
 

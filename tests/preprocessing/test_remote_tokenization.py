@@ -46,6 +46,7 @@ def ray_with_servers(
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_TOKEN", "hf_secret")
+        ray.shutdown()  # a job of an earlier test may have left its own Ray
         ray.init(
             address="local",
             num_cpus=2,

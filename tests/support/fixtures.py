@@ -36,6 +36,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         variables = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hub")}
+        ray.shutdown()  # a job of an earlier test may have left its own Ray
         ray.init(
             address="local",
             num_cpus=2,
