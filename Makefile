@@ -67,7 +67,8 @@ ui: setup
 # what `ray up` copies to every node: the token of the cluster, and the environment of its jobs (docs/cluster.md)
 cluster-files:
 	@umask 077; mkdir -p $(HOME)/.ray; touch $(HOME)/.gpt-2.5.env; chmod 600 $(HOME)/.gpt-2.5.env
-	@test -s $(HOME)/.ray/auth_token || $(BIN)/ray get-auth-token --generate > /dev/null
+	@find $(HOME)/.ray/auth_token -perm /077 -delete 2> /dev/null || true  # others could read it: it is no secret any more
+	@umask 077; test -s $(HOME)/.ray/auth_token || RAY_AUTH_MODE=token $(BIN)/ray get-auth-token --generate > /dev/null
 	@chmod 600 $(HOME)/.ray/auth_token
 	@echo "~/.ray/auth_token is there; write GPT25_HOME=gs://BUCKET/FOLDER and your tokens into ~/.gpt-2.5.env"
 

@@ -23,8 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from pipeline.cluster.ray_cluster import set_local_environment
+
+set_local_environment()  # before any module imports ray
 
 from benchmarks import data_handover, data_sections
 from benchmarks.bpe_report import Section, machine

@@ -82,7 +82,7 @@ def running_job(arguments: argparse.Namespace, data: Path, folder: Path) -> Iter
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, str(ROOT / "jobs/pretrain.py"), *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "disabled", "TMPDIR": str(folder)}
+    environment["TMPDIR"] = str(folder)
     with (folder / "job.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     job = psutil.Process(process.pid)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.auth_token import ensure_private_token
 from pipeline.errors import UserError
 from pipeline.paths import submitted
 
@@ -33,6 +34,7 @@ _QUIET = {
 }
 _ALONE = {
     "RAY_AUTH_MODE": "token",  # a joined cluster has its own mode
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so Ray calls "listen on 127.0.0.1 only", on Linux too
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node but this one
 }
 
@@ -40,8 +42,9 @@ _ALONE = {
 def connect(*, num_cpus: int) -> None:
     """Join the cluster that the environment names, or start a local Ray with ``num_cpus`` logical CPUs."""
     starts_one = not (submitted() or os.environ.get("RAY_ADDRESS"))
-    defaults = {**_QUIET, **_ALONE} if starts_one else _QUIET
-    os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
+    if starts_one:
+        set_local_environment()
+    _set_defaults(_QUIET)
     import ray  # reads the variables as it is imported
 
     if ray.is_initialized():
@@ -61,6 +64,16 @@ def connect(*, num_cpus: int) -> None:
             logging_level=logging.WARNING,
             runtime_env=_project_on_path(),
         )
+
+
+def set_local_environment() -> None:
+    """Set the variables of a local Ray, before ray is imported: it asks for a token and listens on 127.0.0.1 only."""
+    _set_defaults({**_QUIET, **_ALONE})
+    ensure_private_token()
+
+
+def _set_defaults(variables: dict[str, str]) -> None:
+    os.environ.update({name: value for name, value in variables.items() if name not in os.environ})
 
 
 def _await_nodes(expected: int) -> None:

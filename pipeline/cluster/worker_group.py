@@ -1,7 +1,8 @@
 """How Ray Train starts and ends a group of workers, which form a process group of torch.
 
 Ray's own torch backend does the work. Added are time marks, so that a recovery can report its parts; imports, which run
-in all workers at once before they connect; and a shutdown that does not wait for a process that will not answer.
+in all workers at once before they connect; a rendezvous on one address alone (rendezvous.py); and a shutdown that does
+not wait for a process that will not answer.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
+from pipeline.cluster import rendezvous
 from pipeline.distributed import determinism, startup_timer
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,7 @@ class _WorkerGroupBackend(_TorchBackend):
     def _join(self, worker_group: Any, backend_config: Any) -> None:
         """Connect the workers. If one was killed meanwhile, the others do not find it, and Ray Train tries again."""
         try:
-            super().on_start(worker_group, backend_config)
+            _connect(worker_group, backend_config)
         except RayTaskError as error:
             self._failed_joins += 1
             if self._failed_joins > _MOST_FAILED_JOINS:
@@ -83,6 +86,27 @@ class _WorkerGroupBackend(_TorchBackend):
         with contextlib.suppress(RayActorError, RayTaskError):  # of dead workers; Ray would log a page for each
             super().on_shutdown(worker_group, backend_config)
         self._marks = [("", noticed), ("shutdown", time.time())]
+
+
+def _connect(worker_group: Any, config: WorkerGroupConfig) -> None:
+    """Make one process group of the workers; Ray's own version has a store that listens on every network."""
+    address = worker_group.execute_single(0, ray.util.get_node_ip_address)
+    port = worker_group.execute_single(0, rendezvous.serve, address)
+    worker_group.execute(rendezvous.set_environment, address, port)
+    worker_group.execute(_set_torch_distributed_env_vars)
+    joins = [
+        worker_group.execute_single_async(
+            rank,
+            _setup_torch_process_group,
+            backend=config.backend,
+            world_rank=rank,
+            world_size=len(worker_group),
+            init_method="env://",
+            timeout_s=config.timeout_s,
+        )
+        for rank in range(len(worker_group))
+    ]
+    ray.get(joins)
 
 
 @contextlib.contextmanager

@@ -71,7 +71,6 @@ def test_what_cannot_be_measured_is_one_sentence(checkpoint: Path, tiny_data: Pa
 def test_two_workers_find_the_same(
     checkpoint: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
     settings = {"checkpoint": str(checkpoint), "hellaswag": str(questions), "device": "cpu", "batch_size": 4}
     alone = evaluate_job.evaluate(EvaluateConfig(**settings))  # type: ignore[arg-type]

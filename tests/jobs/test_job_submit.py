@@ -17,6 +17,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from tests.support.ray_environment import own_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
 
@@ -46,8 +48,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A head node of four logical CPUs with a home of its own; yields the submitter's environment."""
     gcs, dashboard = free_ports(2)
     session = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the paths of sockets have a limit of 107 bytes
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "disabled", "GPT25_HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = own_environment() | {"GPT25_HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
     command = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
     head = subprocess.Popen(
         [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={session}"],

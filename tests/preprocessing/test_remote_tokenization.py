@@ -43,7 +43,6 @@ def ray_with_servers(
         "PYTHONPATH": str(ROOT),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_TOKEN", "hf_secret")
         ray.shutdown()  # a job of an earlier test may have left its own Ray

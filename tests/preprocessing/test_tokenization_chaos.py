@@ -46,7 +46,6 @@ def three_nodes(s3_endpoint: FaultyProxy) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(s3_endpoint.url).items():
             patch.setenv(name, value)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(ROOT))
         for name in ("ray._private.utils.write_ray_address", "ray._common.utils.reset_ray_address"):

@@ -26,6 +26,7 @@ import torch
 
 from model.generation import generate
 from pipeline.pretrained import resolve
+from tests.support.listening import beyond_loopback
 from tests.support.models import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), str(checkpoint), "--port", "0", "--device", "cpu"]
     command += ["--model_name", "tiny", "--max_waiting", "300", "--max_tokens", "4000", "--request_seconds", "60"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "GPT25_SERVE_TOKEN")}
-    environment |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
     process = subprocess.Popen(
         command, cwd=tmp_path_factory.mktemp("home"), env=environment, stdout=subprocess.PIPE, stderr=log, text=True
@@ -92,6 +93,10 @@ def expected(checkpoint: Path, prompt: str, count: int, seed: int) -> str:
     stop_id = found.tokenizer.eot_id
     new = generate(found.model, ids, max_new_tokens=count, temperature=1.0, top_p=None, seed=seed, stop_id=stop_id)
     return found.tokenizer.decode(new[0])
+
+
+def test_the_server_listens_on_loopback_only(server: Server) -> None:
+    assert not beyond_loopback(server.process.pid)
 
 
 def test_the_openai_package(server: Server, checkpoint: Path) -> None:

@@ -33,7 +33,6 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     folder = tmp_path_factory.mktemp("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         variables = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hub")}
         ray.shutdown()  # a job of an earlier test may have left its own Ray

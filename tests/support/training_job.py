@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
 from tests.support.fixtures import ROOT
+from tests.support.ray_environment import is_foreign, own_environment
 
 NODE: dict[str, Any] = {"object_store_memory": 100_000_000}
 WAIT_SECONDS = 300
@@ -30,9 +31,8 @@ WAIT_SECONDS = 300
 def running_cluster(*cpus: int) -> Iterator[Cluster]:
     """A head without CPUs, where the jobs' drivers are, and a node per number of CPUs; nobody is connected."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)  # set by jobs of other tests for their local Ray; the nodes would inherit it
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+        for name in filter(is_foreign, [*os.environ]):
+            patch.delenv(name)  # the nodes would inherit it
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(ROOT))
         for name in ("ray._private.utils.write_ray_address", "ray._common.utils.reset_ray_address"):
@@ -56,9 +56,8 @@ class TrainingJob:
         self.log_path = home / f"{config.output}.log"
         changed = {name: value for name, value in to_dict(config).items() if value != getattr(PretrainConfig(), name)}
         self.command = [sys.executable, str(ROOT / "jobs/pretrain.py"), *(f"--{n}={v}" for n, v in changed.items())]
-        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        settings = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled", "GPT25_HOME": str(home)}
-        self.environment = {**own, **settings, "TMPDIR": str(home)}
+        settings = {"RAY_ADDRESS": cluster.address, "GPT25_HOME": str(home), "TMPDIR": str(home)}
+        self.environment = own_environment() | settings
         self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:

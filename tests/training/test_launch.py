@@ -32,6 +32,7 @@ from pipeline.tracking.mlflow_run import MLflowRun
 from pipeline.training import launch
 from pipeline.training.run_folder import RunSummary
 from tests.support.factories import tiny_config
+from tests.support.ray_environment import own_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -141,14 +142,12 @@ def test_a_killed_job_goes_on_with_the_same_command(
     flags = [f"--{name}={value}" for name, value in settings.items() if value != getattr(PretrainConfig(), name)]
     command = [sys.executable, str(ROOT / "jobs/pretrain.py"), *flags]
     # A cluster of its own: it dies with the job, as on a laptop that loses power.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["RAY_AUTH_MODE"] = "disabled"
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command, env=own_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     when_checkpointed(folder / "job-killed", first.kill).join(300)
     assert first.wait(60) == -9
     steps_kept = [step for step, _ in list_checkpoints(folder / "job-killed" / "checkpoints")]
     assert KILL_AFTER <= steps_kept[-1] < STEPS
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    second = subprocess.run(command, env=own_environment(), capture_output=True, text=True, timeout=400, check=False)
     assert second.returncode == 0, second.stderr
     assert "resuming at step" in second.stdout + second.stderr
     summary, run = launch.pretrain(dataclasses.replace(config, output="job-killed"))  # finished: read, not run

@@ -21,7 +21,7 @@ from tests.support.s3_server import S3
 def test_the_run_folder_may_be_in_a_bucket(
     s3: S3, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"GPT25_HOME": tmp_path, "GPT25_CACHE": tmp_path / "cache", "RAY_AUTH_MODE": "disabled"}.items():
+    for name, value in {"GPT25_HOME": tmp_path, "GPT25_CACHE": tmp_path / "cache"}.items():
         monkeypatch.setenv(name, str(value))
     config = tiny_config(
         data=str(tiny_data),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 from pipeline.checkpoints.reader import list_checkpoints
 from pipeline.config.training import PretrainConfig
 from tests.jobs.test_job_submit import cluster  # noqa: F401  # a fixture
+from tests.support.ray_environment import own_environment
 from tests.support.training_job import TrainingJob, running_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +52,7 @@ def start(tiny_data: Path, tmp_path: Path) -> Start:
     """Starts jobs/pretrain.py with a local Ray of its own."""
 
     def begin(**more: object) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {"RAY_AUTH_MODE": "disabled", "GPT25_HOME": str(tmp_path)}
+        environment = own_environment() | {"GPT25_HOME": str(tmp_path)}
         settings = {"data": tiny_data, "output": "run", **FLAGS, **more}
         flags = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, str(ROOT / "jobs/pretrain.py"), *flags]
@@ -130,8 +129,7 @@ def test_a_node_that_is_about_to_leave_costs_nothing_but_a_restart(tiny_data: Pa
             reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
             drain = ["drain-node", "--address", nodes.address, "--node-id", node.node_id, *reason]
             ray_command = str(Path(sys.executable).with_name("ray"))
-            environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-            subprocess.run([ray_command, *drain, "--deadline-remaining-seconds", "30"], env=environment, check=True)
+            subprocess.run([ray_command, *drain, "--deadline-remaining-seconds", "30"], check=True)
             job.wait_for(lambda: newest(tmp_path), "a checkpoint that was not due")
             saved = newest(tmp_path)
             job.wait_for(lambda: f"resuming at step {saved}" in job.log(), "another group")
