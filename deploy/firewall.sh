@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Closes this machine's TCP ports, but for ssh, to whoever is no machine of the cluster file. Run as root, at each setup.
+# Closes this machine's TCP ports, but for ssh, to whoever is no machine of the cluster file. Run as root, before each start of Ray.
 # Ray asks everyone for the token, but MLflow, the metrics pages and the training workers' own connections do not.
 # Undo it with: nft delete table inet gpt25
 set -euo pipefail

@@ -194,8 +194,24 @@ def test_nothing_listens_for_the_world_and_tokens_are_on(name: str) -> None:
 
 def test_both_files_start_nodes_alike() -> None:
     cloud, onprem = (load(name) for name in FILES)
-    assert cloud["worker_start_ray_commands"] == onprem["worker_start_ray_commands"][:2]
-    assert "leave.sh" in onprem["worker_start_ray_commands"][2]  # machines that nobody deletes
+    stop, firewall, start, leave = onprem["worker_start_ray_commands"]
+    assert cloud["worker_start_ray_commands"] == [stop, start]
+    assert "leave.sh" in leave  # machines that nobody deletes
+    assert "firewall.sh" in firewall
+
+
+def test_the_firewall_is_set_before_each_start_of_ray() -> None:
+    """Ray gives the setup commands again only for a changed file; a machine that restarted has lost its rules."""
+    onprem = load("cluster.onprem.yaml")
+    for kind in ("head", "worker"):
+        commands = onprem[f"{kind}_start_ray_commands"]
+        (firewall,) = [index for index, command in enumerate(commands) if "firewall.sh" in command]
+        (start,) = [index for index, command in enumerate(commands) if "ray start" in command]
+        assert firewall < start
+
+
+def test_both_files_copy_the_same_to_the_nodes() -> None:
+    cloud, onprem = (load(name) for name in FILES)
     assert onprem["file_mounts"].pop("~/gpt-2.5-node/cluster.yaml") == FILES[1]  # for the firewall
     assert cloud["file_mounts"] == onprem["file_mounts"]
     assert all((ROOT / local).exists() for local in cloud["file_mounts"].values() if not local.startswith("~"))
@@ -238,13 +254,27 @@ def test_a_head_knows_its_address_and_what_it_serves(node: Path) -> None:
     )
     (node / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     (node / ".gpt-2.5.env").write_text("GPT25_HOME=s3://bucket/folder\nHF_TOKEN='a b'\n")
-    start = with_envs(config["head_start_ray_commands"], {"RAY_enable_autoscaler_v2": "1"})[1]  # as `ray up` does
+    (command,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    (start,) = with_envs([command], {"RAY_enable_autoscaler_v2": "1"})  # as `ray up` does
     seen = on_node(node, start)
     assert "--node-ip-address=127.0.0.1" in seen["arguments"] and "--head" in seen["arguments"]
     assert seen["RAY_enable_autoscaler_v2"] == "0"  # the second one would never start a worker
     assert seen["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000" and seen["GPT25_OWN_MLFLOW"] == ""
     assert seen["RAY_AUTH_MODE"] == "token" and seen["GPT25_HOME"] == "s3://bucket/folder" and seen["HF_TOKEN"] == "a b"
     assert seen["GPT25_NODES"] == "3" and seen["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_the_file_of_settings_is_data_that_no_shell_runs(node: Path) -> None:
+    planted = node / "planted"
+    (node / ".gpt-2.5.env").write_text(
+        f'# a comment\n\nA=$(touch {planted})\nB=`touch {planted}`; touch {planted}\nexport C="two words"\n'
+        f"touch {planted}\nD-E=x; touch {planted}\n  F=a=b#c $HOME\nG=last"
+    )
+    start = with_envs(load("cluster.yaml")["worker_start_ray_commands"], {"RAY_HEAD_IP": "127.0.0.1"})[1]
+    seen = on_node(node, start)
+    assert not planted.exists()
+    assert seen["A"] == f"$(touch {planted})" and seen["B"] == f"`touch {planted}`; touch {planted}"
+    assert seen["C"] == "two words" and seen["F"] == "a=b#c $HOME" and seen["G"] == "last"
 
 
 def test_a_worker_finds_the_head_and_a_server_of_ones_own_is_kept(node: Path) -> None:

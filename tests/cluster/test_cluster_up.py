@@ -187,6 +187,8 @@ def works(host: Host, name: str) -> bool:
 def test_a_machine_that_comes_back_joins_again(cluster: Rented) -> None:
     cluster.hosts.switch_on(WORKERS[1])
     report(f"a machine that was switched on again joined after {cluster.await_nodes(3, 600):.0f} s")
+    address = cluster.hosts[WORKERS[1]].address
+    assert scan(cluster.hosts["outside"], address) == {address: {"22": "ssh"}}, "the restart has forgotten the firewall"
 
 
 def test_a_machine_that_dies_while_training(cluster: Rented) -> None:
