@@ -1,4 +1,4 @@
-"""Where relative paths lie, and addresses without their secrets.
+"""Where relative paths lie.
 
 Relative paths count from the current folder. Under ``ray job submit`` the current folder is a throw-away copy of the
 project, so there they count from GPT25_HOME, a folder or a bucket, or from ~/gpt-2.5 where that is not set.
@@ -7,7 +7,6 @@ project, so there they count from GPT25_HOME, a folder or a bucket, or from ~/gp
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -60,8 +59,3 @@ def in_bucket(path: str) -> str | None:
     if not is_url(home) or Path(path).expanduser().is_absolute():
         return None
     return f"{home.rstrip('/')}/{path}"
-
-
-def without_password(text: str) -> str:
-    """Return ``text`` without the user and password of every scheme://user:password@host in it."""
-    return re.sub(r"([a-z][a-z0-9+.-]*://)[^/@\s]*@", r"\1", text)

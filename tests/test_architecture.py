@@ -24,20 +24,22 @@ ROOMS: dict[str, set[str]] = {
     "versions": set(),
     "console": set(),
     "run_files": set(),
+    "redaction": set(),
     "storage": {"errors"},
     "tokenizer": {"errors"},
     "paths": {"errors", "storage"},
-    "config": {"errors", "paths", "tokenizer.patterns"},
+    "config": {"errors", "paths", "redaction", "tokenizer.patterns"},
     "distributed": {"errors"},
     "remote": {"errors", "storage"},
     "sources": {"errors", "paths", "remote"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
-    "tracking": {"errors", "storage", "paths", "console", "run_files", "versions", "distributed"},
+    "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
     "cluster": {"errors", "storage", "paths", "config", "distributed"},
 }
 ROOMS["pretrained"] = {
-    *("errors", "storage", "paths", "tokenizer", "checkpoints", "tracking", "run_files", "remote.hub_client"),
+    *("errors", "storage", "paths", "redaction", "tokenizer", "checkpoints", "tracking", "run_files"),
+    "remote.hub_client",
 }
 ROOMS["generation"] = {"errors", "paths", "config", "tokenizer", "distributed", "pretrained"}
 ROOMS["preprocessing"] = {

@@ -255,7 +255,7 @@ def test_a_head_knows_its_address_and_what_it_serves(node: Path) -> None:
     (node / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     (node / ".gpt-2.5.env").write_text("GPT25_HOME=s3://bucket/folder\nHF_TOKEN='a b'\n")
     (command,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
-    (start,) = with_envs([command], {"RAY_enable_autoscaler_v2": "1"})  # as `ray up` does
+    start = with_envs([command], {"RAY_enable_autoscaler_v2": "1"})[0]  # as `ray up` does
     seen = on_node(node, start)
     assert "--node-ip-address=127.0.0.1" in seen["arguments"] and "--head" in seen["arguments"]
     assert seen["RAY_enable_autoscaler_v2"] == "0"  # the second one would never start a worker

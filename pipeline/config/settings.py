@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.paths import without_password
+from pipeline.redaction import redact
 
 
 def require(condition: bool, message: str) -> None:
@@ -24,7 +24,12 @@ def require_positive(config: Any, *names: str) -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved settings as plain values without passwords: for MLflow, checkpoints and --dry_run."""
-    values = dataclasses.asdict(config)
-    if values.get("tracking_uri"):
-        values["tracking_uri"] = without_password(values["tracking_uri"])
-    return values
+    return {name: _redacted(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {name: _redacted(inner) for name, inner in value.items()}
+    return type(value)(map(_redacted, value)) if isinstance(value, list | tuple) else value

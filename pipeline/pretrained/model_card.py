@@ -22,9 +22,10 @@ from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.paths import resolve_output, without_password
+from pipeline.paths import resolve_output
 from pipeline.pretrained import huggingface
 from pipeline.pretrained.resolve import ModelSource
+from pipeline.redaction import redact
 from pipeline.run_files import CURVES_FILE, SCORES_FILE
 from pipeline.storage.folders import Folder
 from pipeline.tracking.mlflow_run import recorded_run_id
@@ -196,7 +197,7 @@ def _inputs(run: Run) -> Sequence[dict[str, Any]]:
 def _public_name(entry: dict[str, Any]) -> str:
     """An address as it is, without a password; of a local path the last part."""
     name = str(entry.get("name") or entry.get("path") or entry.get("source") or "unnamed")
-    return without_password(name) if "://" in name else name.rstrip("/").rpartition("/")[2]
+    return redact(name) if "://" in name else name.rstrip("/").rpartition("/")[2]
 
 
 def _hub_data_set(entry: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.paths import without_password
+from pipeline.redaction import redact
 from pipeline.run_files import MLFLOW_RUN_FILE
 from pipeline.storage.folders import Folder
 
@@ -34,7 +34,7 @@ class MLflowRun:
     @property
     def location(self) -> str:
         """Address of the run's page, without a password; for a store without pages, how to see the run."""
-        address = without_password(self.tracking_uri)
+        address = redact(self.tracking_uri)
         if address.startswith("http"):
             # Without the last part, MLflow 3 shows the page of an experiment with agents.
             return f"{address}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
@@ -69,10 +69,10 @@ def open_run(
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
     except mlflow_errors() as error:
         if recorded is not None and recorded.experiment_id:
-            logger.warning("MLflow at %s does not answer; going on without it", without_password(uri))
+            logger.warning("MLflow at %s does not answer; going on without it", redact(uri))
             return recorded
         raise UserError(
-            f"MLflow at {without_password(uri)} does not answer ({first_line(error)}); start it, or unset "
+            f"MLflow at {redact(uri)} does not answer ({first_line(error)}); start it, or unset "
             "MLFLOW_TRACKING_URI to track in a file of the working folder"
         ) from error
     run = MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id)
@@ -132,7 +132,7 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error message, shortened and without passwords."""
-    text = without_password(next(iter(str(error).splitlines()), type(error).__name__))
+    text = redact(next(iter(str(error).splitlines()), type(error).__name__))
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
@@ -154,7 +154,7 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
 def _record_run(folder: Folder, run: MLflowRun) -> None:
     folder.make()
     record = {
-        "tracking_uri": without_password(run.tracking_uri),
+        "tracking_uri": redact(run.tracking_uri),
         "experiment_id": run.experiment_id,
         "run_id": run.run_id,
     }
@@ -167,7 +167,7 @@ def _recorded_run(folder: Folder, uri: str) -> MLflowRun | None:
         recorded = json.loads(folder.read(MLFLOW_RUN_FILE))
     except FileNotFoundError:
         return None
-    if recorded["tracking_uri"] != without_password(uri):
+    if recorded["tracking_uri"] != redact(uri):
         return None
     return MLflowRun(tracking_uri=uri, experiment_id=recorded.get("experiment_id", ""), run_id=recorded["run_id"])
 
@@ -181,6 +181,6 @@ def _is_known(client: Any, recorded: MLflowRun) -> bool:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        logger.warning("MLflow at %s no longer knows run %s", without_password(recorded.tracking_uri), recorded.run_id)
+        logger.warning("MLflow at %s no longer knows run %s", redact(recorded.tracking_uri), recorded.run_id)
         return False
     return bool(run.info.lifecycle_stage == "active")

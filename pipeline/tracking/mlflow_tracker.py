@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.paths import without_password
+from pipeline.redaction import redact
 from pipeline.storage.folders import Folder
 from pipeline.tracking.journal import Entry, Journal, weight
 from pipeline.tracking.mlflow_run import MLflowRun, first_line, mlflow_client, mlflow_errors
@@ -63,14 +63,14 @@ class MLflowTracker(Tracker):
         self._sampler = SystemSampler(self._log_system) if sample_system else None
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        values = {name: without_password(v) if isinstance(v, str) else v for name, v in params.items()}
+        values = {name: redact(v) if isinstance(v, str) else v for name, v in params.items()}
         self.journal.append("params", values=values)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self.journal.append("tags", values=dict(tags))
 
     def log_inputs(self, inputs: Sequence[RunInput]) -> None:
-        values = [dataclasses.asdict(item) | {"source": without_password(item.source)} for item in inputs]
+        values = [dataclasses.asdict(item) | {"source": redact(item.source)} for item in inputs]
         self.journal.append("inputs", values=values)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -231,7 +231,7 @@ class JournalUploader:
                 self._sent = self.journal.size
             self.journal.mark_sent(self.run.run_id, self._sent)
             if self._failures:
-                logger.info("MLflow at %s answers again", without_password(self.run.tracking_uri))
+                logger.info("MLflow at %s answers again", redact(self.run.tracking_uri))
                 self._failures = 0
 
     def _send(self, writer: MLflowWriter, batch: Sequence[Entry]) -> None:
@@ -252,7 +252,7 @@ class JournalUploader:
         if self._failures == 1:
             logger.warning(
                 "MLflow at %s does not answer (%s); the run goes on and keeps its entries in %s",
-                without_password(self.run.tracking_uri),
+                redact(self.run.tracking_uri),
                 first_line(error),
                 self.journal.path,
             )
