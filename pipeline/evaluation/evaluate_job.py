@@ -31,6 +31,7 @@ from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
 from pipeline.run_files import SCORES_FILE
 from pipeline.storage.folders import Folder, open_folder
+from pipeline.storage.json_files import read_json
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.mlflow_run import find_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
@@ -181,9 +182,8 @@ def _saved_scores(
     config: EvaluateConfig, run_folder: Folder, checkpoint: str, manifest: Manifest | None
 ) -> Scores | None:
     """The scores in evaluation.json, if they are of this checkpoint and of the same part of this data."""
-    try:
-        values = json.loads(run_folder.read(SCORES_FILE))
-    except FileNotFoundError:
+    values = read_json(run_folder, SCORES_FILE)
+    if values is None:
         return None
     values.pop("perplexity", None)
     scores = Scores(**values)

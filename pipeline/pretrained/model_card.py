@@ -7,7 +7,6 @@ left out. Nothing local gets out: of paths only the last part is shown, and no p
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from pipeline.pretrained.resolve import ModelSource
 from pipeline.redaction import redact
 from pipeline.run_files import CURVES_FILE, SCORES_FILE
 from pipeline.storage.folders import Folder
+from pipeline.storage.json_files import read_json
 from pipeline.tracking.mlflow_run import recorded_run_id
 from pipeline.tracking.report import draw_curves
 from pipeline.tracking.run_history import RunHistory
@@ -182,9 +182,8 @@ def _read_manifest(data: Folder, info: CheckpointInfo) -> Manifest | None:
 
 
 def _read_scores(folder: Folder, checkpoint: str) -> dict[str, Any]:
-    try:
-        scores = json.loads(folder.read(SCORES_FILE))
-    except FileNotFoundError:
+    scores = read_json(folder, SCORES_FILE)
+    if scores is None:
         logger.info("no scores in the model card; jobs/evaluate.py before the export puts them there")
         return {}
     return dict(scores) if scores.get("checkpoint") == checkpoint else {}

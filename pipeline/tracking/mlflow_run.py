@@ -6,10 +6,9 @@ because mlflow_tracker.py keeps everything that is logged.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.redaction import redact
 from pipeline.run_files import MLFLOW_RUN_FILE
 from pipeline.storage.folders import Folder
+from pipeline.storage.json_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ def open_run(
             "MLFLOW_TRACKING_URI to track in a file of the working folder"
         ) from error
     run = MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id)
-    _record_run(folder, run)
+    folder.make()
+    write_json(folder, MLFLOW_RUN_FILE, asdict(run) | {"tracking_uri": redact(uri)})
     return run
 
 
@@ -92,10 +93,7 @@ def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) 
 
 def recorded_run_id(folder: Folder) -> str | None:
     """Id of the MLflow run recorded in ``folder``, or None; whether the store knows the run is not checked."""
-    try:
-        run_id: str = json.loads(folder.read(MLFLOW_RUN_FILE))["run_id"]
-    except FileNotFoundError:
-        return None
+    run_id: str | None = read_json(folder, MLFLOW_RUN_FILE, {}).get("run_id")
     return run_id
 
 
@@ -151,23 +149,10 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
-def _record_run(folder: Folder, run: MLflowRun) -> None:
-    folder.make()
-    record = {
-        "tracking_uri": redact(run.tracking_uri),
-        "experiment_id": run.experiment_id,
-        "run_id": run.run_id,
-    }
-    folder.write(MLFLOW_RUN_FILE, [json.dumps(record).encode()])
-
-
 def _recorded_run(folder: Folder, uri: str) -> MLflowRun | None:
     """The run recorded in ``folder`` for this store; older records have no experiment_id."""
-    try:
-        recorded = json.loads(folder.read(MLFLOW_RUN_FILE))
-    except FileNotFoundError:
-        return None
-    if recorded["tracking_uri"] != redact(uri):
+    recorded = read_json(folder, MLFLOW_RUN_FILE, {})
+    if recorded.get("tracking_uri") != redact(uri):
         return None
     return MLflowRun(tracking_uri=uri, experiment_id=recorded.get("experiment_id", ""), run_id=recorded["run_id"])
 

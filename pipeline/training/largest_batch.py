@@ -10,7 +10,6 @@ another number of workers, another GPU or other settings that memory depends on.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.run_files import BATCH_SIZES_FILE
 from pipeline.storage.folders import Folder
+from pipeline.storage.json_files import read_json, write_json
 from pipeline.training.batch_size import out_of_memory_explained, possible_sizes, windows_per_worker
 
 logger = logging.getLogger(__name__)
@@ -162,19 +162,13 @@ def _key(config: PretrainConfig, model: Transformer, workers: ProcessGroup) -> d
     return {"workers": workers.world_size, "device": device, "model": model.config.to_dict(), **settings}
 
 
-def _read_sizes(output: Folder) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads(output.read(BATCH_SIZES_FILE)))
-    except FileNotFoundError:
-        return []
-
-
 def _known_size(output: Folder, key: Mapping[str, Any]) -> int:
     """The saved size for ``key``, or 0."""
-    return next((entry["batch_size"] for entry in _read_sizes(output) if entry["found_for"] == key), 0)
+    sizes = read_json(output, BATCH_SIZES_FILE, [])
+    return next((entry["batch_size"] for entry in sizes if entry["found_for"] == key), 0)
 
 
 def _save_size(output: Folder, key: Mapping[str, Any], batch_size: int) -> None:
-    entries = [*_read_sizes(output), {"batch_size": batch_size, "found_for": dict(key)}]
+    sizes = read_json(output, BATCH_SIZES_FILE, [])
     output.make()
-    output.write(BATCH_SIZES_FILE, [json.dumps(entries, indent=2).encode()])
+    write_json(output, BATCH_SIZES_FILE, [*sizes, {"batch_size": batch_size, "found_for": dict(key)}], indent=2)

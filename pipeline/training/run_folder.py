@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.run_files import BEST_FILE, CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, open_folder
+from pipeline.storage.json_files import read_json, write_json
 from pipeline.tracking.tracker import RunInput
 from pipeline.training.schedule import check_schedule
 
@@ -65,14 +65,12 @@ class Best:
 
 def read_best(output: Folder) -> Best | None:
     """The best checkpoint of the run in ``output``; None before the first validation."""
-    try:
-        return Best(**json.loads(output.read(BEST_FILE)))
-    except FileNotFoundError:
-        return None
+    found = read_json(output, BEST_FILE)
+    return None if found is None else Best(**found)
 
 
 def write_best(output: Folder, best: Best) -> None:
-    output.write(BEST_FILE, [json.dumps(asdict(best)).encode()])
+    write_json(output, BEST_FILE, asdict(best))
 
 
 def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
@@ -108,17 +106,13 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
         return None
     place, info = newest
     check_resumable(place, info, config, manifest)
-    if info.step < config.train_steps:
-        return None
-    try:
-        summary = RunSummary(**json.loads(output.read(SUMMARY_FILE)))
-    except FileNotFoundError:
-        return None
-    return summary if summary.steps >= config.train_steps else None
+    found = read_json(output, SUMMARY_FILE)
+    is_done = found is not None and min(info.step, found["steps"]) >= config.train_steps
+    return RunSummary(**found) if is_done else None
 
 
 def write_summary(output: Folder, summary: RunSummary) -> None:
-    output.write(SUMMARY_FILE, [json.dumps(asdict(summary), indent=2).encode()])
+    write_json(output, SUMMARY_FILE, asdict(summary), indent=2)
 
 
 def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:
