@@ -102,7 +102,10 @@ def from_bytes(content: bytes, address: str) -> Description:
         raise DamagedError("has lost its own sha256")
     try:
         files = tuple(_entry(name, value, version) for name, value in values["files"].items())
-        return Description(info=_info_from(values), files=files, versions=values["versions"], content=content)
+        # Fields with a default are newer than the format; older checkpoints do not have them.
+        names = [field.name for field in fields(CheckpointInfo) if field.name in values or field.default is MISSING]
+        info = CheckpointInfo(**{name: values[name] for name in names})
+        return Description(info=info, files=files, versions=values["versions"], content=content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedError(f"lacks what belongs there ({error})") from error
 
@@ -116,12 +119,3 @@ def _entry(name: str, value: Any, version: int) -> FileEntry:
     if version == 1:
         return FileEntry(name=name, num_bytes=int(value), sha256=None)
     return FileEntry(name=name, num_bytes=int(value["bytes"]), sha256=str(value["sha256"]))
-
-
-def _info_from(values: Mapping[str, Any]) -> CheckpointInfo:
-    """Fields with a default are newer than the format; older checkpoints do not have them."""
-    known = {}
-    for field in fields(CheckpointInfo):
-        if field.name in values or field.default is MISSING:
-            known[field.name] = values[field.name]
-    return CheckpointInfo(**known)

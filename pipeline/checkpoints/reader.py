@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -24,12 +25,7 @@ from model.transformer import Transformer
 from pipeline.checkpoints import directory as checkpoint_directory
 from pipeline.checkpoints import integrity as checkpoint_integrity
 from pipeline.checkpoints import metadata as checkpoint_metadata
-from pipeline.checkpoints.metadata import (
-    DESCRIPTION_FILE,
-    CheckpointInfo,
-    DamagedError,
-    Description,
-)
+from pipeline.checkpoints.metadata import DESCRIPTION_FILE, CheckpointInfo, DamagedError, Description
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder, open_folder
@@ -114,35 +110,48 @@ def local_checkpoint(path: str | Path) -> Path:
     directory = find_checkpoint(open_folder(path))
     if isinstance(directory, LocalFolder):
         return directory.path
-    copy, damage = checkpoint_integrity.fetch(directory, _sound_description(directory))
-    _refuse(directory, damage)
+    copy, damage = checkpoint_integrity.fetch(directory, read_description(directory))
+    if damage:
+        raise UserError(_damaged(directory, damage))
     return copy
 
 
 def read_info(path: Path) -> CheckpointInfo:
     """Step, settings and fingerprints of the checkpoint at ``path``."""
-    return _sound_description(as_folder(path)).info
+    return read_description(as_folder(path)).info
 
 
-def read_versions(path: Path) -> dict[str, str]:
-    """The package versions that the checkpoint at ``path`` was written with."""
-    return _sound_description(as_folder(path)).versions
+def read_description(directory: Folder) -> Description:
+    """Read checkpoint.json; every failure is a UserError."""
+    try:
+        return _read_description(directory)
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no checkpoint: it has no {DESCRIPTION_FILE}") from None
+    except DamagedError as error:
+        raise UserError(_damaged(directory, f"{DESCRIPTION_FILE} {error}")) from error
 
 
-def check_shape(directory: Path | Folder | str, info: CheckpointInfo, expected: ModelConfig) -> None:
-    """Raise a UserError that names the first setting in which the checkpoint's model differs from the run's."""
-    for name, value in expected.to_dict().items():
-        if info.model.get(name) != value:
+def check_shape(name: str, model: Mapping[str, Any], expected: ModelConfig, *, otherwise: str) -> None:
+    """Raise a UserError that names the first setting in which a model differs from the run's.
+
+    Args:
+        name: the checkpoint or folder that holds the model.
+        model: its shape, the fields of ModelConfig.
+        otherwise: what to do for another shape.
+    """
+    for key, value in expected.to_dict().items():
+        if model.get(key) != value:
             raise UserError(
-                f"checkpoint {directory} holds a model with {name} {info.model.get(name)}, but this run asks for "
-                f"{value}; use the same {name}, or another --output for a new run"
+                f"{name} holds a model with {key} {model.get(key)}, but this run asks for {value}; use the same {key}, "
+                f"or {otherwise}"
             )
 
 
 def verify(path: Path) -> None:
     """Raise a UserError that names the first file that is not what was written. Collective with several ranks."""
     directory = LocalFolder(url=str(path))
-    _refuse(directory, checkpoint_integrity.find_damage(directory, _sound_description(directory).files))
+    if damage := checkpoint_integrity.find_damage(directory, read_description(directory).files):
+        raise UserError(_damaged(directory, damage))
 
 
 def load_training_state(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -162,7 +171,7 @@ def read_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     try:
         dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
     except (OSError, dcp.CheckpointException) as error:  # raised on every rank
-        raise UserError(f"checkpoint {path} cannot be read: {_root_cause(error)}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {root_cause(error)}") from error
 
 
 def _newest_step(folder: Folder, workers: ProcessGroup) -> int:
@@ -229,25 +238,12 @@ def _read_description(directory: Folder) -> Description:
     return checkpoint_metadata.from_bytes(directory.read(DESCRIPTION_FILE), str(directory))
 
 
-def _sound_description(directory: Folder) -> Description:
-    """Read checkpoint.json; every failure is a UserError."""
-    try:
-        return _read_description(directory)
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no checkpoint: it has no {DESCRIPTION_FILE}") from None
-    except DamagedError as error:
-        raise UserError(
-            f"checkpoint {directory} is damaged: its {DESCRIPTION_FILE} {error}; use an older one"
-        ) from error
+def _damaged(directory: Folder, damage: str) -> str:
+    return f"checkpoint {directory} is damaged: its {damage}; use an older one"
 
 
-def _refuse(directory: Folder, damage: str) -> None:
-    if damage:
-        raise UserError(f"checkpoint {directory} is damaged: its {damage}; use an older one")
-
-
-def _root_cause(error: BaseException) -> str:
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        failure = next(iter(error.failures.values()))
-        return str(failure[0] if isinstance(failure, tuple) else failure)
-    return str(error)
+def root_cause(error: BaseException) -> BaseException:
+    """The first failure of any rank behind an error of torch.distributed.checkpoint; any other error as it is."""
+    failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
+    failure = next(iter(failures.values()), error)
+    return failure[0] if isinstance(failure, tuple) else failure

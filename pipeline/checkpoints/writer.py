@@ -33,6 +33,7 @@ from torch import Tensor
 from model.transformer import Transformer
 from pipeline.checkpoints import directory as checkpoint_directory
 from pipeline.checkpoints.metadata import DESCRIPTION_FILE, TOKENIZER_FILE, CheckpointInfo, to_bytes
+from pipeline.checkpoints.reader import root_cause
 from pipeline.checkpoints.staging import StagedState
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
@@ -160,7 +161,8 @@ class CheckpointWriter:
 
         try:
             self._save_to(folder, staged)
-            in_threads(hash_or_upload, self._files_in(folder), _AT_ONCE)
+            own = f"shard-{self.workers.rank + 1:05d}-*.safetensors"
+            in_threads(hash_or_upload, sorted(folder.glob(own)), _AT_ONCE)
         finally:
             if not is_local:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -172,10 +174,9 @@ class CheckpointWriter:
         try:
             dcp.save(dict(staged.state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except dcp.CheckpointException as error:  # raised on every rank
-            raise _explain(folder, error) from error
-
-    def _files_in(self, folder: Path) -> list[Path]:
-        return sorted(folder.glob(f"shard-{self.workers.rank + 1:05d}-*.safetensors"))
+            if isinstance(cause := root_cause(error), OSError):
+                raise write_error(folder / "checkpoint", cause) from error
+            raise UserError(f"the checkpoint in {folder} cannot be written: {cause}") from error
 
     def _staging_folder(self) -> Path:
         """Folder of this rank for files that are being uploaded to a bucket."""
@@ -228,15 +229,6 @@ def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             yield block
-
-
-def _explain(folder: Path, error: dcp.CheckpointException) -> UserError:
-    """The first failure of any rank as a UserError."""
-    failure = next(iter(error.failures.values()))
-    cause = failure[0] if isinstance(failure, tuple) else failure
-    if isinstance(cause, OSError):
-        return write_error(folder / "checkpoint", cause)
-    return UserError(f"the checkpoint in {folder} cannot be written: {cause}")
 
 
 def _error_of(action: Callable[[], object]) -> UserError | None:

@@ -16,42 +16,31 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Setting:
-    name: str
-    value: str
-    """The value that is set if the user has set none."""
-    also_fixed: tuple[str, ...] = ()
-    """Other values under which every start gives the same bits."""
-
-
-_SETTINGS = (
-    _Setting(name="NCCL_NVLS_ENABLE", value="0"),
-    _Setting(name="NCCL_ALGO", value="Ring", also_fixed=("Tree",)),
-    _Setting(name="NCCL_PROTO", value="Simple", also_fixed=("LL", "LL128")),
-    _Setting(name="CUBLAS_WORKSPACE_CONFIG", value=":4096:8", also_fixed=(":16:8",)),
-)
+_SETTINGS = {
+    "NCCL_NVLS_ENABLE": ("0",),
+    "NCCL_ALGO": ("Ring", "Tree"),
+    "NCCL_PROTO": ("Simple", "LL", "LL128"),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+}
+"""Values under which every start gives the same bits; the first is set if the user has set none."""
 
 
 def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what the user has not set; call it before a process group is made and before CUDA starts."""
-    for setting in _SETTINGS:
-        environment.setdefault(setting.name, setting.value)
+    for name, (value, *_) in _SETTINGS.items():
+        environment.setdefault(name, value)
 
 
 def nondeterministic_settings(environment: MutableMapping[str, str] = os.environ) -> list[str]:
     """A sentence for every setting in the environment under which a resumed run may differ in its last bits."""
     return [
-        f"{setting.name} is set to {environment[setting.name]}, so a resumed run may differ in its last bits from one "
-        f"that was not interrupted; unset it, or set it to {setting.value}, or give --deterministic off"
-        for setting in _SETTINGS
-        if environment.get(setting.name, setting.value).lower()
-        not in {value.lower() for value in (setting.value, *setting.also_fixed)}
+        f"{name} is set to {environment[name]}, so a resumed run may differ in its last bits from one "
+        f"that was not interrupted; unset it, or set it to {values[0]}, or give --deterministic off"
+        for name, values in _SETTINGS.items()
+        if environment.get(name, values[0]).lower() not in {value.lower() for value in values}
     ]
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 
 from model.config import ModelConfig
-from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.checkpoints.metadata import CheckpointInfo
+from pipeline.checkpoints.reader import read_description
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.paths import resolve_output
@@ -26,7 +26,7 @@ from pipeline.pretrained import huggingface
 from pipeline.pretrained.resolve import ModelSource
 from pipeline.redaction import redact
 from pipeline.run_files import CURVES_FILE, SCORES_FILE
-from pipeline.storage.folders import Folder
+from pipeline.storage.folders import Folder, as_folder
 from pipeline.storage.json_files import read_json
 from pipeline.tracking.mlflow_run import recorded_run_id
 from pipeline.tracking.report import draw_curves
@@ -93,12 +93,9 @@ def read_run(source: ModelSource) -> Run:
     if huggingface.is_exported(source.path):
         card = source.path / CARD_FILE
         return Run(old_card=card.read_text(encoding="utf-8") if card.is_file() else None)
-    info = checkpoint_reader.read_info(source.path)
-    known = Run(
-        info=info,
-        versions=checkpoint_reader.read_versions(source.path),
-        manifest=_read_manifest(resolve_output(info.data), info),
-    )
+    description = read_description(as_folder(source.path))
+    info = description.info
+    known = Run(info=info, versions=description.versions, manifest=_read_manifest(resolve_output(info.data), info))
     folder = source.run_folder
     if folder is None:
         return known

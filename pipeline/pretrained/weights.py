@@ -16,16 +16,11 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.transformer import Transformer
 from pipeline.checkpoints import reader as checkpoint_reader
-from pipeline.errors import UserError
 from pipeline.pretrained import huggingface
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder or in a checkpoint.
-
-    Raises:
-        UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
-    """
+    """The shape of the model in a Hugging Face folder or in a checkpoint; UserError for a network that is not ours."""
     if huggingface.is_exported(path):
         return huggingface.read_config(path)
     return checkpoint_reader.read_info(path).model_config
@@ -38,17 +33,6 @@ def read_progress(path: Path) -> dict[str, Any]:
         return {"step": note.get("step"), "tokens_seen": note.get("tokens_seen")}
     info = checkpoint_reader.read_info(path)
     return {"step": info.step, "tokens_seen": info.tokens_seen}
-
-
-def check_shape(path: Path, expected: ModelConfig) -> None:
-    """Raise a UserError that names the field where the model in ``path`` differs from the run's."""
-    found = read_model_config(path).to_dict()
-    for name, value in expected.to_dict().items():
-        if found[name] != value:
-            raise UserError(
-                f"{path} holds a model with {name} {found[name]}, but this run asks for {value}; use the same {name}, "
-                "or start without --checkpoint"
-            )
 
 
 def load_weights(path: Path, model: Transformer) -> None:

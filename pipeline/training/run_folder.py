@@ -79,7 +79,8 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
     Raises:
         UserError: model shape, shards, tokenizer or data order differ, or the learning rate's schedule would bend.
     """
-    check_shape(path, info, config.model_config(manifest.vocab_size))
+    expected = config.model_config(manifest.vocab_size)
+    check_shape(f"checkpoint {path}", info.model, expected, otherwise="another --output for a new run")
     if info.manifest_fingerprint != manifest.fingerprint:
         what = "tokenizer" if info.tokenizer_fingerprint != manifest.tokenizer_fingerprint else "shards"
         raise UserError(

@@ -296,7 +296,8 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_shape_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="d_ff 64, but this run asks for 128"):
-        checkpoint_reader.check_shape(tmp_path, info(1), dataclasses.replace(MODEL, d_ff=128))
+        shape = dataclasses.replace(MODEL, d_ff=128)
+        checkpoint_reader.check_shape(str(tmp_path), info(1).model, shape, otherwise="start anew")
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
