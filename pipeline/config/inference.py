@@ -145,3 +145,8 @@ class ServeConfig:
         whole = ("num_replicas", "max_batch_size", "max_waiting", "max_prompt_tokens", "max_tokens", "max_texts")
         require_positive(self, *whole, "max_body_bytes", "request_seconds")
         require(0 <= self.port < 2**16, f"port is {self.port}; it must lie between 0 and 65535")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in ("127.0.0.1", "localhost", "::1")

@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from model.batching import Reason
+from pipeline.config.inference import ServeConfig
 from pipeline.serving.engine import Engine, EngineError, TokenDelta
 from pipeline.serving.openai_protocol import Answer, Completion, Limits, RequestError, parse, to_json
 from pipeline.tokenizer.bpe import Tokenizer
@@ -38,26 +38,18 @@ PAGE = Path(__file__).with_name("page.html")
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WebLimits:
-    """Limits of the server."""
-
-    max_body_bytes: int
-    max_waiting: int
-    """Largest number of requests at a time."""
-    request_seconds: float
-    """Time limit of a request, from its arrival to the last token."""
-    only_local: bool
-    """Refuse requests for another host name: prevents DNS rebinding by a web page from elsewhere."""
-    token_sha256: str | None
-    """SHA-256 of the access token, hexadecimal; None where no token is needed."""
-
-
 class WebApp:
-    """Answers requests from one Engine; ``app`` is what a web server runs."""
+    """Answers requests from one Engine; ``app`` is what a web server runs.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, web: WebLimits) -> None:
-        self._engine, self._tokenizer, self._limits, self._web = engine, tokenizer, limits, web
+    Args:
+        token_sha256: SHA-256 of the access token, hexadecimal; None where no token is needed.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, limits: Limits, config: ServeConfig, *, token_sha256: str | None
+    ) -> None:
+        self._engine, self._tokenizer, self._limits, self._config = engine, tokenizer, limits, config
+        self._token_sha256 = token_sha256
         self._num_requests = 0
         self._started = int(time.time())
         routes = [
@@ -89,12 +81,13 @@ class WebApp:
         return guarded
 
     def _check_host(self, request: Request) -> None:
+        """Refuse another host name where only this machine can connect: prevents DNS rebinding by a web page."""
         host = request.headers.get("host", "")
-        if self._web.only_local and not _LOCAL_HOST.fullmatch(host):
+        if self._config.is_local and not _LOCAL_HOST.fullmatch(host):
             raise RequestError(f"this server answers to localhost, not to {host[:100]!r}", status=403)
 
     def _check_token(self, request: Request) -> None:
-        expected = self._web.token_sha256
+        expected = self._token_sha256
         if expected is None:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -124,10 +117,10 @@ class WebApp:
     async def _completions(self, request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("the body must be JSON; send Content-Type: application/json", status=415)
-        if self._num_requests >= self._web.max_waiting:
+        if self._num_requests >= self._config.max_waiting:
             message = f"the server has {self._num_requests} requests already; try again in a moment"
             raise RequestError(message, status=429, code="rate_limit_exceeded")
-        deadline = time.monotonic() + self._web.request_seconds
+        deadline = time.monotonic() + self._config.request_seconds
         self._num_requests += 1
         is_handed_on = False
         try:
@@ -148,14 +141,14 @@ class WebApp:
 
     async def _body(self, request: Request) -> bytes:
         """The whole body; RequestError where it is too large or too slow."""
-        most = self._web.max_body_bytes
+        most = self._config.max_body_bytes
         too_large = RequestError(f"the body has more than {most:,} bytes", status=413)
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared[:20]) > most:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(self._web.request_seconds / 10):
+            async with asyncio.timeout(self._config.request_seconds / 10):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > most:
@@ -205,7 +198,7 @@ class WebApp:
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
-                    message = f"the text was not finished within {self._web.request_seconds:g} seconds; ask for less"
+                    message = f"the text was not finished within {self._config.request_seconds:g} seconds; ask for less"
                     raise RequestError(message, status=408, code="timeout") from None
                 yield delta
 

@@ -50,7 +50,6 @@ class Limits:
     """Limits of one request."""
 
     model_name: str
-    context_length: int
     vocab_size: int
     max_prompt_tokens: int
     max_tokens: int
@@ -262,7 +261,7 @@ def _request_error(error: ValidationError, limits: Limits) -> RequestError:
 
 
 def _encode(prompt: str | list[int], limits: Limits, tokenizer: Tokenizer) -> list[int]:
-    most = min(limits.max_prompt_tokens, limits.context_length)
+    most = limits.max_prompt_tokens
     if isinstance(prompt, str):
         try:
             return encode_prompt(tokenizer, prompt, most)

@@ -24,7 +24,6 @@ from pipeline.pretrained.resolve import read_tokenizer, resolve_checkpoint
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "GPT25_SERVE_TOKEN"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _APPLICATION = "gpt-2.5"
 _START_SECONDS = 300
 
@@ -59,7 +58,7 @@ def start(config: ServeConfig) -> Address:
     path = resolve_checkpoint(config.checkpoint)
     read_tokenizer(path)  # a broken one is reported here and not by a replica
     token = os.environ.get(TOKEN_VARIABLE, "")
-    if config.host not in _LOOPBACK and not token:
+    if not config.is_local and not token:
         raise UserError(
             f"host {config.host} lets other machines in; set {TOKEN_VARIABLE} to a token that they have to send, or "
             "leave --host out"
@@ -163,7 +162,7 @@ def build_app(settings: ReplicaSettings) -> Any:
     from pipeline.generation.sampling import decoder_dtype
     from pipeline.pretrained.resolve import open_model
     from pipeline.serving.engine import Engine
-    from pipeline.serving.http_app import WebApp, WebLimits
+    from pipeline.serving.http_app import WebApp
     from pipeline.serving.openai_protocol import Limits
 
     config = settings.config
@@ -175,20 +174,12 @@ def build_app(settings: ReplicaSettings) -> Any:
     engine = Engine(batch, pretrained.tokenizer)
     limits = Limits(
         model_name=settings.model_name,
-        context_length=length,
         vocab_size=pretrained.tokenizer.vocab_size,
-        max_prompt_tokens=config.max_prompt_tokens or length,
+        max_prompt_tokens=min(config.max_prompt_tokens or length, length),
         max_tokens=config.max_tokens,
         max_texts=config.max_texts,
     )
-    web = WebLimits(
-        max_body_bytes=config.max_body_bytes,
-        max_waiting=config.max_waiting,
-        request_seconds=config.request_seconds,
-        only_local=config.host in _LOOPBACK,
-        token_sha256=settings.token_sha256,
-    )
-    app = WebApp(engine, pretrained.tokenizer, limits, web).app
+    app = WebApp(engine, pretrained.tokenizer, limits, config, token_sha256=settings.token_sha256).app
     app.state.engine = engine
     return app
 
