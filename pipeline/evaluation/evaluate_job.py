@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     else:
         shared = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
         group = GroupSettings(num_workers=config.num_workers, device=config.device)
-        result = run_workers(evaluate_worker, settings, group, shared)
+        result = run_workers(evaluate_on_rank, settings, group, shared)
     scores = Scores(
         checkpoint=source.address,
         manifest_fingerprint=manifest.fingerprint if manifest else None,
@@ -121,12 +121,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     return scores
 
 
-def evaluate_worker(settings: ScoreSettings, _: SharedFiles) -> dict[str, Any]:
-    """``evaluate_on_rank`` in a worker of Ray Train."""
-    return evaluate_on_rank(settings)
-
-
-def evaluate_on_rank(settings: ScoreSettings) -> dict[str, Any]:
+def evaluate_on_rank(settings: ScoreSettings, _: SharedFiles | None = None) -> dict[str, Any]:
     """Measure this rank's share; returns the fields of Scores for all ranks together. Collective."""
     config, path = settings.config, settings.path
     workers = init_distributed(config.device)
@@ -140,12 +135,8 @@ def evaluate_on_rank(settings: ScoreSettings) -> dict[str, Any]:
     if settings.questions:
         questions = hellaswag.read_questions(Path(settings.questions), config.hellaswag_questions)
         tokens_per_batch = config.batch_size * model.config.context_length
-        scores = hellaswag.score(model, tokenizer, questions, workers, tokens_per_batch=min(tokens_per_batch, 8192))
-        result |= {
-            "hellaswag_acc_norm": scores.acc_norm,
-            "hellaswag_acc": scores.acc,
-            "hellaswag_questions": scores.questions,
-        }
+        encoded = hellaswag.encode_all(questions, tokenizer)
+        result |= hellaswag.score(model, encoded, workers, tokens_per_batch=min(tokens_per_batch, 8192)).figures()
     return result
 
 

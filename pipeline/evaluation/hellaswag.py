@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,9 @@ class HellaSwagResult:
     """The same with log-probabilities per character of the ending; the figure that is usually quoted."""
     questions: int
 
-    @property
-    def standard_error(self) -> float:
-        """Standard error of acc_norm over samples of questions."""
-        return float((self.acc_norm * (1 - self.acc_norm) / max(1, self.questions - 1)) ** 0.5)
+    def figures(self) -> dict[str, float]:
+        """The result under its names in evaluation.json and summary.json."""
+        return {f"hellaswag_{name}": value for name, value in asdict(self).items()}
 
 
 def read_questions(path: Path | str, limit: int | None = None) -> list[Question]:
@@ -154,20 +153,8 @@ def encode_all(questions: Sequence[Question], tokenizer: Tokenizer) -> EncodedQu
     )
 
 
-def score(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    questions: Sequence[Question],
-    workers: ProcessGroup,
-    *,
-    tokens_per_batch: int,
-) -> HellaSwagResult:
-    """Encode the questions and score ``model`` with ``score_encoded``. Collective."""
-    return score_encoded(model, encode_all(questions, tokenizer), workers, tokens_per_batch=tokens_per_batch)
-
-
 @torch.no_grad()
-def score_encoded(
+def score(
     model: Transformer, questions: EncodedQuestions, workers: ProcessGroup, *, tokens_per_batch: int
 ) -> HellaSwagResult:
     """Accuracy of ``model`` on the questions, which the ranks share; the same result on every rank. Collective.
@@ -225,12 +212,10 @@ def ending_log_probabilities(model: Transformer, rows: Sequence[tuple[list[int],
 
 def _batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Row numbers in batches of similar length; the longest come first, so that too little memory shows at once."""
-    return list(_grouped(sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)), lengths, tokens_per_batch))
-
-
-def _grouped(order: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    start = 0
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches, start = [], 0
     while start < len(order):
         count = max(1, tokens_per_batch // lengths[order[start]])
-        yield list(order[start : start + count])
+        batches.append(order[start : start + count])
         start += count
+    return batches

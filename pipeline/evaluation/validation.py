@@ -67,14 +67,12 @@ def validation_loss(
     for windows in _rank_batches(full_windows, batch_size, workers):
         chosen = windows if len(windows) else np.zeros(1, dtype=np.int64)
         tokens = _read(stream, chosen, length=context_length + 1, stride=context_length, device=workers.device)
-        with _as_compiled(len(chosen) == batch_size):
-            loss = _mean_loss(model, tokens)
+        loss = _mean_loss(model, tokens, as_compiled=len(chosen) == batch_size)
         total += len(windows) * context_length * torch.stack([loss, one])
     if rest:  # every rank computes it, rank 0 counts it
         last = np.array([full_windows])
         tokens = _read(stream, last, length=rest + 1, stride=context_length, device=workers.device)
-        with _as_compiled(False):
-            loss = _mean_loss(model, tokens)
+        loss = _mean_loss(model, tokens, as_compiled=False)
         total += workers.is_rank_zero * rest * torch.stack([loss, one])
     model.train(training)
     summed, counted = workers.sum(total).tolist()
@@ -94,13 +92,10 @@ def _read(stream: TokenStream, windows: np.ndarray, *, length: int, stride: int,
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 
-def _as_compiled(allowed: bool) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if allowed else torch.compiler.set_stance("force_eager")
-
-
-def _mean_loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+def _mean_loss(model: Transformer, tokens: torch.Tensor, *, as_compiled: bool) -> torch.Tensor:
     """Mean loss of tokens (B, T + 1), () float64 on the device."""
-    loss: torch.Tensor = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    with contextlib.nullcontext() if as_compiled else torch.compiler.set_stance("force_eager"):
+        loss: torch.Tensor = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     return loss.double()
 
 

@@ -16,7 +16,7 @@ from pipeline.config.training import PretrainConfig
 from pipeline.dataset.shards import TokenStream
 from pipeline.dataset.token_counts import byte_lengths
 from pipeline.distributed.process_group import ProcessGroup
-from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score_encoded
+from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score
 from pipeline.evaluation.validation import ValidationResult, bits_per_byte, validation_loss
 from pipeline.generation.sampling import continue_text
 from pipeline.storage.folders import Folder
@@ -89,14 +89,8 @@ class PeriodicEvaluation:
 
     def summary(self) -> dict[str, Any]:
         """The fields of RunSummary about the best checkpoint and HellaSwag."""
-        found = self.hellaswag
-        return {
-            "best_step": self.best.step if self.best else None,
-            "best_val_loss": self.best.val_loss if self.best else None,
-            "hellaswag_acc_norm": found.acc_norm if found else None,
-            "hellaswag_acc": found.acc if found else None,
-            "hellaswag_questions": found.questions if found else None,
-        }
+        best = {"best_step": self.best.step, "best_val_loss": self.best.val_loss} if self.best else {}
+        return best | (self.hellaswag.figures() if self.hellaswag else {})
 
     def _validate(self, done: int, checkpoint: Folder | None) -> None:
         self.validation = result = self._validation_loss(self.config.val_tokens)
@@ -132,7 +126,7 @@ class PeriodicEvaluation:
     def _score_hellaswag(self, done: int) -> None:
         assert self._questions is not None
         tokens = min(_HELLASWAG_TOKENS, self.config.micro_batch * self.config.context_length)
-        self.hellaswag = found = score_encoded(self.model, self._questions, self.workers, tokens_per_batch=tokens)
+        self.hellaswag = found = score(self.model, self._questions, self.workers, tokens_per_batch=tokens)
         if self.workers.is_rank_zero:
             self.tracker.log_metrics({"eval/hellaswag_acc_norm": found.acc_norm, "eval/hellaswag_acc": found.acc}, done)
             logger.info(

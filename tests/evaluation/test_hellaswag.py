@@ -47,8 +47,8 @@ def ours(folder: Path) -> resolve.Pretrained:
 
 
 def our_result(ours: resolve.Pretrained, file: Path, tokens_per_batch: int = 2000) -> hellaswag.HellaSwagResult:
-    questions = hellaswag.read_questions(file)
-    return hellaswag.score(ours.model, ours.tokenizer, questions, ALONE, tokens_per_batch=tokens_per_batch)
+    questions = hellaswag.encode_all(hellaswag.read_questions(file), ours.tokenizer)
+    return hellaswag.score(ours.model, questions, ALONE, tokens_per_batch=tokens_per_batch)
 
 
 @torch.no_grad()
@@ -141,7 +141,8 @@ def test_the_true_ending_wins_where_it_is_the_likeliest(ours: resolve.Pretrained
             parameter.mul_(0.01 if parameter.ndim > 1 else 1)
         model.embedding.weight[letter] = 1.0  # its own direction, and every other is close to zero
     questions = [Question(context="x a", endings=("the", "a", "of", "zz"), answer=1) for _ in range(3)]
-    result = hellaswag.score(model, ours.tokenizer, questions, ALONE, tokens_per_batch=100)
+    encoded = hellaswag.encode_all(questions, ours.tokenizer)
+    result = hellaswag.score(model, encoded, ALONE, tokens_per_batch=100)
     assert result.acc == 1.0
 
 

@@ -55,9 +55,8 @@ def train(config: PretrainConfig, data: Path, output: Path) -> tuple[RunSummary,
 
 def score(checkpoint: Path, questions: Path) -> hellaswag.HellaSwagResult:
     found = resolve.open_model(checkpoint, torch.device("cpu"))
-    return hellaswag.score(
-        found.model, found.tokenizer, hellaswag.read_questions(questions), ALONE, tokens_per_batch=500
-    )
+    encoded = hellaswag.encode_all(hellaswag.read_questions(questions), found.tokenizer)
+    return hellaswag.score(found.model, encoded, ALONE, tokens_per_batch=500)
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
