@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +81,15 @@ def _write(config: ExportConfig, source: ModelSource, output: Path, partial: Pat
     dtype, eot_id = _DTYPES[config.dtype], tokenizer.eot_id
     tensors = weights.read_weights(path, model_config)
     files = huggingface.write_weights(partial, tensors, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)
-    huggingface.write_json(
-        partial / huggingface.CONFIG_FILE, huggingface.llama_config(model_config, dtype=dtype, eot_id=eot_id)
-    )
-    huggingface.write_json(
-        partial / huggingface.TOKENIZER_CONFIG_FILE,
-        huggingface.tokenizer_config(END_OF_TEXT, model_config.context_length),
-    )
-    huggingface.write_json(partial / huggingface.GENERATION_CONFIG_FILE, huggingface.generation_config(eot_id))
+    contents = {
+        huggingface.CONFIG_FILE: huggingface.llama_config(model_config, dtype=dtype, eot_id=eot_id),
+        huggingface.TOKENIZER_CONFIG_FILE: huggingface.tokenizer_config(END_OF_TEXT, model_config.context_length),
+        huggingface.GENERATION_CONFIG_FILE: huggingface.generation_config(eot_id),
+        huggingface.NOTE_FILE: _note(run, tokenizer, config.dtype),
+    }
+    for name, values in contents.items():
+        huggingface.write_json(partial / name, values)
     shutil.copyfile(path / TOKENIZER_FILE, partial / TOKENIZER_FILE)
-    note = _note(run, tokenizer, config.dtype)
-    huggingface.write_json(partial / huggingface.NOTE_FILE, note)
     model_card.write(partial, run, model_config, name=config.push_to_hub or output.name, dtype=config.dtype)
     return ExportReport(
         source=source.address,
@@ -103,16 +101,17 @@ def _write(config: ExportConfig, source: ModelSource, output: Path, partial: Pat
 
 
 def _publish(config: ExportConfig, report: ExportReport, source: ModelSource, run: model_card.Run) -> ExportReport:
-    values = asdict(report)
     if config.push_to_hub:
         step = f", step {run.info.step:,}" if run.info else ""
-        values["hub"] = hub_models.push(Path(report.output), config.push_to_hub, message=f"GPT-2.5{step}")
+        address = hub_models.push(Path(report.output), config.push_to_hub, message=f"GPT-2.5{step}")
+        report = replace(report, hub=address)
     if config.mlflow:
         from pipeline.pretrained.pyfunc import log_model
 
         uri = mlflow_uri(config.tracking_uri, working_folder())
-        values["mlflow_model"] = log_model(Path(report.output), tracking_uri=uri, run_id=_known_run_id(source, uri))
-    return ExportReport(**values)
+        address = log_model(Path(report.output), tracking_uri=uri, run_id=_known_run_id(source, uri))
+        report = replace(report, mlflow_model=address)
+    return report
 
 
 def _known_run_id(source: ModelSource, uri: str) -> str | None:
@@ -126,8 +125,7 @@ def _known_run_id(source: ModelSource, uri: str) -> str | None:
 def _note(run: model_card.Run, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """Content of gpt25.json; without paths, as the folder may become public."""
     values: dict[str, Any] = {"format_version": _NOTE_FORMAT, "dtype": dtype}
-    if run.info is not None:
-        info = run.info
+    if info := run.info:
         values |= {"step": info.step, "tokens_seen": info.tokens_seen, "train_loss": info.last_loss}
         values |= {"manifest_fingerprint": info.manifest_fingerprint}
     return values | {"tokenizer_fingerprint": tokenizer.fingerprint}

@@ -9,19 +9,17 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
 
 from pipeline.errors import UserError
-from pipeline.remote.hub_client import endpoint, final_hub_errors, token
+from pipeline.remote.hub_client import endpoint, final_hub_errors, request_settings, token
 
 _ADDRESS = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/?")
 _FILE_ADDRESS = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ("config.json", "generation_config.json", "gpt25.json", "tokenizer.json", "tokenizer_config.json")
-
-
-def is_hub_address(text: str) -> bool:
-    return text.startswith("hf://")
+_WANTED = [
+    *("*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json", "gpt25.json", "tokenizer.json", "tokenizer_config.json"),
+]
 
 
 def download(address: str) -> Path:
@@ -36,18 +34,9 @@ def download(address: str) -> Path:
     if match is None:
         raise UserError(f"{address} is not of the form hf://OWNER/NAME[@REVISION]")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
     with final_hub_errors(address, kind="name"):
-        folder = snapshot_download(
-            match["name"],
-            revision=unquote(match["revision"] or "main"),
-            allow_patterns=["*.safetensors", "model.safetensors.index.json", *_WANTED],
-            endpoint=endpoint(),
-            token=token(),
-        )
-    return Path(folder)
+        return Path(snapshot_download(match["name"], allow_patterns=_WANTED, **request_settings(match["revision"])))
 
 
 def download_file(address: str) -> Path:
@@ -56,19 +45,10 @@ def download_file(address: str) -> Path:
     if match is None:
         raise UserError(f"{address} is not of the form hf://datasets/OWNER/NAME[@REVISION]/PATH")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
+    settings = request_settings(match["revision"])
     with final_hub_errors(address, kind="data set"):
-        file = hf_hub_download(
-            match["name"],
-            match["path"],
-            repo_type="dataset",
-            revision=unquote(match["revision"] or "main"),
-            endpoint=endpoint(),
-            token=token(),
-        )
-    return Path(file)
+        return Path(hf_hub_download(match["name"], match["path"], repo_type="dataset", **settings))
 
 
 def push(folder: Path, name: str, *, message: str) -> str:
@@ -79,9 +59,7 @@ def push(folder: Path, name: str, *, message: str) -> str:
     """
     check_name(name)
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
     api = HfApi(endpoint=endpoint(), token=token())
     with final_hub_errors(name, kind="name", action="write there"):
         api.create_repo(name, repo_type="model", exist_ok=True)

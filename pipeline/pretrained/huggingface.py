@@ -110,7 +110,8 @@ def write_weights(
     """
     shapes = {name: _real_shape(config, name, shape) for name, shape in weight_shapes(config).items()}
     parts = _split(shapes, dtype.itemsize, max_file_bytes)
-    names = [WEIGHTS_FILE] if len(parts) == 1 else [_part_name(number, len(parts)) for number in range(len(parts))]
+    several = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    names = several if len(parts) > 1 else [WEIGHTS_FILE]
     for file_name, part in zip(names, parts, strict=True):
         with (path / file_name).open("wb") as file:
             _write_header(file, {llama_name(name): shapes[name] for name in part}, dtype)
@@ -280,10 +281,6 @@ def _split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int)
 
 def _num_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     return int(torch.Size(shape).numel()) * itemsize
-
-
-def _part_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _write_header(file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:

@@ -10,12 +10,8 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.tracking.mlflow_run import mlflow_errors, mlflow_uri
 
-_SCHEMES = ("models:/", "runs:/")
-
-
-def is_mlflow_address(text: str) -> bool:
-    """Whether ``text`` is the address of a model in MLflow."""
-    return text.startswith(_SCHEMES)
+SCHEMES = ("models:/", "runs:/")
+"""How the address of a model in MLflow begins."""
 
 
 def find_model(address: str, working_folder: Path) -> str:

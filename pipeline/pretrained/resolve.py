@@ -66,12 +66,12 @@ def resolve_model(text: str) -> ModelSource:
     Raises:
         UserError: nothing of the kind is there, or it cannot be fetched.
     """
-    if hub_models.is_hub_address(text):
+    if text.startswith("hf://"):
         path = hub_models.download(text)
         if not huggingface.is_exported(path):
             raise UserError(f"{text} has no {huggingface.CONFIG_FILE}; give the address of a LlamaForCausalLM")
         return ModelSource(address=str(path), path=path, run_folder=None)
-    if mlflow_registry.is_mlflow_address(text):
+    if text.startswith(mlflow_registry.SCHEMES):
         text = mlflow_registry.find_model(text, working_folder())
     folder = resolve_output(text)
     if isinstance(folder, LocalFolder) and huggingface.is_exported(folder.path):

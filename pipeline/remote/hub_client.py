@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote.retry import RETRIED_STATUS, Interrupted, retry_after_seconds
@@ -26,9 +27,17 @@ def endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
+def request_settings(revision: str | None) -> dict[str, Any]:
+    """What a function of huggingface_hub needs to fetch a revision, by default main; a slash in it is written %2F."""
+    return {"revision": unquote(revision or "main"), "endpoint": endpoint(), "token": token()}
+
+
 @contextlib.contextmanager
 def final_hub_errors(what: str, *, kind: str, action: str | None = None) -> Iterator[None]:
-    """Like ``hub_errors`` for a request that is not sent again: what might pass is a UserError, too."""
+    """Like ``hub_errors``, without a bar, for a request that is not sent again: what might pass is a UserError, too."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
     try:
         with hub_errors(what, kind=kind, action=action):
             yield

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote
 
 from pipeline.errors import UserError
-from pipeline.remote.hub_client import endpoint, final_hub_errors, token
+from pipeline.remote.hub_client import final_hub_errors, request_settings
 
 _ADDRESS = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/?")
 
@@ -22,9 +21,6 @@ def fetch_model_file(address: str, name: str) -> Path:
     if match is None:
         raise UserError(f"{address} is not of the form hf://OWNER/NAME[@REVISION]")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
     with final_hub_errors(f"{address}/{name}", kind="model"):
-        revision = unquote(match["revision"] or "main")
-        return Path(hf_hub_download(match["name"], name, revision=revision, endpoint=endpoint(), token=token()))
+        return Path(hf_hub_download(match["name"], name, **request_settings(match["revision"])))
