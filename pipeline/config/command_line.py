@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -46,17 +47,12 @@ def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str],
 
 
 def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    path, rest = None, []
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, equals, value = argument.partition("=")
-        if name != "--config":
-            rest.append(argument)
-            continue
-        path = value if equals else next(remaining, "")
-        if not path:
-            raise UserError("--config needs the path of a YAML preset, for example configs/demo.yaml")
-    return (Path(path) if path else None), rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    known, rest = parser.parse_known_args(arguments)
+    if known.config == "":
+        raise UserError("--config needs the path of a YAML preset, for example configs/demo.yaml")
+    return (Path(known.config) if known.config else None), rest
 
 
 class _PresetLoader(yaml.SafeLoader):
