@@ -71,7 +71,7 @@ ONLY_IN = {
     "ray.util.metrics": {"tracking.ray_metrics"},
     "mlflow": {
         *("tracking.mlflow_run", "tracking.mlflow_writer", "pretrained.mlflow_registry", "pretrained.pyfunc"),
-        "pretrained.pyfunc_model",
+        *("pretrained.pyfunc_model", "tracking.system_metrics"),
     },
 }
 

@@ -1,12 +1,11 @@
 """CPU, memory, disk, network and GPU figures of this node every few seconds, under MLflow's names: system/...
 
-Not MLflow's own monitor: that one sends its figures itself, waits for the server, and stops for good at the first
-error. This one passes them to a callback, which writes them to the run's journal.
+MLflow's monitors measure, but not its thread: that one sends the figures itself, waits for the server, and stops for
+good at the first error. This one passes them to a callback, which writes them to the run's journal.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -36,58 +35,30 @@ class SystemSampler:
     def _work(self) -> None:
         try:
             import psutil
+
+            monitors = _monitors()
         except ImportError:
             return
-        gpus = _open_gpus()
-        network = psutil.net_io_counters()
-        psutil.cpu_percent()  # the first call has no earlier one to compare with
         while not self._stopped.wait(self._interval):
-            figures = _node(psutil, network) | _gpu_figures(gpus)
+            figures = {"process_memory_megabytes": psutil.Process().memory_info().rss / 1e6}
+            for monitor in monitors:
+                monitor.collect_metrics()
+                figures |= monitor.aggregate_metrics()
+                monitor.clear_metrics()
             self._report({f"system/{name}": value for name, value in figures.items()})
 
 
-def _node(psutil: Any, network_before: Any) -> dict[str, float]:
-    memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(os.sep), psutil.net_io_counters()
-    figures = {
-        "cpu_utilization_percentage": psutil.cpu_percent(),
-        "system_memory_usage_megabytes": memory.used / 1e6,
-        "system_memory_usage_percentage": memory.percent,
-        "disk_usage_percentage": disk.percent,
-        "process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
-    }
-    if network and network_before:
-        figures["network_receive_megabytes"] = (network.bytes_recv - network_before.bytes_recv) / 1e6
-        figures["network_transmit_megabytes"] = (network.bytes_sent - network_before.bytes_sent) / 1e6
-    return figures
+def _monitors() -> list[Any]:
+    """MLflow's monitors of this node; without that of NVIDIA GPUs where nvidia-ml-py or a driver is missing."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-
-def _open_gpus() -> list[Any]:
-    """The NVIDIA devices of this node; none where nvidia-ml-py or a driver is missing."""
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # at every period, of figures that a GPU lacks
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     try:
-        import pynvml
-    except ImportError:
-        return []
-    try:
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError as error:
+        return [*monitors, GPUMonitor()]
+    except (ImportError, RuntimeError) as error:
         logger.debug("no GPU is measured: %s", error)
-        return []
-
-
-def _gpu_figures(gpus: list[Any]) -> dict[str, float]:
-    if not gpus:
-        return {}
-    import pynvml
-
-    figures: dict[str, float] = {}
-    for index, gpu in enumerate(gpus):
-        with contextlib.suppress(pynvml.NVMLError):  # this GPU does not report this figure
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            figures[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
-            figures[f"gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
-        with contextlib.suppress(pynvml.NVMLError):
-            figures[f"gpu_{index}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-        with contextlib.suppress(pynvml.NVMLError):
-            figures[f"gpu_{index}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
-    return figures
+        return monitors
