@@ -8,11 +8,10 @@ not wait for a process that will not answer.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import logging
 import os
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,8 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
 from pipeline.cluster import rendezvous
-from pipeline.distributed import determinism, startup_timer
+from pipeline.distributed import determinism
+from pipeline.distributed.startup_timer import StartupTimer
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +53,25 @@ class _WorkerGroupBackend(_TorchBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._marks: list[tuple[str, float]] = []
+        self._timer: StartupTimer | None = None
         self._failed_joins = 0
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        again = bool(self._marks)
-        marks = [*(self._marks or [("", backend_config.began)]), ("processes", time.time())]
-        with _shut_down_on_error(worker_group):
+        timer = copy.deepcopy(self._timer) or StartupTimer(backend_config.began)
+        timer.mark("processes")
+        try:
             worker_group.execute(_import_module, backend_config.worker_module)
             if backend_config.deterministic:
                 worker_group.execute(determinism.set_environment)
-            marks.append(("imports", time.time()))
+            timer.mark("imports")
             self._join(worker_group, backend_config)
-            marks.append(("process group", time.time()))
-            worker_group.execute(startup_timer.export_marks, marks, again)
+            timer.mark("process group")
+            worker_group.execute(timer.export)
+        except BaseException:
+            # Ray Train itself does so only for errors before this point: the resources of the workers would stay taken,
+            # and the next group would wait for them for ever.
+            worker_group.shutdown()
+            raise
 
     def _join(self, worker_group: Any, backend_config: Any) -> None:
         """Connect the workers. If one was killed meanwhile, the others do not find it, and Ray Train tries again."""
@@ -80,12 +85,13 @@ class _WorkerGroupBackend(_TorchBackend):
         self._failed_joins = 0
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        noticed = time.time()
+        timer = StartupTimer(again=True)
         # Ray would wait half a minute for processes that it kills right after anyway.
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(_SHUTDOWN_SECONDS))
         with contextlib.suppress(RayActorError, RayTaskError):  # of dead workers; Ray would log a page for each
             super().on_shutdown(worker_group, backend_config)
-        self._marks = [("", noticed), ("shutdown", time.time())]
+        timer.mark("shutdown")
+        self._timer = timer
 
 
 def _connect(worker_group: Any, config: WorkerGroupConfig) -> None:
@@ -107,20 +113,6 @@ def _connect(worker_group: Any, config: WorkerGroupConfig) -> None:
         for rank in range(len(worker_group))
     ]
     ray.get(joins)
-
-
-@contextlib.contextmanager
-def _shut_down_on_error(worker_group: Any) -> Iterator[None]:
-    """A context in which an error shuts the group down.
-
-    Ray Train itself does so only for errors before this point: the resources of the workers would stay taken, and the
-    next group would wait for them for ever.
-    """
-    try:
-        yield
-    except BaseException:
-        worker_group.shutdown()
-        raise
 
 
 def _import_module(name: str) -> None:

@@ -171,11 +171,7 @@ class PretrainConfig:
         self._check_profile()
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The config of the network.
-
-        Raises:
-            UserError: the dimensions do not fit together.
-        """
+        """The config of the network; UserError where its dimensions do not fit together."""
         try:
             names = {field.name for field in fields(ModelConfig)} - {"vocab_size"}
             return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})

@@ -10,30 +10,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 _MARKS = "GPT25_STARTUP"
 
 
+@dataclass
 class StartupTimer:
-    """Measures the parts of a start; each mark ends one.
+    """Measures the parts of a start; each mark ends one."""
 
-    Args:
-        began: time.time() when the loss was noticed or the program began. If not given, now.
-        again: whether this replaces a group that was lost or is resized.
-    """
+    since: float = field(default_factory=time.time)
+    """The time.time() of the last mark; at first when the loss was noticed or the program began."""
+    again: bool = False
+    """Whether this replaces a group that was lost or is resized."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of every part so far, in order."""
 
-    def __init__(self, began: float | None = None, *, again: bool = False) -> None:
-        self.again = again
-        self.parts: dict[str, float] = {}
-        """Seconds of every part so far, in order."""
-        self._since = time.time() if began is None else began
-
-    def mark(self, part: str, at: float | None = None) -> None:
+    def mark(self, part: str) -> None:
         """End ``part``, which began at the mark before."""
-        now = time.time() if at is None else at
-        self.parts[part] = self.parts.get(part, 0.0) + now - self._since
-        self._since = now
+        now = time.time()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.since
+        self.since = now
 
     @property
     def seconds(self) -> float:
@@ -53,22 +50,11 @@ class StartupTimer:
         figures = {f"recovery/{part.replace(' ', '_')}_seconds": seconds for part, seconds in self.parts.items()}
         return {"recovery/seconds": self.seconds, **figures}
 
+    def export(self) -> None:
+        """Set in this worker's environment how long the start of its group has taken."""
+        os.environ[_MARKS] = json.dumps(asdict(self))
+
     @classmethod
     def from_environment(cls) -> StartupTimer:
-        """The timer of this worker's group, whose marks ``export_marks`` has left in the environment."""
-        exported = json.loads(os.environ[_MARKS])
-        (_, began), *marks = exported["stamps"]
-        timer = cls(began, again=exported["again"])
-        for part, at in marks:
-            timer.mark(part, at)
-        return timer
-
-
-def export_marks(marks: Sequence[tuple[str, float]], again: bool) -> None:
-    """Set in this worker's environment how long the start of its group has taken.
-
-    Args:
-        marks: (part, time.time() at its end); the first one is the beginning, and its name does not count.
-        again: whether the group replaces one that was lost or is resized.
-    """
-    os.environ[_MARKS] = json.dumps({"stamps": list(marks), "again": again})
+        """The timer of this worker's group, which ``export`` has left in the environment."""
+        return cls(**json.loads(os.environ[_MARKS]))

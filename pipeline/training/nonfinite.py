@@ -8,8 +8,7 @@ Shapes: B windows of a micro-batch, T time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,55 +26,60 @@ _TEXT_TOKENS = 24
 _TEXT_CHARACTERS = 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cause:
-    """Windows of one rank whose loss or gradient is not finite."""
-
-    rank: int
-    windows: tuple[int, ...]
-    what: str
-    """Which of them is not finite, "loss" or "gradient"."""
-
-
 class NonFiniteFinder:
     """Finds the windows that caused a step that is not finite.
 
     Args:
         loader: the micro-batches of the run.
+        tokenizer: shows the text of the windows.
         deterministic_mode: whether steps run in deterministic mode on a GPU; they are computed again in the same mode.
     """
 
     def __init__(
-        self, model: Transformer, workers: ProcessGroup, loader: BatchLoader, *, deterministic_mode: bool
+        self,
+        model: Transformer,
+        workers: ProcessGroup,
+        loader: BatchLoader,
+        tokenizer: Tokenizer,
+        *,
+        deterministic_mode: bool,
     ) -> None:
-        self.model, self.workers, self.loader = model, workers, loader
+        self.model, self.workers, self.loader, self.tokenizer = model, workers, loader, tokenizer
         self.stream, self.order, self.context_length = loader.stream, loader.order, loader.context_length
         self.deterministic_mode = deterministic_mode
 
-    def causes(self, step: int) -> list[Cause]:
+    def explain(self, outcome: Outcome) -> str:
+        """What happened at a step and what caused it, as the beginning of a sentence. Collective."""
+        what = f"the loss of step {outcome.step + 1} is {outcome.loss} and its gradient norm {outcome.grad_norm}"
+        causes = self._causes(outcome.step)
+        if not causes:
+            return f"{what}; computed again they are finite, so suspect a device or its memory"
+        return f"{what}, because of {'; '.join(causes)}"
+
+    def _causes(self, step: int) -> list[str]:
         """The causes, the same on every rank; empty if all losses and gradients are finite this time. Collective."""
-        causes: list[Cause] = []
+        causes: list[str] = []
         for index, batch in enumerate(self.loader.step(step)):
             loss_is_bad, gradient_is_bad = self._probe(batch.inputs, batch.targets, batch.weight)
             if any(loss_is_bad) or gradient_is_bad:
                 causes += self._narrow(step, index, loss_is_bad)
         return causes
 
-    def _narrow(self, step: int, index: int, loss_is_bad: list[bool]) -> Iterator[Cause]:
+    def _narrow(self, step: int, index: int, loss_is_bad: list[bool]) -> Iterator[str]:
         """The causes in micro-batch ``index``: all ranks together try the windows of each candidate rank one by one."""
         candidate_ranks = [rank for rank, is_bad in enumerate(loss_is_bad) if is_bad]
         found = False
         for rank in candidate_ranks or range(self.workers.world_size):
-            windows = self.order.micro_batch_windows(step, rank, self.workers.world_size)[index]
+            windows = self.order.micro_batch_windows(step, rank, self.workers.world_size)[index].tolist()
             with torch.compiler.set_stance("force_eager"):  # one window is another shape, compiled for minutes
                 nonfinite_windows = [window for window in windows if self._is_bad(window)]
             if nonfinite_windows or candidate_ranks:
-                chosen = tuple(int(window) for window in (nonfinite_windows or windows))
-                yield Cause(rank=rank, windows=chosen, what="loss" if candidate_ranks else "gradient")
+                what = "loss" if candidate_ranks else "gradient"
+                yield self._cause_text(what, rank, nonfinite_windows or windows)
                 found = True
         if not found:  # no window alone is a cause
-            windows = self.order.micro_batch_windows(step, 0, self.workers.world_size)[index]
-            yield Cause(rank=0, windows=tuple(int(window) for window in windows), what="gradient")
+            windows = self.order.micro_batch_windows(step, 0, self.workers.world_size)[index].tolist()
+            yield self._cause_text("gradient", 0, windows)
 
     def _is_bad(self, window: int) -> bool:
         length = self.context_length + 1
@@ -102,22 +106,15 @@ class NonFiniteFinder:
         self.model.zero_grad(set_to_none=True)
         return [loss_flag > 0 for loss_flag, _ in rows], any(gradient_flag > 0 for _, gradient_flag in rows)
 
-    def explain(self, outcome: Outcome, tokenizer: Tokenizer) -> str:
-        """What happened at a step and what caused it, as the beginning of a sentence. Collective."""
-        what = f"the loss of step {outcome.step + 1} is {outcome.loss} and its gradient norm {outcome.grad_norm}"
-        causes = self.causes(outcome.step)
-        if not causes:
-            return f"{what}; computed again they are finite, so suspect a device or its memory"
-        return f"{what}, because of " + "; ".join(self._cause_text(cause, tokenizer) for cause in causes)
+    def _cause_text(self, what: str, rank: int, windows: Sequence[int]) -> str:
+        """``what``, "loss" or "gradient", of ``rank`` is not finite on these windows."""
+        places = ", ".join(self._window_text(window) for window in windows[:_MOST_WINDOWS])
+        more = f" and {len(windows) - _MOST_WINDOWS} more" if len(windows) > _MOST_WINDOWS else ""
+        return f"the {what} of rank {rank} on window {places}{more}"
 
-    def _cause_text(self, cause: Cause, tokenizer: Tokenizer) -> str:
-        places = ", ".join(self._window_text(window, tokenizer) for window in cause.windows[:_MOST_WINDOWS])
-        more = f" and {len(cause.windows) - _MOST_WINDOWS} more" if len(cause.windows) > _MOST_WINDOWS else ""
-        return f"the {cause.what} of rank {cause.rank} on window {places}{more}"
-
-    def _window_text(self, window: int, tokenizer: Tokenizer) -> str:
+    def _window_text(self, window: int) -> str:
         position = window * (self.context_length + 1)
         shard, offset = self.stream.locate(position)
         name = self.stream.files.name(shard) if self.stream.files is not None else f"shard {shard}"
         ids = self.stream.read(position, min(_TEXT_TOKENS, self.context_length)).tolist()
-        return f"{window} ({name}, token {offset:,}: {tokenizer.decode(ids)[:_TEXT_CHARACTERS]!r})"
+        return f"{window} ({name}, token {offset:,}: {self.tokenizer.decode(ids)[:_TEXT_CHARACTERS]!r})"

@@ -112,10 +112,6 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
     return RunSummary(**found) if is_done else None
 
 
-def write_summary(output: Folder, summary: RunSummary) -> None:
-    write_json(output, SUMMARY_FILE, asdict(summary), indent=2)
-
-
 def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:
     """The data sets and the tokenizer of the run with their fingerprints: the lineage of its weights."""
     inputs = [

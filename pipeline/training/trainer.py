@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -34,8 +34,9 @@ from pipeline.distributed.signals import Interruptions
 from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import RunStopped, UserError
 from pipeline.pretrained import weights
-from pipeline.run_files import CHECKPOINTS_FOLDER
+from pipeline.run_files import CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
+from pipeline.storage.json_files import write_json
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.batch_size import out_of_memory_explained
@@ -45,7 +46,7 @@ from pipeline.training.nonfinite import NonFiniteFinder
 from pipeline.training.optimizer import build_optimizer, compiles, learning_rate
 from pipeline.training.periodic_evaluation import PeriodicEvaluation
 from pipeline.training.profiling import StepProfiler
-from pipeline.training.run_folder import RunSummary, check_resumable, run_inputs, write_summary
+from pipeline.training.run_folder import RunSummary, check_resumable, run_inputs
 from pipeline.training.step import StepResult, accumulate_gradients
 from pipeline.training.step_guard import Outcome, StepGuard
 from pipeline.training.throughput import ThroughputMeter
@@ -147,7 +148,7 @@ class Trainer:
                 self.writer.wait()
         summary = self._summarize()
         if self.workers.is_rank_zero:
-            write_summary(self.output, summary)
+            write_json(self.output, SUMMARY_FILE, asdict(summary), indent=2)
             self.tracker.finish("FINISHED")
         return summary
 
@@ -199,8 +200,10 @@ class Trainer:
         """
         allowed = self.config.skip_nonfinite
         with self.guard.watchdog.phase(f"looking for what is not finite in step {outcome.step + 1}"):
-            finder = NonFiniteFinder(self.model, self.workers, self.loader, deterministic_mode=self.is_deterministic)
-            sentence = finder.explain(outcome, self.tokenizer)
+            finder = NonFiniteFinder(
+                self.model, self.workers, self.loader, self.tokenizer, deterministic_mode=self.is_deterministic
+            )
+            sentence = finder.explain(outcome)
         self.skipped_steps += 1
         if self.skipped_steps > allowed:
             raise UserError(
