@@ -47,12 +47,10 @@ def list_steps(folder: Folder) -> list[int]:
 
 def begin(folder: Folder, step: int) -> None:
     """Prepare an empty folder for a checkpoint's files. In a bucket this removes an older checkpoint of the step."""
+    abort(folder, step)
     if isinstance(folder, LocalFolder):
         with _disk_errors(folder):
-            _remove_tree(_partial(folder, step))
             _partial(folder, step).mkdir(parents=True)
-    else:
-        remove(folder, step)
 
 
 def incomplete_path(folder: Folder, step: int) -> Folder:

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,9 +77,9 @@ class CheckpointWriter:
         self._staged: StagedState | None = None
         self._touched: Future[None] | None = None
         self._pending: Future[None] | None = None
-        self._background = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="checkpoint", initializer=_choose_device, initargs=(workers.device,)
-        )
+        # A new thread would use the first GPU.
+        choose_device = partial(torch.cuda.set_device, workers.device) if workers.device.type == "cuda" else None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=choose_device)
         # Background collectives need a group of their own, or they would mix with the training step's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         shutil.rmtree(self._staging_folder(), ignore_errors=True)  # files of a process that was killed
@@ -217,12 +218,6 @@ def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict
         for key, value in optimizer.state[parameter].items():
             state[f"optimizer.{key}.{name}"] = value
     return state
-
-
-def _choose_device(device: torch.device) -> None:
-    """Select the device that the process trains on; a new thread would use the first GPU."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -28,6 +28,7 @@ from pipeline.redaction import redact
 from pipeline.run_files import CURVES_FILE, SCORES_FILE
 from pipeline.storage.folders import Folder, as_folder
 from pipeline.storage.json_files import read_json
+from pipeline.tracking.journal import read_journal
 from pipeline.tracking.mlflow_run import recorded_run_id
 from pipeline.tracking.report import draw_curves
 from pipeline.tracking.run_history import RunHistory
@@ -99,7 +100,7 @@ def read_run(source: ModelSource) -> Run:
     folder = source.run_folder
     if folder is None:
         return known
-    history = RunHistory.from_folder(folder)
+    history = RunHistory.from_journal(read_journal(folder))
     for name, points in history.metrics.items():
         history.metrics[name] = {step: value for step, value in points.items() if step <= info.step}
     scores = _read_scores(folder, source.address)

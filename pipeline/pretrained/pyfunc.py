@@ -95,14 +95,6 @@ def _prompts(model_input: Any) -> list[str]:
     return values
 
 
-def save_model(folder: Path, path: Path) -> None:
-    """Save the exported ``folder`` as an MLflow model in the new folder ``path``, for mlflow models serve -m PATH."""
-    import mlflow
-
-    with _without_advice():
-        mlflow.pyfunc.save_model(path=str(path), **_contents(folder))
-
-
 def log_model(folder: Path, *, tracking_uri: str, run_id: str | None) -> str:
     """Log the exported ``folder`` as a model of the run ``run_id``, or of no run; returns its models:/... address.
 
@@ -112,19 +104,13 @@ def log_model(folder: Path, *, tracking_uri: str, run_id: str | None) -> str:
     import mlflow
 
     try:
-        with tracking_store(tracking_uri), _inside(run_id), _without_advice():
-            logged = mlflow.pyfunc.log_model(name=_MODEL_NAME, **_contents(folder))
+        with tracking_store(tracking_uri), _inside(run_id), warnings.catch_warnings():
+            # MLflow advises type annotations and an example: the signature holds the same information.
+            warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
+            logged = mlflow.pyfunc.log_model(name=_MODEL_NAME, **model_contents(folder))
     except mlflow_errors() as error:
         raise UserError(f"MLflow did not take the model: {' '.join(str(error).split())}") from error
     return str(logged.model_uri)
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Hide MLflow's advice to add type annotations and an example: the signature holds the same information."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
-        yield
 
 
 @contextlib.contextmanager
@@ -141,7 +127,8 @@ def _inside(run_id: str | None) -> Iterator[None]:
     mlflow.MlflowClient().update_run(run_id, status=status)
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def model_contents(folder: Path) -> dict[str, Any]:
+    """What mlflow.pyfunc.log_model or save_model is given for the exported ``folder``."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.storage.folders import Folder
-from pipeline.tracking.journal import Entry, read_journal
+from pipeline.tracking.journal import Entry
 
 
 @dataclass(kw_only=True)
@@ -36,11 +35,6 @@ class RunHistory:
         for entry in entries:
             history._add(entry)
         return history
-
-    @classmethod
-    def from_folder(cls, folder: Folder) -> RunHistory:
-        """The history of the run in ``folder``, on a disk or in a bucket; empty where it has no journal."""
-        return cls.from_journal(read_journal(folder))
 
     @property
     def hours(self) -> float:

@@ -43,7 +43,7 @@ def checkpoint(tiny_data: Path, home: Path) -> Path:
 @pytest.fixture(scope="module")
 def model_folder(checkpoint: Path, home: Path) -> Path:
     export(ExportConfig(checkpoint=str(checkpoint), output=str(home / "export")))
-    pyfunc.save_model(home / "export", home / "mlflow_model")
+    mlflow.pyfunc.save_model(path=str(home / "mlflow_model"), **pyfunc.model_contents(home / "export"))
     return home / "mlflow_model"
 
 
