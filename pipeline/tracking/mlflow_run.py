@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def open_run(
     recorded = _recorded_run(folder, uri)
     try:
         client = mlflow_client(uri)
-        if recorded is not None and _is_known(client, recorded):
+        if recorded is not None and _known_run(client, recorded):
             if reopen:
                 client.update_run(recorded.run_id, status="RUNNING")
             return recorded
@@ -85,10 +85,8 @@ def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) 
     """The MLflow run recorded in ``folder``; None where there is none, or where the store does not know it."""
     uri = mlflow_uri(tracking_uri, working_folder)
     recorded = _recorded_run(folder, uri)
-    if recorded is None or not _is_known(client := mlflow_client(uri), recorded):
-        return None
-    experiment_id = str(client.get_run(recorded.run_id).info.experiment_id)
-    return MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=recorded.run_id)
+    known = recorded and _known_run(mlflow_client(uri), recorded)
+    return replace(recorded, experiment_id=str(known.info.experiment_id)) if recorded and known else None
 
 
 def recorded_run_id(folder: Folder) -> str | None:
@@ -157,8 +155,8 @@ def _recorded_run(folder: Folder, uri: str) -> MLflowRun | None:
     return MLflowRun(tracking_uri=uri, experiment_id=recorded.get("experiment_id", ""), run_id=recorded["run_id"])
 
 
-def _is_known(client: Any, recorded: MLflowRun) -> bool:
-    """Whether the store has the run; raises where it does not answer."""
+def _known_run(client: Any, recorded: MLflowRun) -> Any | None:
+    """The run as the store has it; None where it was deleted. Raises where the store does not answer."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -167,5 +165,5 @@ def _is_known(client: Any, recorded: MLflowRun) -> bool:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         logger.warning("MLflow at %s no longer knows run %s", redact(recorded.tracking_uri), recorded.run_id)
-        return False
-    return bool(run.info.lifecycle_stage == "active")
+        return None
+    return run if run.info.lifecycle_stage == "active" else None

@@ -27,11 +27,7 @@ _DESCRIPTIONS = {
 
 
 class RayMetrics(Tracker):
-    """Sets one gauge for each metric, in a process that Ray started.
-
-    Args:
-        run: name of the run, which becomes a tag of every gauge.
-    """
+    """Sets one gauge for each metric, tagged with the name of the run, in a process that Ray started."""
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run}

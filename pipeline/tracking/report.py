@@ -44,12 +44,7 @@ Rows = list[tuple[str, str]]
 
 
 def write_pages(folder: Folder, entries: Iterable[Entry]) -> list[str]:
-    """Write curves.png and report.html of the run in ``folder``, and return the names of the files written.
-
-    Args:
-        folder: the run folder.
-        entries: those of its journal.
-    """
+    """Write curves.png and report.html of the run in ``folder``, from its journal's entries; returns their names."""
     history = RunHistory.from_journal(entries)
     curves = draw_curves(history)
     if curves is not None:
@@ -62,11 +57,7 @@ def write_pages(folder: Folder, entries: Iterable[Entry]) -> list[str]:
 def render(
     folder: Folder, history: RunHistory, summary: Mapping[str, Any], scores: Mapping[str, Any], curves: bytes | None
 ) -> str:
-    """The page as HTML. A run that has not finished has an empty ``summary``.
-
-    Args:
-        curves: a PNG, which becomes part of the page.
-    """
+    """The page as HTML, which holds the PNG ``curves``. A run that has not finished has an empty ``summary``."""
     best = summary.get("best_step")
     params = history.params.items()
     return _template().render(

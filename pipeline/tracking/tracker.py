@@ -56,8 +56,7 @@ class Tracker:
     ) -> None:
         """Log a new checkpoint, or further metrics of one that was logged before.
 
-        Args:
-            best: its val loss is the lowest of the run so far.
+        ``best`` says that its val loss is the lowest of the run so far.
         """
 
     def log_file(self, path: Path) -> None:
@@ -73,6 +72,13 @@ class Tracker:
         """End the run; waits some seconds for entries that have not been sent yet."""
 
 
+class Trackers(Tracker):
+    """Several trackers as one; every call reaches them in the order given."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self.trackers = trackers
+
+
 def _each(name: str) -> Callable[..., None]:
     """A method of Trackers that calls the method ``name`` of each of its trackers."""
 
@@ -83,19 +89,5 @@ def _each(name: str) -> Callable[..., None]:
     return call_each
 
 
-class Trackers(Tracker):
-    """Several trackers as one; every call reaches them in the order given."""
-
-    def __init__(self, *trackers: Tracker) -> None:
-        self.trackers = trackers
-
-    log_params = _each("log_params")
-    log_tags = _each("log_tags")
-    log_inputs = _each("log_inputs")
-    log_metrics = _each("log_metrics")
-    log_sample = _each("log_sample")
-    log_checkpoint = _each("log_checkpoint")
-    log_file = _each("log_file")
-    log_page = _each("log_page")
-    flush = _each("flush")
-    finish = _each("finish")
+for _name in [name for name in vars(Tracker) if not name.startswith("_")]:
+    setattr(Trackers, _name, _each(_name))

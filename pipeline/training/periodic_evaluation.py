@@ -31,12 +31,7 @@ _HELLASWAG_TOKENS = 8192  # per forward pass, whose logits are all in memory at 
 
 
 class PeriodicEvaluation:
-    """The evaluations of one run.
-
-    Args:
-        output: the run folder.
-        tracker: receives the results on rank 0.
-    """
+    """The evaluations of one run, whose folder is ``output``."""
 
     def __init__(
         self,
@@ -74,8 +69,7 @@ class PeriodicEvaluation:
     def run(self, done: int, checkpoint: Folder | None) -> None:
         """Do the evaluations that are due after ``done`` steps. Collective.
 
-        Args:
-            checkpoint: the checkpoint of this step, if one was saved; it may not be complete yet.
+        ``checkpoint`` is that of this step, if one was saved; it may not be complete yet.
         """
         config = self.config
         last = done == config.train_steps

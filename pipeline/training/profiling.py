@@ -30,9 +30,7 @@ _MOST_ROWS = 40
 class StepProfiler:
     """Profiles the steps of --profile_steps; a context, at whose end an incomplete profile is dropped.
 
-    Args:
-        output: the run folder.
-        tracker: receives both files too.
+    Both files go to the run folder ``output`` and to ``tracker``.
     """
 
     def __init__(self, config: PretrainConfig, *, output: Folder, workers: ProcessGroup, tracker: Tracker) -> None:
