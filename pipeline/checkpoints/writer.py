@@ -139,7 +139,9 @@ class CheckpointWriter:
         first, step = self.workers.is_rank_zero, info.step
         error = _error_of(lambda: checkpoint_directory.begin(self.folder, step)) if first else None
         if self._gather(None if error else []) is None:
-            return _raise(error)
+            if error:
+                raise error
+            return
         directory = checkpoint_directory.incomplete_path(self.folder, step)
         own: list[FileEntry] = []
         error = _error_of(lambda: own.extend(self._write_part(staged, directory)))
@@ -148,7 +150,8 @@ class CheckpointWriter:
             checkpoint_directory.abort(self.folder, step)
         elif first and files is not None:
             self._complete(directory, files, info)
-        _raise(error)
+        if error:
+            raise error
 
     def _write_part(self, staged: StagedState, directory: Folder) -> list[FileEntry]:
         """Write this rank's files to ``directory`` and return their entries. Collective, over gloo."""
@@ -235,8 +238,3 @@ def _error_of(action: Callable[[], object]) -> UserError | None:
     except OSError as error:
         return UserError(f"a checkpoint cannot be written: {error}")
     return None
-
-
-def _raise(error: UserError | None) -> None:
-    if error is not None:
-        raise error

@@ -27,13 +27,10 @@ _PEAK_FLOPS = {
 }
 
 
-def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+def compute_dtype(precision: Literal["auto", "bf16", "fp32", "float32"], device: torch.device) -> torch.dtype:
     """The number format of matrix products; auto is bf16 on a GPU that has it, and otherwise float32."""
-    if precision == "fp32":
-        return torch.float32
-    if precision == "bf16" or (device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.bfloat16
-    return torch.float32
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float32
 
 
 def peak_flops(workers: ProcessGroup, dtype: torch.dtype) -> float | None:

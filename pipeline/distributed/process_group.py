@@ -39,21 +39,19 @@ class ProcessGroup:
         return values
 
     def raise_on_all_ranks(self, error: UserError | None) -> None:
-        """Raise on every rank the error of the lowest rank that has one, so that none waits for it. Collective."""
+        """Raise on every rank the error of the lowest rank that has one, so that none waits for it. Collective.
+
+        The sentence of each rank is cut after 2,048 bytes.
+        """
         failed = self.sum(torch.tensor([error is not None], dtype=torch.int64, device=self.device))
         if not failed.item():
             return
-        sentences = self.all_gather_text("" if error is None else str(error))
-        raise UserError(next(sentence for sentence in sentences if sentence)) from error
-
-    def all_gather_text(self, text: str) -> list[str]:
-        """Gather a text of every rank, in rank order, each cut after 2,048 bytes. Collective."""
         table = torch.zeros(self.world_size, _TEXT_BYTES, dtype=torch.uint8)
-        content = bytearray(text.encode()[:_TEXT_BYTES])
-        if content:
+        if content := bytearray(str(error or "").encode()[:_TEXT_BYTES]):
             table[self.rank, : len(content)] = torch.frombuffer(content, dtype=torch.uint8)
         rows = self.sum(table.to(self.device)).cpu().numpy()
-        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+        sentences = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+        raise UserError(next(sentence for sentence in sentences if sentence)) from error
 
     def all_reduce_min(self, number: int) -> int:
         """The smallest integer of all ranks. Collective."""

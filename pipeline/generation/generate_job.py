@@ -15,9 +15,10 @@ from typing import Any
 from model.batching import Batch, Reason, Request
 from model.decoding import Decoder
 from pipeline.config.inference import GenerateConfig
+from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import init_distributed
 from pipeline.errors import UserError
-from pipeline.generation.sampling import Detokenizer, decoder_dtype, encode_prompt
+from pipeline.generation.sampling import Detokenizer, encode_prompt
 from pipeline.paths import resolve_output_file, resolve_path
 from pipeline.pretrained.resolve import open_model, resolve_checkpoint
 from pipeline.tokenizer.bpe import Tokenizer
@@ -80,7 +81,7 @@ def generate_texts(config: GenerateConfig) -> Iterator[TextChunk]:
         prompt: encode_prompt(pretrained.tokenizer, prompt, pretrained.config.context_length) for prompt in prompts
     }
     texts = min(config.batch_size, len(wanted))
-    decoder = Decoder(pretrained.model, dtype=decoder_dtype(config.dtype, device), texts=texts)
+    decoder = Decoder(pretrained.model, dtype=compute_dtype(config.dtype, device), texts=texts)
     batch = Batch(decoder, max_texts=texts)
     for number, (prompt, sample) in enumerate(wanted):
         request = Request(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -69,13 +68,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, most_tokens: int) -> list[i
     if len(ids) > most_tokens:
         raise UserError(f"the prompt has {len(ids):,} tokens, the model sees {most_tokens:,}; shorten it")
     return ids
-
-
-def decoder_dtype(name: Literal["auto", "float32", "bf16"], device: torch.device) -> torch.dtype:
-    """Type of the matrix products; auto means bf16 on a GPU and float32 on a CPU."""
-    if name == "bf16" or (name == "auto" and device.type == "cuda"):
-        return torch.bfloat16
-    return torch.float32
 
 
 def continue_text(

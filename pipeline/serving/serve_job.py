@@ -158,8 +158,8 @@ def build_app(settings: ReplicaSettings) -> Any:
 
     from model.batching import Batch
     from model.decoding import Decoder
+    from pipeline.distributed.hardware import compute_dtype
     from pipeline.distributed.process_group import init_distributed
-    from pipeline.generation.sampling import decoder_dtype
     from pipeline.pretrained.resolve import open_model
     from pipeline.serving.engine import Engine
     from pipeline.serving.http_app import WebApp
@@ -170,7 +170,7 @@ def build_app(settings: ReplicaSettings) -> Any:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_replicas))
     pretrained = open_model(settings.path, device)
     length = pretrained.config.context_length
-    batch = Batch(Decoder(pretrained.model, dtype=decoder_dtype(config.dtype, device)), max_texts=config.max_batch_size)
+    batch = Batch(Decoder(pretrained.model, dtype=compute_dtype(config.dtype, device)), max_texts=config.max_batch_size)
     engine = Engine(batch, pretrained.tokenizer)
     limits = Limits(
         model_name=settings.model_name,

@@ -10,6 +10,7 @@ another number of workers, another GPU or other settings that memory depends on.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -84,8 +85,8 @@ def with_batch_size(
     key = _key(config, model, workers)
     found = workers.broadcast_int(_known_size(output, key) if workers.is_rank_zero else 0)
     if not found:
-        probe = Probe(config, model, workers, memory)
-        found = largest_that_fits(sizes, probe.measure, limit=memory.limit(), min_over_ranks=workers.all_reduce_min)
+        needed = functools.partial(measure, config, model, workers, memory)
+        found = largest_that_fits(sizes, needed, limit=memory.limit(), min_over_ranks=workers.all_reduce_min)
         memory.reset_peak()
         if workers.is_rank_zero:
             _save_size(output, key, found)
@@ -132,27 +133,19 @@ def _following(sizes: Sequence[int], taken: Mapping[int, int], limit: int) -> in
     return max((size for size in sizes if low < size < most and taken[low] + slope * (size - low) <= limit), default=0)
 
 
-class Probe:
-    """Measures the memory that micro-batches of the run need."""
-
-    def __init__(self, config: PretrainConfig, model: Transformer, workers: ProcessGroup, memory: CudaMemory) -> None:
-        self.config, self.model, self.workers, self.memory = config, model, workers, memory
-        self.windows = windows_per_worker(config, workers.world_size)
-
-    def measure(self, size: int) -> int:
-        """Peak bytes while gradients of micro-batches of ``size`` windows are accumulated. Collective."""
-        shape = (size, self.config.context_length)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=self.workers.device)
-        self.memory.reset_peak()
-        explained = out_of_memory_explained(replace(self.config, batch_size=size), self.workers.world_size)
-        with explained, deterministic(self.workers.device, enabled=self.config.deterministic == "on"):
-            for is_last in (True,) if size == self.windows else (False, True):
-                set_gradient_sync(self.model, enabled=is_last)
-                (self.model(tokens, tokens) * 0.0).backward()
-            taken = self.memory.peak()
-        self.model.zero_grad(set_to_none=True)
-        torch._dynamo.reset()  # each size is compiled anew, and torch limits the number of compilations
-        return taken
+def measure(config: PretrainConfig, model: Transformer, workers: ProcessGroup, memory: CudaMemory, size: int) -> int:
+    """Peak bytes while gradients of micro-batches of ``size`` windows are accumulated. Collective."""
+    tokens = torch.zeros((size, config.context_length), dtype=torch.int64, device=workers.device)
+    memory.reset_peak()
+    explained = out_of_memory_explained(replace(config, batch_size=size), workers.world_size)
+    with explained, deterministic(workers.device, enabled=config.deterministic == "on"):
+        for is_last in (True,) if size == windows_per_worker(config, workers.world_size) else (False, True):
+            set_gradient_sync(model, enabled=is_last)
+            (model(tokens, tokens) * 0.0).backward()
+        taken = memory.peak()
+    model.zero_grad(set_to_none=True)
+    torch._dynamo.reset()  # each size is compiled anew, and torch limits the number of compilations
+    return taken
 
 
 def _key(config: PretrainConfig, model: Transformer, workers: ProcessGroup) -> dict[str, Any]:

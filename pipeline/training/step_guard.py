@@ -147,9 +147,11 @@ class StepGuard:
         """Whether all ranks end the run after this step and its checkpoint."""
         self.wants_checkpoint = False
         """Whether all ranks save a checkpoint after this step."""
-        self.watchdog = Watchdog(
-            rank=workers.rank, limit_seconds=config.collective_timeout, heartbeats=_heartbeats(workers)
-        )
+        heartbeats = None
+        if workers.world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            heartbeats = Heartbeats(store, rank=workers.rank, world_size=workers.world_size)
+        self.watchdog = Watchdog(rank=workers.rank, limit_seconds=config.collective_timeout, heartbeats=heartbeats)
         self.check = ShardCheck(
             [stream.files for stream in streams if stream.files is not None],
             share=int(os.environ.get("LOCAL_RANK", "0")),
@@ -207,13 +209,6 @@ class StepGuard:
             self._preemption_seen = self.wants_checkpoint = True
             if self.workers.is_rank_zero:
                 logger.warning("a node is about to leave: one more checkpoint now, from which a new group goes on")
-
-
-def _heartbeats(workers: ProcessGroup) -> Heartbeats | None:
-    if workers.world_size == 1:
-        return None
-    store = dist.distributed_c10d._get_default_store()
-    return Heartbeats(store, rank=workers.rank, world_size=workers.world_size)
 
 
 def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

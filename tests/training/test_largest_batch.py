@@ -27,7 +27,7 @@ from pipeline.run_files import BATCH_SIZES_FILE
 from pipeline.storage.folders import open_folder
 from pipeline.training import largest_batch
 from pipeline.training.batch_size import possible_sizes
-from pipeline.training.largest_batch import Probe, largest_that_fits
+from pipeline.training.largest_batch import largest_that_fits
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
 from tests.support.small_memory import StandIn
@@ -112,7 +112,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], StandIn]
 
 def needed(size: int, made: Trainer, memory: Callable[[int], StandIn]) -> int:
     """Bytes that two micro-batches of ``size`` windows take."""
-    return Probe(made.config, made.model, ALONE, memory(0)).measure(size)
+    return largest_batch.measure(made.config, made.model, ALONE, memory(0), size)
 
 
 def trainer(config: PretrainConfig, data: Path, output: Path) -> Trainer:
