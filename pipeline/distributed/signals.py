@@ -31,15 +31,11 @@ _GRACE_SECONDS = 10.0
 Result = TypeVar("Result")
 
 
-def _never() -> bool:
-    return False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Interruptions:
     """The conditions under which a run ends early, as one rank sees them."""
 
-    stop_requested: Callable[[], bool] = _never
+    stop_requested: Callable[[], bool] = lambda: False
     """Whether this process is to end the run. Called at every step, so it has to be cheap."""
     preemption_pending: Callable[[], bool] | None = None
     """Whether a node of the run is about to be preempted. Collective; all ranks call it every few seconds."""

@@ -45,7 +45,8 @@ class Heartbeats:
     def __init__(self, store: dist.Store, *, rank: int, world_size: int, seconds: float = _HEARTBEAT_SECONDS) -> None:
         self.rank, self.world_size, self.seconds = rank, world_size, seconds
         self.place = "starting"
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch does not declare it
+        own = store.clone()  # type: ignore[attr-defined]  # torch does not declare it
+        self._store = dist.PrefixStore("heartbeats", own)
         self._seen: dict[int, tuple[int, str, float]] = {}  # rank: (beat number, place, time it changed)
         self._written = 0.0  # when the store last answered
         self._stopped = threading.Event()
@@ -80,7 +81,7 @@ class Heartbeats:
         number = 0
         try:
             while True:
-                self._store.set(_key(self.rank), json.dumps([number, self.place]))
+                self._store.set(str(self.rank), json.dumps([number, self.place]))
                 self._read_others()
                 number, self._written = number + 1, time.monotonic()
                 if self._stopped.wait(self.seconds):
@@ -90,15 +91,11 @@ class Heartbeats:
 
     def _read_others(self) -> None:
         for rank in range(self.world_size):
-            if rank == self.rank or not self._store.check([_key(rank)]):
+            if rank == self.rank or not self._store.check([str(rank)]):
                 continue
-            number, place = json.loads(self._store.get(_key(rank)))
+            number, place = json.loads(self._store.get(str(rank)))
             if number != self._seen[rank][0]:
                 self._seen[rank] = number, place, time.monotonic()
-
-
-def _key(rank: int) -> str:
-    return f"heartbeats/{rank}"
 
 
 class Watchdog:
@@ -154,12 +151,9 @@ class Watchdog:
     def step(self, number: int, *, is_long: bool) -> Iterator[None]:
         """A context for one step; a long one compiles."""
         place = f"in step {number}"
-        if is_long:
-            with self.phase(place):
-                yield
-            return
         self.beat(place)
-        yield
+        with self.phase(place) if is_long else contextlib.nullcontext():
+            yield
 
     @contextlib.contextmanager
     def phase(self, place: str) -> Iterator[None]:

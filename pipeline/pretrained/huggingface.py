@@ -74,7 +74,27 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
     """
-    return _config_from_llama(path / CONFIG_FILE, _read_json(path / CONFIG_FILE))
+    file = path / CONFIG_FILE
+    values = _read_json(file)
+    try:
+        heads, width = values["num_attention_heads"], values["hidden_size"]
+        _refuse_other_networks(file, values, heads, width)
+        rope = values.get("rope_parameters") or {}
+        return ModelConfig(
+            vocab_size=values["vocab_size"],
+            context_length=values["max_position_embeddings"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=heads,
+            d_model=width,
+            d_ff=values["intermediate_size"],
+            theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+            norm_eps=float(values["rms_norm_eps"]),
+            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise UserError(f"{file} has no {error}; give the folder of a LlamaForCausalLM") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} does not describe a network of ours: {error}") from error
 
 
 def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -181,28 +201,6 @@ def read_note(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _config_from_llama(path: Path, values: dict[str, Any]) -> ModelConfig:
-    try:
-        heads, width = values["num_attention_heads"], values["hidden_size"]
-        _refuse_other_networks(path, values, heads, width)
-        rope = values.get("rope_parameters") or {}
-        return ModelConfig(
-            vocab_size=values["vocab_size"],
-            context_length=values["max_position_embeddings"],
-            num_layers=values["num_hidden_layers"],
-            num_heads=heads,
-            d_model=width,
-            d_ff=values["intermediate_size"],
-            theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-            norm_eps=float(values["rms_norm_eps"]),
-            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise UserError(f"{path} has no {error}; give the folder of a LlamaForCausalLM") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} does not describe a network of ours: {error}") from error
 
 
 def _refuse_other_networks(path: Path, values: dict[str, Any], heads: int, width: int) -> None:

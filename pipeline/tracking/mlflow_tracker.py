@@ -131,12 +131,7 @@ class MLflowTracker(Tracker):
     def _write_pages(self, folder: Folder) -> None:
         try:
             names = write_pages(folder, (entry for entry, _ in self.journal.read(0)))
-        except (
-            UserError,
-            ValueError,
-            LookupError,
-            TypeError,
-        ) as error:  # must not fail a finished run
+        except (UserError, ValueError, LookupError, TypeError) as error:  # must not fail a finished run
             logger.warning("the report could not be written: %s", error)
             return
         for name in names:
@@ -204,13 +199,10 @@ class JournalUploader:
                 self._send_all(writer)
             except mlflow_errors() as error:
                 self._failed(error)
-            self._mirror()
-
-    def _mirror(self) -> None:
-        """Copy the journal to a bucket, but not at every period: an object is always written as a whole."""
-        if self._mirror_requested or time.monotonic() - self._mirrored > _MIRROR_SECONDS:
-            self._mirror_requested, self._mirrored = False, time.monotonic()
-            self.journal.mirror()
+            # Not at every period: an object in a bucket is always written as a whole.
+            if self._mirror_requested or time.monotonic() - self._mirrored > _MIRROR_SECONDS:
+                self._mirror_requested, self._mirrored = False, time.monotonic()
+                self.journal.mirror()
 
     def _send_all(self, writer: MLflowWriter) -> None:
         """Send until nothing is left; raises the client's error where the store does not answer."""

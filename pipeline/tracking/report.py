@@ -10,7 +10,6 @@ import base64
 import datetime
 import functools
 import io
-import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import jinja2
 from pipeline.console import format_seconds
 from pipeline.run_files import CHECKPOINTS_FOLDER, CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import Folder
+from pipeline.storage.json_files import read_json
 from pipeline.tracking.journal import Entry
 from pipeline.tracking.run_history import RunHistory
 
@@ -59,12 +59,13 @@ def render(
 ) -> str:
     """The page as HTML, which holds the PNG ``curves``. A run that has not finished has an empty ``summary``."""
     best = summary.get("best_step")
+    begin = datetime.datetime.fromtimestamp(history.periods[0][0], datetime.UTC) if history.periods else None
     params = history.params.items()
     return _template().render(
         name=folder.url.rpartition("/")[2],
         history=history,
         summary=summary,
-        begin=_date(history.periods[0][0]) if history.periods else None,
+        begin=f"{begin:%Y-%m-%d}" if begin else None,
         result=_result(summary, scores),
         curves=None if curves is None else base64.b64encode(curves).decode("ascii"),
         inputs=[_input(item) for item in history.inputs],
@@ -118,10 +119,6 @@ def draw_curves(history: RunHistory) -> bytes | None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
-
-
-def _date(seconds: float) -> str:
-    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d}"
 
 
 def _result(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:
@@ -182,7 +179,7 @@ def _median(history: RunHistory, name: str) -> float | None:
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:
     """The content of a JSON file; empty where it is missing or cannot be parsed."""
     try:
-        values = json.loads(folder.read(name))
-    except (FileNotFoundError, ValueError):
+        values = read_json(folder, name)
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
