@@ -132,12 +132,9 @@ def read_description(directory: Folder) -> Description:
 
 
 def check_shape(name: str, model: Mapping[str, Any], expected: ModelConfig, *, otherwise: str) -> None:
-    """Raise a UserError that names the first setting in which a model differs from the run's.
+    """Raise a UserError that names the first setting in which the run's model differs from that of ``name``.
 
-    Args:
-        name: the checkpoint or folder that holds the model.
-        model: its shape, the fields of ModelConfig.
-        otherwise: what to do for another shape.
+    ``model`` holds the fields of its ModelConfig; ``otherwise`` says what to do for another shape.
     """
     for key, value in expected.to_dict().items():
         if model.get(key) != value:
@@ -228,13 +225,7 @@ def _quarantine(folder: Folder, step: int, damage: str) -> UserError | None:
 
 
 def _read_description(directory: Folder) -> Description:
-    """Read checkpoint.json.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DamagedError: it is not what was written.
-        UserError: it cannot be read, or another version of this project wrote it.
-    """
+    """Read checkpoint.json; errors as in ``from_bytes``, and FileNotFoundError where there is none."""
     return checkpoint_metadata.from_bytes(directory.read(DESCRIPTION_FILE), str(directory))
 
 

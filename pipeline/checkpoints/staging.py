@@ -23,11 +23,7 @@ _ALIGNMENT = 64  # bytes: a cache line, which suits every dtype
 
 
 class StagedState:
-    """CPU memory for this rank's part of a training state. Its creation is collective.
-
-    Args:
-        state: names and tensors, sharded or whole.
-    """
+    """CPU memory for this rank's part of a training state of sharded or whole tensors. Its creation is collective."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._shapes = _shapes(state)

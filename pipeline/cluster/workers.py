@@ -268,11 +268,7 @@ def _leave_process_group() -> None:
 
 
 def choose_gpu(group: GroupSettings) -> bool:
-    """Whether every worker gets a GPU. Needs a joined cluster.
-
-    Raises:
-        UserError: --device cuda and no GPU in the cluster.
-    """
+    """Whether every worker gets a GPU; UserError for --device cuda without any. Needs a joined cluster."""
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))

@@ -96,11 +96,7 @@ def _prompts(model_input: Any) -> list[str]:
 
 
 def log_model(folder: Path, *, tracking_uri: str, run_id: str | None) -> str:
-    """Log the exported ``folder`` as a model of the run ``run_id``, or of no run; returns its models:/... address.
-
-    Raises:
-        UserError: the store refuses it.
-    """
+    """Log the exported ``folder`` as a model of the run ``run_id``, or of no run; returns its models:/... address."""
     import mlflow
 
     try:

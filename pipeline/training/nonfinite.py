@@ -27,12 +27,9 @@ _TEXT_CHARACTERS = 60
 
 
 class NonFiniteFinder:
-    """Finds the windows that caused a step that is not finite.
+    """Finds the windows of the run's ``loader`` that caused a step that is not finite, and shows their text.
 
-    Args:
-        loader: the micro-batches of the run.
-        tokenizer: shows the text of the windows.
-        deterministic_mode: whether steps run in deterministic mode on a GPU; they are computed again in the same mode.
+    ``deterministic_mode`` is that of the steps on a GPU, which are computed again in the same mode.
     """
 
     def __init__(

@@ -193,10 +193,9 @@ class Trainer:
         return StepResult(loss=reduced.loss, grad_norm=grad_norm, lr=lr, data_wait_seconds=data_wait_seconds)
 
     def _skip(self, outcome: Outcome) -> None:
-        """Continue without a step that is not finite, or end the run, and say what caused it. Collective.
+        """Continue without a step that is not finite, and say what caused it; UserError above --skip_nonfinite steps.
 
-        Raises:
-            UserError: there were more such steps than --skip_nonfinite allows.
+        Collective.
         """
         allowed = self.config.skip_nonfinite
         with self.guard.watchdog.phase(f"looking for what is not finite in step {outcome.step + 1}"):
