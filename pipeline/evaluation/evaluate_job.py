@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,6 @@ class Scores:
         return {name: values[name] for name in names if values[name] is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
-    """What every process that computes scores needs to know."""
-
-    config: EvaluateConfig
-    path: Path
-    """Folder of the checkpoint or the exported model."""
-    data: str
-    """Address of the folder of shards; empty if there is none."""
-    questions: str | None
-    """File of HellaSwag questions, if any."""
-
-
 def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     """Evaluate a model as ``config`` says.
 
@@ -104,13 +91,13 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     manifest = None if data is None else _check_data(data, path)
     if reuse and run_folder and (saved := _saved_scores(config, run_folder, source.address, manifest)):
         return saved
-    settings = ScoreSettings(config=config, path=path, data=str(data or ""), questions=questions)
+    resolved = replace(config, checkpoint=str(path), data=str(data) if data else None, hellaswag=questions)
     if config.num_workers == 1:
-        result = evaluate_on_rank(settings)
+        result = evaluate_on_rank(resolved)
     else:
         shared = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
         group = GroupSettings(num_workers=config.num_workers, device=config.device)
-        result = run_workers(evaluate_on_rank, settings, group, shared)
+        result = run_workers(evaluate_on_rank, resolved, group, shared)
     scores = Scores(
         checkpoint=source.address,
         manifest_fingerprint=manifest.fingerprint if manifest else None,
@@ -121,19 +108,22 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     return scores
 
 
-def evaluate_on_rank(settings: ScoreSettings, _: SharedFiles | None = None) -> dict[str, Any]:
-    """Measure this rank's share; returns the fields of Scores for all ranks together. Collective."""
-    config, path = settings.config, settings.path
+def evaluate_on_rank(config: EvaluateConfig, _: SharedFiles | None = None) -> dict[str, Any]:
+    """Measure this rank's share; returns the fields of Scores for all ranks together. Collective.
+
+    The model, the data and the questions of ``config`` are resolved: what is None is not measured.
+    """
+    path = Path(config.checkpoint)
     workers = init_distributed(config.device)
     model = Transformer(weights.read_model_config(path))
     parallelize(model, workers, dtype=compute_dtype("auto", workers.device), compile_blocks=False)
     weights.load_weights(path, model)
     tokenizer = read_tokenizer(path)
     result: dict[str, Any] = {}
-    if settings.data:
-        result |= _val_scores(model, tokenizer, open_folder(settings.data), config, workers)
-    if settings.questions:
-        questions = hellaswag.read_questions(Path(settings.questions), config.hellaswag_questions)
+    if config.data:
+        result |= _val_scores(model, tokenizer, open_folder(config.data), config, workers)
+    if config.hellaswag:
+        questions = hellaswag.read_questions(config.hellaswag, config.hellaswag_questions)
         tokens_per_batch = config.batch_size * model.config.context_length
         encoded = hellaswag.encode_all(questions, tokenizer)
         result |= hellaswag.score(model, encoded, workers, tokens_per_batch=min(tokens_per_batch, 8192)).figures()

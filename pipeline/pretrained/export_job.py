@@ -116,9 +116,8 @@ def _publish(config: ExportConfig, report: ExportReport, source: ModelSource, ru
 
 def _known_run_id(source: ModelSource, uri: str) -> str | None:
     """Id of the training run in the store ``uri``; None where the model belongs to no run that the store knows."""
-    if source.run_folder is None:
-        return None
-    run = find_run(tracking_uri=uri, folder=source.run_folder, working_folder=working_folder())
+    folder = source.run_folder
+    run = find_run(tracking_uri=uri, folder=folder, working_folder=working_folder()) if folder else None
     return run.run_id if run else None
 
 
