@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,6 @@ class Address:
     has_token: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplicaSettings:
-    """What a replica needs to know."""
-
-    config: ServeConfig
-    path: Path
-    """Folder of the model, resolved."""
-    model_name: str
-    token_sha256: str | None = field(repr=False)
-    """SHA-256 of the access token, hexadecimal; None where no token is needed."""
-
-
 def start(config: ServeConfig) -> Address:
     """Start the server and return when it answers; it runs until ``stop``.
 
@@ -65,14 +53,9 @@ def start(config: ServeConfig) -> Address:
         )
     port = _free_port(config)
     name = config.model_name or Path(config.checkpoint.rstrip("/")).name or "model"
-    settings = ReplicaSettings(
-        config=config,
-        path=path,
-        model_name=name,
-        token_sha256=hashlib.sha256(token.encode()).hexdigest() if token else None,
-    )
+    token_sha256 = hashlib.sha256(token.encode()).hexdigest() if token else None
     ray_cluster.connect(num_cpus=max(config.num_replicas, os.cpu_count() or 1))
-    _run(settings, port)
+    _run(replace(config, checkpoint=str(path), model_name=name), token_sha256, port)
     shown_host = f"[{config.host}]" if ":" in config.host else config.host
     return Address(url=f"http://{shown_host}:{port}", model_name=name, has_token=bool(token))
 
@@ -93,19 +76,18 @@ def wait() -> None:
     ended.wait()
 
 
-def _run(settings: ReplicaSettings, port: int) -> None:
+def _run(config: ServeConfig, token_sha256: str | None, port: int) -> None:
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    config = settings.config
     use_gpu = config.device != "cpu" and int(ray.cluster_resources().get("GPU", 0)) >= config.num_replicas
     if config.device == "cuda" and not use_gpu:
         raise UserError("--device cuda was asked for, but the cluster has too few GPUs; use --device cpu or auto")
     ray_cluster.require(num_workers=config.num_replicas, gpus=use_gpu)
 
     def build() -> Any:  # runs in the replica
-        return _WithoutCancelledReads(build_app(settings))
+        return _WithoutCancelledReads(build_app(config, token_sha256))
 
     deployment = serve.deployment(
         name="completions",
@@ -152,8 +134,11 @@ class Replica:
         self.app.state.engine.check()  # type: ignore[attr-defined]  # Ray Serve's wrapper has it
 
 
-def build_app(settings: ReplicaSettings) -> Any:
-    """The ASGI application of one replica, with its network loaded and its engine running."""
+def build_app(config: ServeConfig, token_sha256: str | None) -> Any:
+    """The ASGI application of one replica, with its network loaded and its engine running.
+
+    The checkpoint of ``config`` is the folder of the model, resolved.
+    """
     import torch
 
     from model.batching import Batch
@@ -165,21 +150,20 @@ def build_app(settings: ReplicaSettings) -> Any:
     from pipeline.serving.http_app import WebApp
     from pipeline.serving.openai_protocol import Limits
 
-    config = settings.config
     device = init_distributed(config.device).device
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_replicas))
-    pretrained = open_model(settings.path, device)
+    pretrained = open_model(Path(config.checkpoint), device)
     length = pretrained.config.context_length
     batch = Batch(Decoder(pretrained.model, dtype=compute_dtype(config.dtype, device)), max_texts=config.max_batch_size)
     engine = Engine(batch, pretrained.tokenizer)
     limits = Limits(
-        model_name=settings.model_name,
+        model_name=str(config.model_name),
         vocab_size=pretrained.tokenizer.vocab_size,
         max_prompt_tokens=min(config.max_prompt_tokens or length, length),
         max_tokens=config.max_tokens,
         max_texts=config.max_texts,
     )
-    app = WebApp(engine, pretrained.tokenizer, limits, config, token_sha256=settings.token_sha256).app
+    app = WebApp(engine, pretrained.tokenizer, limits, config, token_sha256=token_sha256).app
     app.state.engine = engine
     return app
 

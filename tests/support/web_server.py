@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from pipeline.config.inference import ServeConfig
-from pipeline.serving.serve_job import ReplicaSettings, build_app
+from pipeline.serving.serve_job import build_app
 
 
 class WebServer:
@@ -58,8 +58,8 @@ class WebServer:
 @contextlib.contextmanager
 def running(checkpoint: Path, *, token_sha256: str | None = None, **settings: Any) -> Iterator[WebServer]:
     """A server that answers as long as the block runs."""
-    config = ServeConfig(device="cpu", **settings)
-    app = build_app(ReplicaSettings(config=config, path=checkpoint, model_name="tiny", token_sha256=token_sha256))
+    config = ServeConfig(device="cpu", checkpoint=str(checkpoint), model_name="tiny", **settings)
+    app = build_app(config, token_sha256)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
