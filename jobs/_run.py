@@ -16,16 +16,30 @@ from pipeline.errors import RunStopped, UserError
 ConfigT = TypeVar("ConfigT")
 
 
-def run(config_class: type[ConfigT], action: Callable[[ConfigT], None], *, section: str, resume: str) -> None:
+Rows = list[tuple[str, str]]
+
+
+def run(
+    config_class: type[ConfigT],
+    action: Callable[[ConfigT], None],
+    *,
+    section: str,
+    resume: str,
+    describe: Callable[[ConfigT], Rows] | None = None,
+) -> None:
     """Resolve the settings from sys.argv and call ``action``; with --dry_run print them instead.
 
-    resume: what the same command does after an interruption, the end of a sentence.
+    Args:
+        resume: what the same command does after an interruption, the end of a sentence.
+        describe: what --dry_run prints besides the settings, as comments, so that the whole stays a preset.
     """
 
     def job() -> None:
         config = resolve(config_class, section, sys.argv[1:], program=f"jobs/{section}.py")
         if getattr(config, "dry_run", False):
+            rows = describe(config) if describe else []
             print(yaml.safe_dump({section: to_dict(config)}, sort_keys=False), end="")
+            print("".join(f"# {line}\n" for line in _lines(rows)), end="")
         else:
             action(config)
 
@@ -47,9 +61,14 @@ def guarded(job: Callable[[], None], *, resume: str) -> None:
         sys.exit(f"interrupted; the same command {resume}")
 
 
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+def print_table(title: str, rows: Rows) -> None:
     """Names and values in two columns."""
-    width = max(len(name) for name, _ in rows)
     print(f"\n{title}")
-    for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+    for line in _lines(rows):
+        print(f"  {line}")
+
+
+def _lines(rows: Rows) -> list[str]:
+    """Names and values in two columns, a line each."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in rows]

@@ -9,7 +9,7 @@ import sys
 # Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from jobs._run import print_table, run
+from jobs._run import Rows, print_table, run
 from pipeline.config.training import PretrainConfig
 
 
@@ -48,5 +48,21 @@ def main(config: PretrainConfig) -> None:
     print_table("pretrain: done", rows)
 
 
+def describe(config: PretrainConfig) -> Rows:
+    """What --dry_run says of the run. It starts nothing; the manifest of --data is read if it is there."""
+    from pipeline.config.run_plan import describe_run
+    from pipeline.dataset.manifest import Manifest
+    from pipeline.errors import UserError
+    from pipeline.paths import resolve_output
+
+    try:
+        manifest = Manifest.load(resolve_output(config.data))
+    except UserError as error:
+        return describe_run(config, data_error=str(error))
+    config.check_vocab_size(manifest.vocab_size)
+    return describe_run(config, vocab_size=manifest.vocab_size, train_tokens=manifest.tokens("train"))
+
+
 if __name__ == "__main__":
-    run(PretrainConfig, main, section="pretrain", resume="goes on from the newest checkpoint, if there is one")
+    resume = "goes on from the newest checkpoint, if there is one"
+    run(PretrainConfig, main, section="pretrain", resume=resume, describe=describe)

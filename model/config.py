@@ -81,11 +81,16 @@ class ModelConfig:
         norms = (2 * self.num_layers + 1) * self.d_model
         return embeddings + self.num_layers * self._matrix_parameters_per_block + norms
 
+    @property
+    def num_matrix_parameters(self) -> int:
+        """Parameters of matrix products: the blocks' matrices and the output projection over real ids."""
+        return self.num_layers * self._matrix_parameters_per_block + self.vocab_size * self.d_model
+
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Floating-point operations of one training token, forward and backward: the numerator of MFU.
 
         6 N + 12 L D T, the convention of PaLM's appendix B (arXiv 2204.02311): N counts the parameters of matrix
-        products (the blocks' matrices and the output projection over real ids; looking up an embedding costs none),
+        products (num_matrix_parameters; looking up an embedding costs none),
         each with 2 operations forward and 4 backward; attention's two products over T keys are counted in full, NOT
         halved for the causal mask. Recomputation and padding columns are not counted.
 
@@ -93,8 +98,7 @@ class ModelConfig:
             context_length: T, the tokens of one window; not given: the config's.
         """
         length = self.context_length if context_length is None else context_length
-        matrix_parameters = self.num_layers * self._matrix_parameters_per_block + self.vocab_size * self.d_model
-        return 6 * matrix_parameters + 12 * self.num_layers * self.d_model * length
+        return 6 * self.num_matrix_parameters + 12 * self.num_layers * self.d_model * length
 
     @property
     def _matrix_parameters_per_block(self) -> int:

@@ -24,7 +24,8 @@ from pipeline.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
-_WHOLE = (int, int | None, int | Literal["auto"])
+_WHOLE = (int, int | None, int | Literal["auto"] | None)
+_NO_NUMBER = re.compile(r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[(.*)\]")
 _SCIENTIFIC = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
 SECTIONS = ("tokenize", "train_tokenizer", "import_shards", "pretrain", "evaluate", "generate", "export", "serve")
@@ -145,10 +146,11 @@ def _with_plain_numbers(config_class: type[Any], flags: list[str]) -> list[str]:
 
 
 def _first_sentence(box: str) -> str:
-    """The words of the first paragraph in the parser's framed message."""
+    """The words of the first paragraph in the parser's framed message; of an optional number, as of any other."""
     lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
     paragraph = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
-    return " ".join(paragraph).rstrip(".") or "the flags cannot be parsed"
+    sentence = " ".join(paragraph).rstrip(".") or "the flags cannot be parsed"
+    return _NO_NUMBER.sub(lambda match: f"could not convert string to {match[1].lower()}: {match[2]}", sentence)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

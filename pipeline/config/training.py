@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from model.config import ModelConfig
+from pipeline.config import size_rules
 from pipeline.config.settings import require, require_positive
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    WholeNumber: TypeAlias = int
+    Number: TypeAlias = float
+else:  # None may be given, and is the default; whoever reads a config finds a number
+    WholeNumber, Number = int | None, float | None
+_BY_DEPTH: Any = None
+
 _POSITIVE = (
     *("train_steps", "tokens_per_step", "log_every", "val_every", "val_tokens", "sample_every", "sample_tokens"),
-    *("hellaswag_every", "checkpoint_every", "keep_checkpoints", "collective_timeout"),
+    *("hellaswag_every", "checkpoint_every", "keep_checkpoints", "collective_timeout", "tokens_per_second"),
+    *("depth", "tokens_per_parameter", "vocab_size", "context_length", "grad_accum_steps"),
 )
 _FRACTIONS = {"warmup_fraction": 0.05, "decay_fraction": 0.2}
 
@@ -33,14 +42,21 @@ class PretrainConfig:
     checkpoint: str | None = None
     """Start from the weights of this checkpoint, or of the newest one of another run, instead of random ones."""
 
-    num_layers: int = 12
-    """Number of transformer blocks."""
-    num_heads: int = 12
-    """Number of attention heads per block."""
-    d_model: int = 768
-    """Width of the residual stream."""
-    d_ff: int = 2048
-    """Width of the hidden layer in each SwiGLU."""
+    depth: int | None = None
+    """Number of transformer blocks from which the shape of the network, tokens, batch, learning rate and weight decay
+    follow, where they are not given (pipeline/config/size_rules.py). If not given, they are those of the recipe."""
+    tokens_per_parameter: float = 12.0
+    """With depth, tokens to train on per parameter of the blocks' matrices and the output projection."""
+    vocab_size: int | None = None
+    """Number of token ids in the data, which depth and dry_run need before any data is there. If not given, 50257."""
+    num_layers: WholeNumber = _BY_DEPTH
+    """Number of transformer blocks. If not given, depth, or else 12."""
+    num_heads: WholeNumber = _BY_DEPTH
+    """Number of attention heads per block. If not given, heads are 128 wide with depth; without it, there are 12."""
+    d_model: WholeNumber = _BY_DEPTH
+    """Width of the residual stream. If not given, 64 x depth in multiples of 128, or else 768."""
+    d_ff: WholeNumber = _BY_DEPTH
+    """Width of the hidden layer in each SwiGLU. If not given, 8/3 of the width with depth, or else 2048."""
     context_length: int = 1024
     """Number of tokens that the model sees at once."""
     theta: float = 10_000.0
@@ -50,18 +66,22 @@ class PretrainConfig:
     tie_embeddings: bool = True
     """Use the embedding matrix as the output projection too."""
 
-    train_steps: int = 80_000
-    """Number of optimizer steps of the run."""
-    tokens_per_step: int = 524_288
-    """Tokens per optimizer step over all workers; the number of micro-batches follows from it."""
-    batch_size: int | Literal["auto"] = 32
-    """Windows per micro-batch on one worker; auto finds the largest number that fits into the memory of the GPU."""
+    train_steps: WholeNumber = _BY_DEPTH
+    """Number of optimizer steps of the run. If not given, it follows from tokens_per_parameter with depth; without it,
+    80000."""
+    tokens_per_step: WholeNumber = _BY_DEPTH
+    """Tokens per optimizer step over all workers; the number of micro-batches follows from it. If not given, it grows
+    with depth, or else is 524288."""
+    batch_size: WholeNumber | Literal["auto"] = _BY_DEPTH
+    """Windows per micro-batch on one worker; auto finds the largest number that fits into the memory of the GPU. If not
+    given, 32, or fewer with depth where the network is larger than the recipe's."""
     grad_accum_steps: int | None = None
     """Micro-batches per step and worker. If not given, it follows from tokens_per_step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer to use; with muon, AdamW still updates embeddings, output and vectors."""
-    lr: float = 18e-4
-    """Highest learning rate, which is reached at the end of the warmup."""
+    lr: Number = _BY_DEPTH
+    """Highest learning rate, which is reached at the end of the warmup. If not given, 18e-4; with depth, that times the
+    square root of tokens_per_step / 524288."""
     min_lr_fraction: float = 0.1
     """Last learning rate as a fraction of the highest."""
     warmup_fraction: float | None = None
@@ -83,8 +103,9 @@ class PretrainConfig:
     """Decay rate of the mean squared gradient in AdamW."""
     eps: float = 1e-8
     """Number added to the denominator in AdamW."""
-    weight_decay: float = 0.1
-    """Weight decay of matrices, per unit of learning rate; vectors have none."""
+    weight_decay: Number = _BY_DEPTH
+    """Weight decay of matrices, per unit of learning rate; vectors have none. If not given, 0.1; with depth, less for a
+    network that is larger than the recipe's, and more for a smaller one."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     seed: int = 1337
@@ -150,12 +171,17 @@ class PretrainConfig:
     """Name in the model registry of MLflow under which the best checkpoint gets the alias best. If not given, the name
     of the experiment; with none, no model is registered."""
     price_per_hour: float | None = None
-    """Price of one worker per hour in dollars, for the cost in the report."""
+    """Price of one worker per hour in dollars, for the cost in the report and in dry_run."""
+    tokens_per_second: float | None = None
+    """Measured tokens per second of one worker, for the hours in dry_run. If not given, an estimate for one H100."""
     dry_run: bool = False
-    """Print the resolved settings, then stop."""
+    """Print the resolved settings, the size of the run, its hours and its cost, then stop."""
 
     def __post_init__(self) -> None:
         require_positive(self, *_POSITIVE, *(() if self.batch_size == "auto" else ("batch_size",)))
+        most_workers = worker_range(self.num_workers)[1]
+        for name, value in size_rules.fill_in(vars(self), num_workers=most_workers).items():
+            object.__setattr__(self, name, value)  # frozen for its users; the record of a run has to say what it was
         self._check_schedule()
         require(self.resize_seconds > 0, f"resize_seconds is {self.resize_seconds:g}; it must be positive")
         every = self.keep_every
@@ -177,6 +203,18 @@ class PretrainConfig:
             return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
         except ValueError as error:
             raise UserError(str(error)) from error
+
+    def check_vocab_size(self, vocab_size: int) -> None:
+        """Check that the data have as many token ids as the settings say, or as --depth counted on.
+
+        Raises:
+            UserError: they have another number of them.
+        """
+        require(
+            self.vocab_size in (None, vocab_size),
+            f"the data have {vocab_size:,} token ids, but the settings count on {self.vocab_size}; give --vocab_size "
+            f"{vocab_size}",
+        )
 
     @property
     def registry_name(self) -> str | None:

@@ -27,6 +27,7 @@ from pipeline.tracking.run_history import RunHistory
 _TEMPLATE = Path(__file__).with_name("report.html")
 _NO_RECIPE = {
     *("data", "output", "tracking_uri", "experiment", "registered_model", "price_per_hour", "dry_run", "hellaswag"),
+    "tokens_per_second",
 }
 _PANELS = {
     "loss (nats per token)": ("train/loss", "val/loss"),

@@ -101,6 +101,7 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
     It needs neither Ray nor a process group, so that jobs can report at once that a run is done or does not match.
     """
     _, manifest = open_data(as_folder(data))
+    config.check_vocab_size(manifest.vocab_size)
     output = as_folder(output)
     newest = newest_info(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))
     if newest is None:

@@ -86,6 +86,7 @@ class Trainer:
         self.is_deterministic = config.deterministic == "on"
         self.data, self.output = data, output = as_folder(data), as_folder(output)
         self.tokenizer, self.manifest = open_data(data)
+        config.check_vocab_size(self.manifest.vocab_size)
         self.train_stream, self.val_stream = open_split(data, "train"), open_split(data, "val")
         self.startup.mark("data")
         self.model_config = config.model_config(self.manifest.vocab_size)

@@ -82,6 +82,7 @@ def test_the_warmup_of_a_preset_is_taken_back_for_one_in_steps(tmp_path: Path) -
         (["--train_step", "1"], "unknown flag --train_step, did you mean 'train_steps'?"),
         (["stray"], "unknown argument stray"),
         (["--lr", "fast"], "--lr: could not convert string to float: 'fast'"),
+        (["--warmup_steps", "few"], "--warmup_steps: could not convert string to int: 'few'"),
         (["--device", "gpu"], "invalid choice 'gpu'"),
         (["--lr"], "Missing value for argument '--lr'"),
         (["--config"], "--config needs the path"),

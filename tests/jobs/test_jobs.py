@@ -16,8 +16,10 @@ import tokenizers
 import torch
 import yaml
 
+from pipeline.dataset.dataset import open_data
 from pipeline.dataset.shards import open_split
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.storage.folders import as_folder
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
 from tests.support.memory_tracker import MemoryTracker
@@ -68,6 +70,31 @@ def test_dry_run_prints_the_resolved_settings(name: str, tmp_path: Path) -> None
     preset = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())[section]
     assert preset.items() <= resolved.items()
     assert not any(tmp_path.iterdir()), "a dry run leaves nothing behind"
+
+
+def test_dry_run_of_training_counts_the_data_and_is_a_preset(tiny_data: Path, tmp_path: Path) -> None:
+    flags = [
+        "--depth",
+        "1",
+        "--vocab_size",
+        str(open_data(as_folder(tiny_data))[1].vocab_size),
+        "--data",
+        str(tiny_data),
+    ]
+    first = job("pretrain.py", *flags, "--dry_run", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert f" passes over the {open_data(as_folder(tiny_data))[1].tokens('train'):,} tokens of " in first.stdout
+    (tmp_path / "preset.yaml").write_text(first.stdout)
+    second = job("pretrain.py", "--config", "preset.yaml", cwd=tmp_path)
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["preset.yaml"]
+
+
+def test_depth_counts_on_the_ids_of_the_data(tiny_data: Path, tmp_path: Path) -> None:
+    ids = open_data(as_folder(tiny_data))[1].vocab_size
+    for more in ([], ["--dry_run"]):
+        sentence = error_of("pretrain.py", "--depth", "1", "--data", str(tiny_data), *more, cwd=tmp_path)
+        assert f"the data have {ids:,} token ids, but the settings count on 50257; give --vocab_size {ids}" in sentence
 
 
 @pytest.mark.parametrize("name", ["tokenize.py", "train_tokenizer.py", "pretrain.py", "evaluate.py", "generate.py"])

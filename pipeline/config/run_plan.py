@@ -1,0 +1,71 @@
+"""What --dry_run says of a training run: parameters, FLOPs, tokens, passes over the data, hours, dollars."""
+
+from __future__ import annotations
+
+from pipeline.config.size_rules import RECIPE_VOCABULARY
+from pipeline.config.training import PretrainConfig, worker_range
+
+H100_FLOPS_PER_SECOND = 472_000 * 854_438_400
+"""FLOPs a second of one H100, counted as for MFU: the estimate of docs/performance.md ("Estimate by part") for the
+recipe, 472,000 tokens a second of 854,438,400 FLOPs each. An estimate: it has not been measured."""
+
+Rows = list[tuple[str, str]]
+
+
+def describe_run(
+    config: PretrainConfig, *, vocab_size: int | None = None, train_tokens: int | None = None, data_error: str = ""
+) -> Rows:
+    """Names and sentences: what the run is and what it takes.
+
+    Args:
+        vocab_size: token ids of the data; not given: --vocab_size or the recipe's.
+        train_tokens: tokens in the data's train set; not given: passes are not counted.
+        data_error: why these two are not known, a sentence without a full stop.
+    """
+    vocabulary = vocab_size or config.vocab_size or RECIPE_VOCABULARY
+    model = config.model_config(vocabulary)
+    tokens = config.train_steps * config.tokens_per_step
+    flops = model.flops_per_token()
+    assumed = "" if vocab_size else ", as long as there are no data"
+    without_embedding = model.num_parameters - vocabulary * model.d_model
+    rows = [
+        ("parameters", f"{model.num_parameters:,}, of which {without_embedding:,} are not in the embedding"),
+        ("shape", f"{model.num_layers} layers of width {model.d_model:,}, {model.num_heads} heads of {model.head_dim}, "
+         f"SwiGLU {model.d_ff:,}, {vocabulary:,} token ids{assumed}"),
+        ("FLOPs", f"{flops:,} per token, as MFU counts them, and {tokens * flops:.3g} in all"),
+        ("tokens", f"{tokens:,}, in {config.train_steps:,} steps of {config.tokens_per_step:,}"),
+        ("data", _passes(config, train_tokens) if train_tokens else f"passes are not counted: {data_error}"),
+    ]  # fmt: skip
+    return [*rows, *_time_and_cost(config, tokens=tokens, flops_per_token=flops)]
+
+
+def _passes(config: PretrainConfig, train_tokens: int) -> str:
+    windows = train_tokens // (config.context_length + 1)
+    if not windows:
+        return f"{train_tokens:,} tokens, fewer than one window of {config.context_length:,}"
+    passes = config.train_steps * config.windows_per_step / windows
+    return f"{passes:,.2f} passes over the {train_tokens:,} tokens of {config.data}"
+
+
+def _time_and_cost(config: PretrainConfig, *, tokens: int, flops_per_token: int) -> Rows:
+    speed, note = config.tokens_per_second, "as given"
+    if speed is None and config.device != "cpu":
+        speed = H100_FLOPS_PER_SECOND / flops_per_token
+        note = "an unmeasured estimate for one H100; --tokens_per_second takes a measured figure"
+    if speed is None:
+        unknown = "unknown: there is no estimate for a CPU; --tokens_per_second takes a measured figure of one worker"
+        return [("time", unknown), ("cost", "unknown, as the time is")]
+    hours = tokens / speed / 3600
+    on_workers = ", ".join(
+        f"{hours / count:,.2f} hours on {count} worker{'s' if count > 1 else ''}"
+        for count in sorted(set(worker_range(config.num_workers)))
+    )
+    price = config.price_per_hour
+    cost = "unknown: no price was given; --price_per_hour takes the dollars of one worker (a GPU or a CPU) per hour"
+    if price is not None:
+        cost = f"${hours * price:,.2f} for {hours:,.2f} worker hours at ${price:,.2f}"
+    return [
+        ("speed", f"{speed:,.0f} tokens/s per worker, {note}"),
+        ("time", f"{on_workers}, without evaluations, checkpoints and starts"),
+        ("cost", cost),
+    ]
