@@ -6,7 +6,7 @@ matrices of the blocks and the output projection, D tokens of the run, B tokens 
     width    64 x depth, up to a multiple of 128; heads 128 wide; SwiGLU 8/3 of the width, up to a multiple of 64
     tokens   D = tokens_per_parameter x N
     batch    B = B0 x (D / D0)^0.383 ("Power Lines", arXiv 2505.13738), the nearest power of two
-    rates    each learning rate x sqrt(B / B0)
+    rates    each learning rate x sqrt(B / B0); one that is not given and follows lr is scaled with it
     decay    x sqrt(B / B0) x D0 / D, so that B / (rate x decay x D) stays the same (arXiv 2405.13698)
 
 The reference point is depth 12 with the same tokens_per_parameter and the same vocabulary, so D / D0 = N / N0. There
