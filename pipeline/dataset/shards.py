@@ -38,10 +38,8 @@ _MAX_TOKENS = 2**31 - 1  # the header counts in int32
 
 _MOST_MAPS = 4096  # at a time; a process may have some 65,000, and each takes a file descriptor
 _STATS_AT_ONCE = 16
-MEND = (
-    "put it back, or delete what is left of it and run jobs/tokenize.py again, which makes the same bytes (or "
-    "jobs/import_shards.py, if that made the folder)"
-)
+_AGAIN = "run jobs/tokenize.py again (or jobs/import_shards.py, if that made the folder)"
+MEND = f"put it back, or delete what is left of it and {_AGAIN}, which makes the same bytes"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -237,7 +235,7 @@ class ShardFiles:
         if len(shard) != entry.tokens or shard.dtype.itemsize != width:
             raise UserError(
                 f"shard {self._folder / entry.name} holds {len(shard):,} tokens of {shard.dtype.itemsize} bytes, but "
-                f"the manifest says {entry.tokens:,} of {width}; run jobs/tokenize.py again"
+                f"the manifest says {entry.tokens:,} of {width}; {_AGAIN}"
             )
         return shard
 
@@ -285,9 +283,9 @@ def _copy_to_node(folder: Folder, manifest: Manifest, entries: Sequence[ShardEnt
     except WrongFileError as error:
         shard, file = f"shard {folder}/{error.file.name}", error.file
         if error.finding == Finding.MISSING:
-            raise UserError(f"{shard} is missing; run jobs/tokenize.py again") from error
+            raise UserError(f"{shard} is missing; {_AGAIN}") from error
         difference = f"it {error.finding.reason}"
         if file.sha256 and error.sha256:
             difference = other_sha256(error.sha256, file.sha256)
-        raise UserError(f"{shard} is damaged: {difference}; delete it and run jobs/tokenize.py again") from error
+        raise UserError(f"{shard} is damaged: {difference}; delete it and {_AGAIN}") from error
     return copy.path

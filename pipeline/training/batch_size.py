@@ -1,12 +1,13 @@
-"""Possible sizes of micro-batches, and the message if one does not fit into memory."""
+"""Possible sizes of micro-batches, and the messages if one of them, or the network itself, does not fit into memory."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from model.config import ModelConfig
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
 
@@ -43,19 +44,33 @@ def next_smaller(config: PretrainConfig, world_size: int) -> int | None:
     return max((size for size in possible_sizes(windows_per_worker(config, world_size)) if size < now), default=None)
 
 
-@contextlib.contextmanager
-def out_of_memory_explained(config: PretrainConfig, world_size: int) -> Iterator[None]:
+def out_of_memory_explained(config: PretrainConfig, world_size: int) -> contextlib.AbstractContextManager[None]:
     """A context in which running out of memory raises a UserError that names settings which need less.
 
     Only this rank raises it: after a failed allocation in a backward pass it cannot take part in the collectives that
     the others wait in.
     """
+    return _explained(lambda: _sentence(config, world_size))
+
+
+def building_explained(model: ModelConfig, world_size: int) -> contextlib.AbstractContextManager[None]:
+    """The same while weights and moments are made: no size of micro-batches changes what these need."""
+    return _explained(
+        lambda: (
+            f"the device's memory does not hold the network of {model.num_parameters:,} parameters and the optimizer's "
+            f"moments, divided among {world_size} workers; give a smaller model or more workers"
+        )
+    )
+
+
+@contextlib.contextmanager
+def _explained(sentence: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _MESSAGES)):
             raise
-        raise UserError(_sentence(config, world_size)) from error
+        raise UserError(sentence()) from error
 
 
 def _sentence(config: PretrainConfig, world_size: int) -> str:

@@ -39,7 +39,7 @@ from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
 from pipeline.storage.json_files import write_json
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.batch_size import out_of_memory_explained
+from pipeline.training.batch_size import building_explained, out_of_memory_explained
 from pipeline.training.garbage import GarbageCollection
 from pipeline.training.largest_batch import with_batch_size
 from pipeline.training.nonfinite import NonFiniteFinder
@@ -91,9 +91,10 @@ class Trainer:
         self.startup.mark("data")
         self.model_config = config.model_config(self.manifest.vocab_size)
         self.dtype = compute_dtype(config.precision, workers.device)
-        self.model = self._build_model()
-        self.optimizer = build_optimizer(self.model, config, self.workers)
-        self.optimizer.init_state()
+        with building_explained(self.model_config, workers.world_size):
+            self.model = self._build_model()
+            self.optimizer = build_optimizer(self.model, config, self.workers)
+            self.optimizer.init_state()
         self.config = config = with_batch_size(config, self.model, output=output, workers=workers)
         self.startup.mark("model")
         self.loader = self._build_loader()

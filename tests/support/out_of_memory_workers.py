@@ -17,7 +17,7 @@ from torch import Tensor
 from model.transformer import Transformer
 from pipeline.cluster.workers import SharedFiles
 from pipeline.distributed import signals
-from pipeline.training import launch
+from pipeline.training import launch, trainer
 from pipeline.training.launch import WorkerSettings
 from pipeline.training.run_folder import RunSummary
 from tests.support.small_memory import small_memory
@@ -41,6 +41,18 @@ def second_starved(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     count_start(settings)
     small_memory(LARGEST, ranks=(1,))
     return launch.pretrain_worker(settings, files)
+
+
+def building_starved(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
+    """The second rank has no room for its part of the weights; the first waits for it in a collective."""
+    count_start(settings)
+    if os.environ["RANK"] == "1":
+        trainer.parallelize = no_room
+    return launch.pretrain_worker(settings, files)
+
+
+def no_room(*_: Any, **__: Any) -> Transformer:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.")
 
 
 def first_never_answers(settings: WorkerSettings, files: SharedFiles) -> RunSummary:

@@ -17,8 +17,10 @@ from model.transformer import Transformer
 from pipeline.cluster import ray_cluster
 from pipeline.cluster.workers import SharedFiles, WorkerOutcome, _run_worker
 from pipeline.config.training import PretrainConfig
+from pipeline.dataset.dataset import open_data
 from pipeline.errors import UserError
-from pipeline.training import launch
+from pipeline.storage.folders import as_folder
+from pipeline.training import launch, trainer
 from pipeline.training.batch_size import next_smaller, out_of_memory_explained, possible_sizes
 from pipeline.training.trainer import Trainer
 from tests.support import out_of_memory_workers as workers
@@ -30,6 +32,10 @@ SENTENCE = (
     "the device's memory does not hold a micro-batch of 3 windows of 32 tokens; give --batch_size 2, or "
     "--recompute blocks, which keeps far less for the backward pass; the same command with it goes on from the newest "
     "checkpoint"
+)
+BUILDING = (
+    "the device's memory does not hold the network of {parameters:,} parameters and the optimizer's moments, "
+    "divided among {workers} workers; give a smaller model or more workers"
 )
 
 
@@ -78,6 +84,21 @@ def test_a_step_that_does_not_fit_is_one_sentence(
         trainer.run()
 
 
+def test_a_network_that_does_not_fit_is_one_sentence(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --batch_size auto too, which is found out once there is a network."""
+    monkeypatch.setattr(trainer, "parallelize", workers.no_room)
+    config = dataclasses.replace(CONFIG, batch_size="auto")
+    with pytest.raises(UserError) as caught:
+        Trainer(config, data=tiny_data, output=tmp_path, workers=ALONE, tracker=MemoryTracker())
+    assert str(caught.value) == BUILDING.format(parameters=num_parameters(tiny_data), workers=1)
+
+
+def num_parameters(data: Path) -> int:
+    return CONFIG.model_config(open_data(as_folder(data))[1].vocab_size).num_parameters
+
+
 @pytest.mark.parametrize(
     "text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
 )
@@ -118,7 +139,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("worker", "max_failures"),
-    [(workers.all_starved, 3), (workers.second_starved, 3), (workers.first_never_answers, 0)],
+    [
+        (workers.all_starved, 3),
+        (workers.second_starved, 3),
+        (workers.building_starved, 3),
+        (workers.first_never_answers, 0),
+    ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_under_ray_the_run_ends_with_the_sentence_and_without_another_start(
@@ -131,7 +157,8 @@ def test_under_ray_the_run_ends_with_the_sentence_and_without_another_start(
     )
     with pytest.raises(UserError) as caught:
         launch.pretrain(config)
-    assert str(caught.value) == SENTENCE
+    building = BUILDING.format(parameters=num_parameters(tiny_data), workers=2)
+    assert str(caught.value) == (building if worker is workers.building_starved else SENTENCE)
     for rank in range(2):
         assert len(list(output.glob(f"start-{rank}-*"))) == 1
     run = json.loads((output / "mlflow_run.json").read_text())
