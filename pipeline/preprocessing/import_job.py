@@ -32,7 +32,7 @@ from pipeline.preprocessing import resume_state
 from pipeline.preprocessing.data_job import log_files, report_json, run_tracked, tokenizer_input
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.remote.download_cache import Cache
-from pipeline.remote.hub_files import fetch_model_file
+from pipeline.remote.hub_client import fetch_file
 from pipeline.remote.remote_file import RemoteFile
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import Input
@@ -281,7 +281,7 @@ def read_tokenizer(address: str) -> Tokenizer:
     if not address.startswith("hf://"):
         return Tokenizer.from_file(resolve_path(address))
     try:
-        path = fetch_model_file(address, TOKENIZER_NAME)
+        path = fetch_file(f"{address.rstrip('/')}/{TOKENIZER_NAME}")
     except UserError as error:
         if address != GPT2_TOKENIZER:
             raise

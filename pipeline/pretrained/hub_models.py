@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.remote.hub_client import endpoint, final_hub_errors, request_settings, token
 
 _ADDRESS = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/?")
-_FILE_ADDRESS = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = [
     *("*.safetensors", "model.safetensors.index.json"),
@@ -37,18 +36,6 @@ def download(address: str) -> Path:
 
     with final_hub_errors(address, kind="name"):
         return Path(snapshot_download(match["name"], allow_patterns=_WANTED, **request_settings(match["revision"])))
-
-
-def download_file(address: str) -> Path:
-    """One file of a data set, ``hf://datasets/OWNER/NAME[@REVISION]/PATH``, in this machine's cache."""
-    match = _FILE_ADDRESS.fullmatch(address)
-    if match is None:
-        raise UserError(f"{address} is not of the form hf://datasets/OWNER/NAME[@REVISION]/PATH")
-    from huggingface_hub import hf_hub_download
-
-    settings = request_settings(match["revision"])
-    with final_hub_errors(address, kind="data set"):
-        return Path(hf_hub_download(match["name"], match["path"], repo_type="dataset", **settings))
 
 
 def push(folder: Path, name: str, *, message: str) -> str:

@@ -19,6 +19,7 @@ from pipeline.checkpoints.reader import find_checkpoint, local_checkpoint
 from pipeline.errors import UserError
 from pipeline.paths import resolve_output, resolve_path, working_folder
 from pipeline.pretrained import hub_models, huggingface, mlflow_registry, weights
+from pipeline.remote.hub_client import fetch_file
 from pipeline.run_files import run_folder_of
 from pipeline.storage.folders import Folder, LocalFolder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
@@ -88,7 +89,7 @@ def resolve_model(text: str) -> ModelSource:
 def find_questions(text: str) -> Path:
     """The file of HellaSwag's questions, local or fetched from the hub; UserError where there is none."""
     if text.startswith("hf://"):
-        return hub_models.download_file(text)
+        return fetch_file(text)
     path = resolve_path(text)
     if not path.is_file():
         raise UserError(f"there are no HellaSwag questions at {path}; give the path of a hellaswag_val.jsonl")

@@ -9,7 +9,6 @@ files are flock by hand, because the lock is on the file itself, which filelock 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import re
@@ -23,7 +22,7 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
 from pipeline.remote.remote_file import RemoteFile
 from pipeline.storage.folders import write_error
-from pipeline.storage.locks import process_lock
+from pipeline.storage.locks import process_lock, try_flock
 
 _NAME = re.compile(r"[0-9a-f]{32}-(?P<size>\d+)(?:\..*)?")
 _LOCK_NAME = ".lock"
@@ -59,7 +58,7 @@ class Cache:
             )
         with contextlib.closing(self._take(file)) as slot:
             try:
-                slot.fill(file, progress or _no_progress)
+                slot.fill(file, progress)
             except DamagedInputError:
                 with self._locked():
                     slot.part.unlink()
@@ -103,7 +102,7 @@ class Cache:
             handle = part.open("a+b", buffering=0)
         except OSError as error:
             raise write_error(part, error) from error
-        if not _lock(handle):
+        if not try_flock(handle):
             raise RuntimeError(f"{part} was locked by somebody who did not lock {self.folder}")
         return _Slot(path=path, part=part, handle=handle)
 
@@ -145,7 +144,7 @@ class _Slot:
     def close(self) -> None:
         self.handle.close()
 
-    def fill(self, file: RemoteFile, progress: Callable[[int], None]) -> None:
+    def fill(self, file: RemoteFile, progress: Callable[[int], None] | None) -> None:
         """Fetch the rest; a file with a wrong checksum is fetched once more, from the start."""
         found = expected = ""
         for _ in range(2):
@@ -158,23 +157,28 @@ class _Slot:
             f"{file.where} is damaged: it arrived twice with the checksum {found}, and should have {expected}"
         )
 
-    def _append(self, file: RemoteFile, progress: Callable[[int], None]) -> tuple[str, str]:
+    def _append(self, file: RemoteFile, progress: Callable[[int], None] | None) -> tuple[str, str]:
         """Fetch the rest; returns the checksum found and the one expected."""
         digest, expected = _digest_of(file)
+
+        def note(block: bytes) -> int:
+            if digest:
+                digest.update(block)
+            if progress:
+                progress(len(block))
+            return len(block)
+
         if not file.version:  # nothing says whether the rest belongs to the part
             self.handle.truncate(0)
         present_bytes = 0
         self.handle.seek(0)
         while block := self.handle.read(_BLOCK_BYTES):
-            present_bytes += len(block)
-            digest.update(block)
-            progress(len(block))
+            present_bytes += note(block)
         with contextlib.closing(remote_files.stream(file, present_bytes)) as chunks:
             for chunk in chunks:
                 self._write(chunk)
-                digest.update(chunk)
-                progress(len(chunk))
-        return (digest.hexdigest() if expected else ""), expected
+                note(chunk)
+        return (digest.hexdigest() if digest else ""), expected
 
     def _write(self, chunk: bytes) -> None:
         rest = memoryview(chunk)
@@ -185,10 +189,6 @@ class _Slot:
                 raise write_error(self.part, error) from error
 
 
-def _no_progress(num_bytes: int) -> None:
-    """Stands for a report of progress that nobody wants."""
-
-
 def _key(file: RemoteFile) -> str:
     """A name by hash of the content, or else of the address, and by the size of the whole file."""
     identity = file.version if file.version.startswith(("sha256:", "blob:")) else f"{file.url} {file.version}"
@@ -196,35 +196,19 @@ def _key(file: RemoteFile) -> str:
 
 
 def _digest_of(file: RemoteFile) -> tuple[Any, str]:
-    """A digest to update, and the expected checksum; empty where it is not known."""
+    """A digest to update, and the expected checksum; None and empty where it is not known."""
     kind, _, expected = file.version.partition(":")
     if kind == "sha256":
         return hashlib.sha256(), expected
     if kind == "blob":  # git's hash of a file
         return hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False), expected
-    return _NoDigest(), ""
-
-
-class _NoDigest:
-    """Stands for the digest of a file whose checksum is not known."""
-
-    def update(self, block: bytes) -> None:
-        """Ignore the block."""
-
-
-def _lock(handle: IO[bytes]) -> bool:
-    """Whether this process has got the lock of the file."""
-    try:
-        fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return None, ""
 
 
 def _is_in_use(path: Path) -> bool:
     """Whether any process, this one too, has the file locked."""
     try:
         with path.open("rb") as handle:
-            return not _lock(handle)
+            return not try_flock(handle)
     except FileNotFoundError:
         return False

@@ -14,7 +14,7 @@ import contextlib
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import DamagedInputError, UserError
@@ -34,16 +34,6 @@ _RANGES_AT_A_TIME = 8  # of one file: 64 MB in memory
 _SMALL_RANGES_AT_A_TIME = 16
 _NEAR_BYTES = 64 << 10  # ranges with a smaller gap are fetched as one
 _CHUNK_BYTES = 1 << 20
-
-
-class Origin(Protocol):
-    """Access to the bytes of one file, for several threads at a time."""
-
-    def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes [start, stop), or the first of them, by one request; raises Interrupted where a retry may help."""
-
-    def has_ranges(self) -> bool:
-        """False if the server always sends the file from its start."""
 
 
 def is_remote(source: str) -> bool:
@@ -100,14 +90,26 @@ def _list_bucket(source: str) -> list[RemoteFile]:
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def stream(file: RemoteFile, start: int = 0) -> Generator[bytes, None, None]:
+def stream(file: RemoteFile, start: int = 0, origin: Origin | None = None) -> Generator[bytes, None, None]:
     """The bytes of a file from ``start`` to its end, in order, fetched in several ranges at a time.
 
     Raises:
         DamagedInputError: the file is gone, or changed since it was listed.
         UserError: the place cannot be reached, or refuses the request.
     """
-    return _stream(file, _origin_of(file), start)
+    origin = origin or _origin_of(file)
+    if start >= file.size_bytes:
+        return
+    if not origin.has_ranges():
+        yield from _chunks(file, origin, start, file.size_bytes, threading.Event())
+        return
+    waiting = collections.deque(_divide(start, file.size_bytes))
+    running: collections.deque[Future[bytes]] = collections.deque()
+    with _pool(min(_RANGES_AT_A_TIME, len(waiting))) as (pool, stopped):
+        while waiting or running:
+            while waiting and len(running) < _RANGES_AT_A_TIME:
+                running.append(pool.submit(_fetch, file, origin, waiting.popleft(), stopped))
+            yield running.popleft().result()
 
 
 def read_ranges(file: RemoteFile, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -126,22 +128,7 @@ def open_file(file: RemoteFile) -> BinaryIO:
     def fetch(start: int, stop: int) -> bytes:
         return _cut(_fetch_all(file, origin, [(start, stop)]), start, stop)
 
-    return cast(BinaryIO, RangeFile(file.size_bytes, fetch, lambda start: _stream(file, origin, start)))
-
-
-def _stream(file: RemoteFile, origin: Origin, start: int) -> Generator[bytes, None, None]:
-    if start >= file.size_bytes:
-        return
-    if not origin.has_ranges():
-        yield from _chunks(file, origin, start, file.size_bytes, threading.Event())
-        return
-    waiting = collections.deque(_divide(start, file.size_bytes))
-    running: collections.deque[Future[bytes]] = collections.deque()
-    with _pool(min(_RANGES_AT_A_TIME, len(waiting))) as (pool, stopped):
-        while waiting or running:
-            while waiting and len(running) < _RANGES_AT_A_TIME:
-                running.append(pool.submit(_fetch, file, origin, waiting.popleft(), stopped))
-            yield running.popleft().result()
+    return cast(BinaryIO, RangeFile(file.size_bytes, fetch, lambda start: stream(file, start, origin)))
 
 
 def _fetch_all(file: RemoteFile, origin: Origin, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
@@ -227,11 +214,12 @@ def _cut(parts: Sequence[tuple[int, bytes]], start: int, stop: int) -> bytes:
 
 
 def _origin_of(file: RemoteFile) -> Origin:
+    """Access to the bytes of one file, for several threads at a time."""
     scheme = file.url.partition("://")[0]
     if scheme == "hf":  # pinned by its commit; the servers that it redirects to have ETags of their own
         location, headers = hub_datasets.address(file.url)
         return remote_http.WebFile(
-            location,
+            url=location,
             where=file.where,
             size_bytes=file.size_bytes,
             headers=headers,
@@ -240,7 +228,7 @@ def _origin_of(file: RemoteFile) -> Origin:
         )
     if scheme in ("s3", "gs"):
         return _BucketFile(file)
-    return remote_http.WebFile(file.url, where=file.where, size_bytes=file.size_bytes, version=file.version)
+    return remote_http.WebFile(url=file.url, where=file.where, size_bytes=file.size_bytes, version=file.version)
 
 
 class _BucketFile:
@@ -275,3 +263,6 @@ class _BucketFile:
             yield from answer.stream(_CHUNK_BYTES)
         except BaseError as error:
             raise Interrupted(f"the connection to {redact_url(file.url)} breaks off") from error
+
+
+Origin: TypeAlias = remote_http.WebFile | _BucketFile

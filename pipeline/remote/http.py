@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,34 +21,23 @@ _SILENCE_SECONDS = 60.0  # without a byte, until a connection is closed
 _EXPIRED = frozenset({400, 401, 403, 404, 410})  # answers of a signed address that has expired
 
 
+@dataclass(kw_only=True, repr=False)  # url and headers may hold secrets
 class WebFile:
     """A file at an HTTP address; several threads may read it at once."""
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        where: str,
-        size_bytes: int,
-        version: str = "",
-        headers: Mapping[str, str] | None = None,
-        refusal: Callable[[str, Any], UserError] | None = None,
-        known_ranges: bool | None = None,
-    ) -> None:
-        """Args:
-        version: as of ``version_of``; compared with the server's where both are known.
-        refusal: makes the error of an answer that is neither the file nor a reason to retry.
-        known_ranges: whether the server sends parts of a file; None: ask it.
-        """
-        self._url = url
-        self._where = where
-        self._size_bytes = size_bytes
-        self._version = version
-        self._headers = dict(headers or {})
-        self._refusal = refusal or _refusal
-        self._lock = threading.Lock()
-        self._redirected: str | None = None
-        self._has_ranges = known_ranges
+    url: str
+    where: str
+    """Name of the file in messages."""
+    size_bytes: int
+    version: str = ""
+    """As of ``version_of``; compared with the server's where both are known."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    refusal: Callable[[str, Any], UserError] | None = None
+    """Makes the error of an answer that is neither the file nor a reason to retry."""
+    known_ranges: bool | None = None
+    """Whether the server sends parts of a file; None: ask it."""
+    _redirected: str | None = field(default=None, init=False)
+    """The next ranges go there directly, because the hub limits the number of requests."""
 
     def stream(self, start: int, stop: int) -> Iterator[bytes]:
         """Bytes [start, stop), or the first of them, by one request, which a server without ranges answers from byte 0.
@@ -72,9 +61,9 @@ class WebFile:
 
     def has_ranges(self) -> bool:
         """Whether the server sends parts of the file; the first call asks it."""
-        if self._has_ranges is None:
-            self._has_ranges = retry(self._where, self._ask_for_ranges, tries=TRANSFER_TRIES)
-        return self._has_ranges
+        if self.known_ranges is None:
+            self.known_ranges = retry(self.where, self._ask_for_ranges, tries=TRANSFER_TRIES)
+        return self.known_ranges
 
     def _ask_for_ranges(self) -> bool:
         with self._get(0, 1) as response:
@@ -83,33 +72,30 @@ class WebFile:
     @contextlib.contextmanager
     def _get(self, start: int, stop: int) -> Iterator[Any]:
         """An answer with the range, or with the whole file."""
-        with self._lock:
-            redirected = self._redirected
-        headers = {} if redirected else self._headers  # the token is for the first address only
+        redirected = self._redirected
+        headers = {} if redirected else self.headers  # the token is for the first address only
         headers = {**headers, "Range": f"bytes={start}-{stop - 1}"}
-        with get(redirected or self._url, headers) as response:
+        with get(redirected or self.url, headers) as response:
             if redirected and response.status_code in _EXPIRED:
-                with self._lock:
-                    self._redirected = None
+                self._redirected = None
                 raise Interrupted(f"a signed address was refused ({response.status_code})", wait_seconds=0)
             self._check(response, start)
-            with self._lock:  # the next ranges go there directly, because the hub limits the number of requests
-                if response.history and _origin(str(response.url)) != _origin(self._url):
-                    self._redirected = str(response.url)
+            if response.history and _origin(str(response.url)) != _origin(self.url):
+                self._redirected = str(response.url)
             yield response
 
     def _check(self, response: Any, start: int) -> None:
         if response.status_code in (412, 416):
-            raise DamagedInputError(f"{self._where} has {CHANGED}")
+            raise DamagedInputError(f"{self.where} has {CHANGED}")
         if response.status_code not in (200, 206):
             response.read()
-            raise self._refusal(self._where, response)
+            raise (self.refusal or _refusal)(self.where, response)
         version, size_bytes = version_of(response.headers), total_bytes(response)
-        if version and self._version and version != self._version:
-            raise DamagedInputError(f"{self._where} has {CHANGED}")
-        if size_bytes is not None and size_bytes != self._size_bytes:
-            sizes = f"it has {size_bytes:,} bytes and had {self._size_bytes:,}"
-            raise DamagedInputError(f"{self._where} has {CHANGED} ({sizes})")
+        if version and self.version and version != self.version:
+            raise DamagedInputError(f"{self.where} has {CHANGED}")
+        if size_bytes is not None and size_bytes != self.size_bytes:
+            sizes = f"it has {size_bytes:,} bytes and had {self.size_bytes:,}"
+            raise DamagedInputError(f"{self.where} has {CHANGED} ({sizes})")
         if response.status_code == 206 and _first_byte(response) != start:
             raise Interrupted("the server sent another part of the file than it was asked for")
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote.retry import RETRIED_STATUS, Interrupted, retry_after_seconds
 
+_FILE = re.compile(
+    r"hf://(?P<datasets>datasets/)?(?!datasets/)(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)"
+)
 _CHECK = "check the network and HF_ENDPOINT, then run the same command again"
 
 
@@ -30,6 +35,23 @@ def endpoint() -> str | None:
 def request_settings(revision: str | None) -> dict[str, Any]:
     """What a function of huggingface_hub needs to fetch a revision, by default main; a slash in it is written %2F."""
     return {"revision": unquote(revision or "main"), "endpoint": endpoint(), "token": token()}
+
+
+def fetch_file(address: str) -> Path:
+    """The file ``hf://[datasets/]OWNER/NAME[@REVISION]/PATH`` in the hub's cache of this machine (HF_HOME).
+
+    Raises:
+        UserError: no such model or data set, revision or file, no access, or neither network nor an earlier copy.
+    """
+    match = _FILE.fullmatch(address)
+    if match is None:
+        raise UserError(f"{address} is not of the form hf://OWNER/NAME[@REVISION]/PATH or hf://datasets/OWNER/NAME/...")
+    from huggingface_hub import hf_hub_download
+
+    kind = "dataset" if match["datasets"] else "model"
+    settings = request_settings(match["revision"])
+    with final_hub_errors(address, kind="data set" if match["datasets"] else "model"):
+        return Path(hf_hub_download(match["name"], match["path"], repo_type=kind, **settings))
 
 
 @contextlib.contextmanager

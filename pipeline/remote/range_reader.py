@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
 
 _LEAST_BYTES = 64 << 10  # of a request
 _IN_ORDER_BYTES = 1 << 20  # of the request before a stream is opened
 
 
-class ReadOnlyFile(io.RawIOBase):
+class ReadOnlyFile(io.BufferedIOBase):
     """A seekable file of a known size, with a position; a subclass says what ``read`` gives."""
 
     def __init__(self, size_bytes: int) -> None:
@@ -61,36 +60,23 @@ class RangeFile(ReadOnlyFile):
         self._reads_in_order = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return b"".join(self._blocks(self.bytes_ahead(size)))
-
-    def readall(self) -> bytes:
-        return self.read()
-
-    def readinto(self, buffer: Any, /) -> int:
-        view = memoryview(buffer).cast("B")
-        filled = 0
-        for block in self._blocks(self.bytes_ahead(len(view))):
-            view[filled : filled + len(block)] = block
-            filled += len(block)
-        return filled
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        blocks = []
+        left = self.bytes_ahead(size)
+        while left:
+            offset = self._position - self._block_start
+            if not 0 <= offset < len(self._block):
+                self._block, self._block_start, offset = self._next_block(left), self._position, 0
+            blocks.append(memoryview(self._block)[offset : offset + left])
+            self._position += len(blocks[-1])
+            left -= len(blocks[-1])
+        return b"".join(blocks)
 
     def close(self) -> None:
         self._close_stream()
         self._block = b""
         super().close()
-
-    def _blocks(self, num_bytes: int) -> Iterator[memoryview]:
-        """The next ``num_bytes``, which the file has."""
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
-        while num_bytes:
-            offset = self._position - self._block_start
-            if not 0 <= offset < len(self._block):
-                self._block, self._block_start, offset = self._next_block(num_bytes), self._position, 0
-            block = memoryview(self._block)[offset : offset + num_bytes]
-            self._position += len(block)
-            num_bytes -= len(block)
-            yield block
 
     def _next_block(self, num_bytes: int) -> bytes:
         """Bytes from the position on, at least one."""

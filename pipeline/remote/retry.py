@@ -8,13 +8,13 @@ requests only: none of them resumes a download in the middle, resets its count w
 
 from __future__ import annotations
 
-import datetime
 import email.utils
 import logging
 import os
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -101,12 +101,10 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         return float(asked)
     if asked:
         try:
-            date = email.utils.parsedate_to_datetime(asked)
+            date = email.utils.parsedate_tz(asked)
+            return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
         except ValueError:
             return None
-        if date.tzinfo is None:  # "-0000": UTC, with nothing known of the place
-            date = date.replace(tzinfo=datetime.UTC)
-        return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
     # draft-ietf-httpapi-ratelimit-headers: "api";r=0;t=55 is no request left, 55 seconds until there are
     limited = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
     return float(limited[1]) if limited else None

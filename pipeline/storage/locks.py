@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import filelock
 
@@ -96,7 +96,7 @@ def _try_to_hold(path: Path) -> IO[str] | None:
     """The lock file, held, with the id of this process in it; None where another process holds it."""
     while True:
         file = path.open("a")
-        if not _take(file):
+        if not try_flock(file):
             file.close()
             return None
         if _is_at(file, path):
@@ -107,7 +107,8 @@ def _try_to_hold(path: Path) -> IO[str] | None:
         file.close()  # its last holder removed the file after it was opened here
 
 
-def _take(file: IO[str]) -> bool:
+def try_flock(file: IO[Any]) -> bool:
+    """Whether this open file has got the lock of the file itself, which ends when it is closed."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
