@@ -8,7 +8,6 @@ are left out: parsing costs most of the time, and a fifth of the text would doub
 from __future__ import annotations
 
 import ast
-import inspect
 import os
 import platform
 import sysconfig
@@ -41,18 +40,13 @@ def versions() -> dict[str, str]:
 
 def find_files() -> list[tuple[str, Path, os.stat_result]]:
     """Every .py file in the roots except tests: (name relative to its root, path, stat), sorted by name."""
-    files = [file for root in package_roots() for file in _walk(root, root)]
+    files = []
+    for root in package_roots():
+        for folder, folders, names in os.walk(root, followlinks=True):
+            folders[:] = set(folders) - _LEFT_OUT_FOLDERS
+            paths = (Path(folder, name) for name in names if name.endswith(".py"))
+            files += [(path.relative_to(root).as_posix(), path, path.stat()) for path in paths if path.is_file()]
     return sorted(files, key=lambda file: file[:2])
-
-
-def _walk(folder: Path, root: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if entry.name not in _LEFT_OUT_FOLDERS:
-                    yield from _walk(Path(entry.path), root)
-            elif entry.name.endswith(".py") and entry.is_file():
-                yield Path(entry.path).relative_to(root).as_posix(), Path(entry.path), entry.stat()
 
 
 def module_document(name: str, content: bytes) -> str | None:
@@ -82,7 +76,7 @@ def _quoted_chars(source: str) -> int:
 
 def _sections(node: Documented, name: str, lines: list[str]) -> Iterator[str]:
     """Heading and docstring of ``node`` and of every documented definition in it, in source order."""
-    docstring = _docstring(node)
+    docstring = (ast.get_docstring(node) or "").strip()
     if docstring or isinstance(node, ast.Module):
         yield f"{name}{_signature(node, lines)}\n\n{docstring}".strip()
     if isinstance(node, ast.Module | ast.ClassDef):
@@ -96,13 +90,6 @@ def _definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDe
             yield statement
         elif isinstance(statement, ast.If | ast.Try):
             yield from _definitions(statement.body + statement.orelse)
-
-
-def _docstring(node: Documented) -> str:
-    first = node.body[0] if node.body else None
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-        return inspect.cleandoc(first.value.value).strip()
-    return ""
 
 
 def _signature(node: Documented, lines: list[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,8 @@ _CHUNK_BYTES = 1 << 20  # per read
 _GIANT_BYTES = 16_000_000  # a longer line is not parsed by json.loads as a whole
 _LITERAL_BYTES = 1 << 16  # a longer string of a giant line is parsed on its own
 _UNESCAPED_BYTES = 1 << 22  # per step; more than the 6 bytes of an escape
+
+_LITERAL = re.compile(rb'"((?:[^"\\]++|\\.)*+)("?)', re.DOTALL)  # a string, and the quotation mark that ends it
 
 Line = bytes | bytearray
 
@@ -186,34 +189,17 @@ def _take_out_literals(line: bytearray, mark: str) -> tuple[bytes, list[tuple[in
     """The line with its long strings replaced by ``mark`` and number, and the range of bytes of every long string."""
     parts: list[Line] = []
     literals: list[tuple[int, int]] = []
-    copied = position = 0
-    while (begin := line.find(b'"', position) + 1) > 0:
-        end = _end_of_literal(line, begin)
+    copied = 0
+    for match in _LITERAL.finditer(line):
+        begin, end = match.span(1)
+        if not match[2]:
+            raise ValueError("is no JSON object (a string without end); one object per line is expected")
         if end - begin > _LITERAL_BYTES:
             parts += [line[copied:begin], f"{mark}{len(literals)}".encode()]
             literals.append((begin, end))
             copied = end
-        position = end + 1
     parts.append(line[copied:])
     return b"".join(parts), literals
-
-
-def _end_of_literal(line: bytearray, begin: int) -> int:
-    """Position of the quotation mark that ends the string which begins at ``begin``."""
-    position = begin
-    while (end := line.find(b'"', position)) >= 0:
-        if _count_backslashes(line, begin, end) % 2 == 0:
-            return end
-        position = end + 1
-    raise ValueError("is no JSON object (a string without end); one object per line is expected")
-
-
-def _count_backslashes(line: bytearray, begin: int, end: int) -> int:
-    """Number of backslashes directly before ``end``."""
-    position = end
-    while position > begin and line[position - 1] == ord("\\"):
-        position -= 1
-    return end - position
 
 
 def _unescape_in_place(line: bytearray, begin: int, end: int) -> int:
@@ -239,10 +225,9 @@ def _unescaped(line: bytearray, begin: int, end: int) -> Iterator[str]:
             raise _not_utf8(line, begin + error.start) from error
         except json.JSONDecodeError as error:
             raise ValueError(f"is no JSON object ({error.msg}); one object per line is expected") from error
-        if high and "\udc00" <= text[0] <= "\udfff":
-            pair = chr(0x10000 + ((ord(high) & 0x3FF) << 10) + (ord(text[0]) & 0x3FF))
-            text, high = pair + text[1:], ""
-        text = high + text
+        if high:  # becomes one character with the second half, if that follows
+            halves = (high + text[0]).encode("utf-16", "surrogatepass")
+            text = halves.decode("utf-16", "surrogatepass") + text[1:]
         high = text[-1] if cut < end and "\ud800" <= text[-1] <= "\udbff" else ""
         yield text.removesuffix(high)
         begin = cut
@@ -252,7 +237,8 @@ def _safe_cut(line: bytearray, begin: int, cut: int) -> int:
     """A position at or a little before ``cut`` that divides neither an escape nor a character."""
     backslash = line.rfind(b"\\", cut - 6, cut)  # an escape has six bytes at most
     if backslash >= 0:
-        is_second = _count_backslashes(line, begin, backslash + 1) % 2 == 0
+        before = line[begin : backslash + 1]
+        is_second = (len(before) - len(before.rstrip(b"\\"))) % 2 == 0
         return backslash + 1 if is_second else backslash
     while line[cut] & 0xC0 == 0x80:
         cut -= 1

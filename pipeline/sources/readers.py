@@ -144,14 +144,11 @@ def _json(
     file_slice: FileSlice, text_column: str, file: Any, skipped: Counter[str], fetched_from: int | None
 ) -> Iterator[pa.Array]:
     """``fetched_from``: the position in the whole file where ``file`` begins, if it is a fetched range of it."""
-    if not file_slice.is_range:
-        lines = json_lines.read_lines(unpacked(file, file_slice.name), 0, None)
-    elif fetched_from is not None:
-        lines = json_lines.read_lines(file, fetched_from, file_slice.stop)
-    else:
-        lines = json_lines.read_lines(
-            file, json_lines.seek_first_line(file, file_slice.start, file_slice.stop), file_slice.stop
-        )
+    position, stop = 0, None
+    if file_slice.is_range:
+        stop = file_slice.stop
+        position = json_lines.seek_first_line(file, file_slice.start, stop) if fetched_from is None else fetched_from
+    lines = json_lines.read_lines(unpacked(file, file_slice.name), position, stop)
     yield from _batches(_json_texts(file_slice, text_column, lines, skipped))
 
 

@@ -71,16 +71,6 @@ class Layout:
     documents: npt.NDArray[np.int64] | None = None
     """(n,) Number of records; None where the file would have to be read for it."""
 
-    @classmethod
-    def undivided(cls, whole: FileSlice, *, documents: int | None = None) -> Layout:
-        """The layout of a file that is read whole."""
-        return cls(
-            whole=whole,
-            bounds=np.array([0, 1]),
-            sizes=np.array([whole.size_bytes]),
-            documents=None if documents is None else np.array([documents]),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -172,7 +162,8 @@ def _local_files(source: str) -> list[tuple[str, Path]]:
     else:
         raise UserError(f"source {source} does not exist (looked for {path.absolute()})")
     named = sorted((match.relative_to(base).as_posix(), match.absolute()) for match in matches)
-    files = [(name, file) for name, file in named if kind_of(name) and not _is_hidden(name) and file.is_file()]
+    shown = (entry for entry in named if "/." not in f"/{entry[0]}")
+    files = [(name, file) for name, file in shown if kind_of(name) and file.is_file()]
     if not files:
         raise UserError(problem)
     return files
@@ -277,14 +268,10 @@ def _ranges(whole: FileSlice) -> Layout:
     if whole.is_range:
         bounds = np.append(np.arange(0, whole.size_bytes, _RANGE_BYTES), whole.size_bytes)
         return Layout(whole=whole, bounds=bounds, sizes=np.diff(bounds))
-    documents = None if whole.kind == "jsonl" else 1
+    documents = None if whole.kind == "jsonl" else np.array([1])
     if whole.name.endswith(COMPRESSIONS):
         whole = dataclasses.replace(whole, size_bytes=whole.size_bytes * _COMPRESSED_TO_TEXT)
-    return Layout.undivided(whole, documents=documents)
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+    return Layout(whole=whole, bounds=np.array([0, 1]), sizes=np.array([whole.size_bytes]), documents=documents)
 
 
 def _fixed_part(pattern: Path) -> Path:
