@@ -7,7 +7,6 @@ huggingface_hub's, which has one pool of connections and settings for proxies an
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +95,8 @@ class WebFile:
         if size_bytes is not None and size_bytes != self.size_bytes:
             sizes = f"it has {size_bytes:,} bytes and had {self.size_bytes:,}"
             raise DamagedInputError(f"{self.where} has {CHANGED} ({sizes})")
-        if response.status_code == 206 and _first_byte(response) != start:
+        content_range = response.headers.get("Content-Range", "")
+        if response.status_code == 206 and not content_range.startswith(f"bytes {start}-"):
             raise Interrupted("the server sent another part of the file than it was asked for")
 
 
@@ -170,11 +170,6 @@ def _is_part(response: Any) -> bool:
     if response.status_code == 206:
         response.read()
     return bool(response.status_code == 206)
-
-
-def _first_byte(response: Any) -> int:
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(match[1]) if match else -1
 
 
 def _refusal(where: str, response: Any) -> UserError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -22,8 +21,6 @@ _CHUNK_BYTES = 1 << 20  # per read
 _GIANT_BYTES = 16_000_000  # a longer line is not parsed by json.loads as a whole
 _LITERAL_BYTES = 1 << 16  # a longer string of a giant line is parsed on its own
 _UNESCAPED_BYTES = 1 << 22  # per step; more than the 6 bytes of an escape
-
-_LITERAL = re.compile(rb'"((?:[^"\\]++|\\.)*+)("?)', re.DOTALL)  # a string, and the quotation mark that ends it
 
 Line = bytes | bytearray
 
@@ -189,17 +186,29 @@ def _take_out_literals(line: bytearray, mark: str) -> tuple[bytes, list[tuple[in
     """The line with its long strings replaced by ``mark`` and number, and the range of bytes of every long string."""
     parts: list[Line] = []
     literals: list[tuple[int, int]] = []
-    copied = 0
-    for match in _LITERAL.finditer(line):
-        begin, end = match.span(1)
-        if not match[2]:
-            raise ValueError("is no JSON object (a string without end); one object per line is expected")
-        if end - begin > _LITERAL_BYTES:
-            parts += [line[copied:begin], f"{mark}{len(literals)}".encode()]
-            literals.append((begin, end))
-            copied = end
+    begin = copied = 0  # begin: of the string that is open; 0 where none is
+    position = -1
+    while (position := line.find(b'"', position + 1)) >= 0:
+        if not begin:
+            begin = position + 1
+        elif not _is_escaped(line, begin, position):
+            if position - begin > _LITERAL_BYTES:
+                parts += [line[copied:begin], f"{mark}{len(literals)}".encode()]
+                literals.append((begin, position))
+                copied = position
+            begin = 0
+    if begin:
+        raise ValueError("is no JSON object (a string without end); one object per line is expected")
     parts.append(line[copied:])
     return b"".join(parts), literals
+
+
+def _is_escaped(line: bytearray, begin: int, position: int) -> bool:
+    """Whether an odd number of backslashes is directly before ``position``, from ``begin`` on."""
+    first = position
+    while first > begin and line[first - 1] == ord("\\"):
+        first -= 1
+    return (position - first) % 2 == 1
 
 
 def _unescape_in_place(line: bytearray, begin: int, end: int) -> int:
@@ -237,9 +246,7 @@ def _safe_cut(line: bytearray, begin: int, cut: int) -> int:
     """A position at or a little before ``cut`` that divides neither an escape nor a character."""
     backslash = line.rfind(b"\\", cut - 6, cut)  # an escape has six bytes at most
     if backslash >= 0:
-        before = line[begin : backslash + 1]
-        is_second = (len(before) - len(before.rstrip(b"\\"))) % 2 == 0
-        return backslash + 1 if is_second else backslash
+        return backslash + _is_escaped(line, begin, backslash)
     while line[cut] & 0xC0 == 0x80:
         cut -= 1
     return cut

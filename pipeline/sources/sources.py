@@ -156,7 +156,9 @@ def _local_files(source: str) -> list[tuple[str, Path]]:
         base, matches = path, path.rglob("*")
         problem = f"source folder {source} holds no {_KNOWN_SUFFIXES} file"
     elif glob.has_magic(source):
-        base = _fixed_part(path)
+        base = path
+        while glob.has_magic(str(base)):  # up to the folder above the first wildcard
+            base = base.parent
         matches = base.glob(path.relative_to(base).as_posix())
         problem = f"no {_KNOWN_SUFFIXES} file matches the source {source}"
     else:
@@ -272,10 +274,3 @@ def _ranges(whole: FileSlice) -> Layout:
     if whole.name.endswith(COMPRESSIONS):
         whole = dataclasses.replace(whole, size_bytes=whole.size_bytes * _COMPRESSED_TO_TEXT)
     return Layout(whole=whole, bounds=np.array([0, 1]), sizes=np.array([whole.size_bytes]), documents=documents)
-
-
-def _fixed_part(pattern: Path) -> Path:
-    """The folder above the first wildcard."""
-    while glob.has_magic(str(pattern)):
-        pattern = pattern.parent
-    return pattern

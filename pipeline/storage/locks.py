@@ -75,7 +75,9 @@ def _wait(output: Folder) -> IO[str]:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     deadline = time.monotonic() + _WAIT_SECONDS
     while (file := _try_to_hold(path)) is None:
-        job = _holder(path)
+        job = "another job"
+        with contextlib.suppress(FileNotFoundError):
+            job = f"another job (process {path.read_text()})"
         if time.monotonic() > deadline:
             raise UserError(
                 f"{job} is writing to {output}; wait until it has ended, or stop it, or choose another --output"
@@ -85,13 +87,6 @@ def _wait(output: Folder) -> IO[str]:
     return file
 
 
-def _holder(path: Path) -> str:
-    try:
-        return f"another job (process {path.read_text()})"
-    except FileNotFoundError:
-        return "another job"
-
-
 def _try_to_hold(path: Path) -> IO[str] | None:
     """The lock file, held, with the id of this process in it; None where another process holds it."""
     while True:
@@ -99,11 +94,12 @@ def _try_to_hold(path: Path) -> IO[str] | None:
         if not try_flock(file):
             file.close()
             return None
-        if _is_at(file, path):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                return file
         file.close()  # its last holder removed the file after it was opened here
 
 
@@ -114,10 +110,3 @@ def try_flock(file: IO[Any]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
