@@ -101,19 +101,10 @@ def bucket_errors(url: str, *, writing: bool = False) -> Iterator[None]:
 
 def explain(url: str, error: Exception) -> UserError:
     """The error message of a request for ``url`` whose last retry failed."""
-    scheme, bucket, _ = parse_url(url)
-    return UserError(_sentence(url, scheme, f"{scheme}://{bucket}", error))
-
-
-def http_status(error: Exception) -> int | None:
-    """Status of the last HTTP answer that an obstore error is about; None where no answer came."""
-    match = re.search(r"status code: (\d+)", str(error))
-    return int(match[1]) if match else None
-
-
-def _sentence(url: str, scheme: str, place: str, error: Exception) -> str:
     from obstore.exceptions import PermissionDeniedError
 
+    scheme, bucket, _ = parse_url(url)
+    place = f"{scheme}://{bucket}"
     text = str(error).partition("\n\nDebug source")[0]
     code, status = _error_code(error), http_status(error)
     reason = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:300]
@@ -136,7 +127,13 @@ def _sentence(url: str, scheme: str, place: str, error: Exception) -> str:
         ),
         (True, f"the request for {url} failed: {reason}"),
     )
-    return next(sentence for fits, sentence in cases if fits)
+    return UserError(next(sentence for fits, sentence in cases if fits))
+
+
+def http_status(error: Exception) -> int | None:
+    """Status of the last HTTP answer that an obstore error is about; None where no answer came."""
+    match = re.search(r"status code: (\d+)", str(error))
+    return int(match[1]) if match else None
 
 
 @functools.lru_cache(maxsize=64)
