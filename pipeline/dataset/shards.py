@@ -9,10 +9,9 @@ node (storage/node_copy.py).
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import resource
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -136,16 +135,12 @@ class TokenStream:
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self._shards = shards
-        lengths = shards.lengths if isinstance(shards, ShardFiles) else [len(shard) for shard in shards]
+        self.files = shards if isinstance(shards, ShardFiles) else None  # of a manifest, behind the stream
+        lengths = [entry.tokens for entry in shards.entries] if isinstance(shards, ShardFiles) else map(len, shards)
         self._ends = list(itertools.accumulate(lengths))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
-
-    @property
-    def files(self) -> ShardFiles | None:
-        """The files behind the stream, if they belong to a manifest."""
-        return self._shards if isinstance(self._shards, ShardFiles) else None
 
     def locate(self, position: int) -> tuple[int, int]:
         """The number of the shard that holds the token at ``position``, and the token's index in it."""
@@ -176,65 +171,36 @@ class ShardFiles:
     """
 
     def __init__(self, folder: Path, entries: Sequence[ShardEntry], *, vocab_size: int, max_maps: int) -> None:
-        self._folder, self._entries, self._vocab_size = folder, entries, vocab_size
-        self._max_maps = max_maps
-        self._maps: OrderedDict[int, Tokens] = OrderedDict()
-        self._lock = threading.Lock()
+        self.folder, self.entries, self._vocab_size = folder, entries, vocab_size
+        self._mapped = functools.lru_cache(max_maps)(lambda index: self._open(entries[index]))
 
     def __len__(self) -> int:
-        return len(self._entries)
-
-    def name(self, index: int) -> str:
-        """Name of a file in its folder."""
-        return self._entries[index].name
-
-    def path(self, index: int) -> Path:
-        """Path of a file on this node."""
-        return self._folder / self._entries[index].name
-
-    def sha256(self, index: int) -> str:
-        """sha256 of a file by the manifest, hexadecimal."""
-        return self._entries[index].sha256
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of tokens of every file, by the manifest."""
-        return [entry.tokens for entry in self._entries]
+        return len(self.entries)
 
     def __getitem__(self, index: int) -> Tokens:
-        with self._lock:
-            shard = self._maps.get(index)
-            if shard is not None:
-                self._maps.move_to_end(index)
-                return shard
-        shard = self._open(self._entries[index])
-        with self._lock:
-            self._maps[index] = shard
-            if len(self._maps) > self._max_maps:
-                self._maps.popitem(last=False)  # unmapped when no reader holds it any more
-        return shard
+        return self._mapped(index)  # a map that is dropped is unmapped when no reader holds it any more
 
     def check_sizes(self) -> None:
         """Check the size of every file; a wrong header is found when the shard is first read."""
 
         def check(entry: ShardEntry) -> None:
             try:
-                size_bytes = (self._folder / entry.name).stat().st_size
+                size_bytes = (self.folder / entry.name).stat().st_size
             except OSError:
                 size_bytes = -1
             if size_bytes != file_bytes(entry, self._vocab_size):
                 self._open(entry)
 
-        in_threads(check, self._entries, _STATS_AT_ONCE)
+        in_threads(check, self.entries, _STATS_AT_ONCE)
 
     def _open(self, entry: ShardEntry) -> Tokens:
-        if not (self._folder / entry.name).is_file():
-            raise UserError(f"shard {self._folder / entry.name} is missing; {MEND}")
-        shard = open_shard(self._folder / entry.name, headerless=entry.headerless)
+        if not (self.folder / entry.name).is_file():
+            raise UserError(f"shard {self.folder / entry.name} is missing; {MEND}")
+        shard = open_shard(self.folder / entry.name, headerless=entry.headerless)
         width = token_dtype(self._vocab_size).itemsize
         if len(shard) != entry.tokens or shard.dtype.itemsize != width:
             raise UserError(
-                f"shard {self._folder / entry.name} holds {len(shard):,} tokens of {shard.dtype.itemsize} bytes, but "
+                f"shard {self.folder / entry.name} holds {len(shard):,} tokens of {shard.dtype.itemsize} bytes, but "
                 f"the manifest says {entry.tokens:,} of {width}; {_AGAIN}"
             )
         return shard
@@ -255,15 +221,6 @@ def open_split(folder: Folder | Path, split: str) -> TokenStream:
     shards = ShardFiles(path, entries, vocab_size=manifest.vocab_size, max_maps=max_maps)
     shards.check_sizes()
     return TokenStream(shards, vocab_size=manifest.vocab_size)
-
-
-def open_files(paths: Sequence[Path], *, vocab_size: int, headerless: bool = False) -> TokenStream:
-    """The tokens of ``paths`` in that order, with no manifest: llm.c's shards or, ``headerless``, nanoGPT's."""
-    shards = [open_shard(path, headerless=headerless) for path in paths]
-    for path, shard in zip(paths, shards, strict=True):
-        if shard.dtype.itemsize > token_dtype(vocab_size).itemsize:
-            raise UserError(f"shard {path} holds uint32 tokens, too wide for a vocabulary of {vocab_size:,}")
-    return TokenStream(shards, vocab_size=vocab_size)
 
 
 def _copy_to_node(folder: Folder, manifest: Manifest, entries: Sequence[ShardEntry]) -> Path:

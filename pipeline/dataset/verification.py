@@ -59,7 +59,8 @@ class ShardCheck:
 
     def _has_its_checksum(self, files: ShardFiles, index: int) -> bool:
         """Read a whole file and raise UserError if it differs from the manifest; False if ``stop`` cut it short."""
-        path, digest = files.path(index), hashlib.sha256()
+        entry, digest = files.entries[index], hashlib.sha256()
+        path = files.folder / entry.name
         try:
             with path.open("rb", buffering=0) as file:
                 while part := file.read(_READ_BYTES):
@@ -68,8 +69,8 @@ class ShardCheck:
                         return False
         except OSError as error:
             raise UserError(f"shard {path} cannot be read any more ({error.strerror}); {MEND}") from error
-        if digest.hexdigest() != files.sha256(index):
-            raise UserError(f"shard {path} is damaged: {other_sha256(digest.hexdigest(), files.sha256(index))}; {MEND}")
+        if digest.hexdigest() != entry.sha256:
+            raise UserError(f"shard {path} is damaged: {other_sha256(digest.hexdigest(), entry.sha256)}; {MEND}")
         return True
 
 
@@ -86,19 +87,19 @@ def verify(folder: Folder | Path, *, num_threads: int = 8, progress: Callable[[i
     """
     folder = as_folder(folder)
     manifest = Manifest.load(folder)
-    problems: dict[str, list[str]] = {}
     lock = threading.Lock()
 
-    def check(entry: ShardEntry) -> None:
+    def check(entry: ShardEntry) -> list[str]:
         found = _problems(folder, entry, manifest)
         with lock:
-            if found:
-                problems[entry.name] = found
             if progress is not None:
                 progress(1)
+        return found
 
-    in_threads(check, manifest.shards, num_threads)
-    times = Counter(entry.name for entry in manifest.shards)
+    names = [entry.name for entry in manifest.shards]
+    results = in_threads(check, manifest.shards, num_threads)
+    problems = {name: sentences for name, sentences in zip(names, results, strict=True) if sentences}
+    times = Counter(names)
     twice = [f"shard {folder}/{name} is {number} times in the manifest" for name, number in times.items() if number > 1]
     unknown = [name for name in folder.names() if name.endswith(".bin") and "/" not in name and name not in times]
     found = [sentence for name in times for sentence in problems.get(name, ())]

@@ -84,16 +84,12 @@ def fetch(
         UserError: the disk has no room, or ``folder`` cannot be read.
     """
     copy.remove_leftovers()
-    is_there = [False] * len(files)
 
-    def look(index: int) -> None:
-        file = files[index]
-        is_there[index] = (
-            copy.size(file.name) == file.num_bytes if trust_sizes else compare(copy, file) == Finding.SOUND
-        )
+    def is_there(file: FileEntry) -> bool:
+        return copy.size(file.name) == file.num_bytes if trust_sizes else compare(copy, file) == Finding.SOUND
 
-    in_threads(look, range(len(files)), _FILES_AT_ONCE)
-    missing = [file for file, found in zip(files, is_there, strict=True) if not found]
+    found = in_threads(is_there, files, _FILES_AT_ONCE)
+    missing = [file for file, present in zip(files, found, strict=True) if not present]
     if not missing:
         return
     num_bytes = sum(file.num_bytes for file in missing)
