@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import torch
@@ -43,27 +43,26 @@ class MicroBatch:
         return replace(self, inputs=inputs, targets=targets)
 
 
+@dataclass(frozen=True, kw_only=True)
 class BatchOrder:
-    """The windows that a rank trains on at a step.
+    """The windows that a rank trains on at a step."""
 
-    Args:
-        num_windows: windows in the training stream.
-        windows_per_step: G, windows of one optimizer step over all ranks.
-        batch_size: windows of one micro-batch, at most.
-        seed: random seed of the permutations.
-    """
+    num_windows: int
+    """Windows in the training stream."""
+    windows_per_step: int
+    """G, windows of one optimizer step over all ranks."""
+    batch_size: int
+    """Windows of one micro-batch, at most."""
+    seed: int
+    """Random seed of the permutations."""
 
-    def __init__(self, *, num_windows: int, windows_per_step: int, batch_size: int, seed: int) -> None:
-        if num_windows < 1:
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
             raise UserError("the training data is shorter than one window of context_length + 1 tokens; give more text")
-        self.num_windows = num_windows
-        self.windows_per_step = windows_per_step
-        self.batch_size = batch_size
-        self.seed = seed
 
     def step_windows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Indices (int64) of the windows of a rank's slice of ``step``, in training order."""
-        first, end = self._rank_slice(rank, world_size)
+        first, end = (slice_end * self.windows_per_step // world_size for slice_end in (rank, rank + 1))
         positions = step * self.windows_per_step + np.arange(first, end, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_windows)
         windows = np.empty_like(offsets)
@@ -80,9 +79,6 @@ class BatchOrder:
     def micro_batch_windows(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
         """The rank's windows, spread over its micro-batches as evenly as possible; some may be empty."""
         return np.array_split(self.step_windows(step, rank, world_size), self.num_micro_batches(world_size))
-
-    def _rank_slice(self, rank: int, world_size: int) -> tuple[int, int]:
-        return rank * self.windows_per_step // world_size, (rank + 1) * self.windows_per_step // world_size
 
 
 def micro_batches(
@@ -107,33 +103,28 @@ def micro_batches(
         yield MicroBatch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), weight=weight)
 
 
+@dataclass(eq=False)
 class BatchLoader:
     """A rank's micro-batches, each read by a thread while the one before it is computed.
 
     The thread changes when a micro-batch is read, not its content: any step may be requested at any time, and batches
     prepared for another step are dropped. For a GPU they are put into page-locked memory, from where they are copied
     while the GPU computes.
-
-    Args:
-        stream: the training tokens.
-        order: the windows of every step.
-        context_length: T, tokens of a window's inputs.
-        rank, world_size: the rank that reads, and the number of ranks.
-        device: where the batches are put.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        order: BatchOrder,
-        *,
-        context_length: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-    ) -> None:
-        self.stream, self.order, self.context_length = stream, order, context_length
-        self.rank, self.world_size, self.device = rank, world_size, device
+    stream: TokenStream
+    """The training tokens."""
+    order: BatchOrder
+    """The windows of every step."""
+    _: KW_ONLY
+    context_length: int
+    """T, tokens of a window's inputs."""
+    rank: int
+    world_size: int
+    device: torch.device
+    """Where the batches are put."""
+
+    def __post_init__(self) -> None:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Iterator[MicroBatch], Future[MicroBatch]] | None = None  # step, its batches, the next
 
