@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "run_files": set(),
     "redaction": set(),
     "storage": {"errors"},
-    "tokenizer": {"errors"},
+    "tokenizer": {"errors", "storage"},
     "paths": {"errors", "storage"},
     "config": {"errors", "paths", "redaction", "tokenizer.patterns"},
     "distributed": {"errors"},

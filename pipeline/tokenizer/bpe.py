@@ -271,7 +271,10 @@ class Tokenizer:
         id_offsets = np.zeros(1 + num_documents, np.int64)
         ids = np.empty(guessed_bytes // BYTES_PER_TOKEN + num_documents + 64 + SLACK_IDS, self.id_dtype)
         cursor = np.zeros(3, np.int64)
-        workspace = self._borrow_workspace()
+        try:
+            workspace = self._workspaces.pop()  # atomic
+        except IndexError:
+            workspace = self._new_workspace()
         first = 0
         for buffer in buffers:
             cursor[encode_kernels.DOCUMENT], cursor[encode_kernels.POSITION] = 0, -1
@@ -294,13 +297,6 @@ class Tokenizer:
         self._workspaces.append(workspace)
         ids.resize(int(cursor[encode_kernels.WRITTEN]), refcheck=False)
         return ids, id_offsets
-
-    def _borrow_workspace(self) -> _Workspace:
-        try:
-            return self._workspaces.pop()  # atomic
-        except IndexError:
-            pass
-        return self._new_workspace()
 
     def _new_workspace(self) -> _Workspace:
         """An empty cache and working memory for one thread; all threads share the merges."""

@@ -14,8 +14,6 @@ import contextlib
 import gc
 import itertools
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, AnyStr, NamedTuple
@@ -23,6 +21,7 @@ from typing import Any, AnyStr, NamedTuple
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.storage.folders import write_atomically
 from pipeline.tokenizer.patterns import PATTERNS, Pattern
 
 # All spellings that are read: those of patterns.py and equal ones out of tiktoken. The cl100k_base of tiktoken 0.14 is
@@ -100,7 +99,8 @@ def read_gpt2(vocab_json: Path, merges_txt: Path, end_of_text: str) -> Vocabular
 
 def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
     """Write ``tokenizer.json``: complete or not at all."""
-    _write_text(path, tokenizer_json(vocabulary))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, [tokenizer_json(vocabulary).encode()])
 
 
 @collector_paused()
@@ -338,16 +338,3 @@ def _parse_json(content: bytes, path: Path | str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object; give a tokenizer file")
     return values
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -165,10 +165,26 @@ def _count(texts: Texts, pattern: Pattern, num_threads: int) -> pa.Table:
 
 def _count_share(pattern: Pattern, buffers: Iterable[TextBuffer]) -> pa.Table:
     """Counts of one thread's documents, in no particular order; the hash table is freed when it returns."""
-    counter = _Counter(pattern)
+    scanner, _scanner_arrays = new_scanner(encode_kernels.MAX_PRETOKENS)
+    batch = np.empty(BATCH_WORDS, np.uint64)
+    pretokens = PretokenTable(FIRST_SLOTS, load=0.5, kept_room=FIRST_KEPT_BYTES, spilled_room=0)
     for buffer in buffers:
-        counter.add(buffer)
-    return counter.table()
+        cursor = np.array([0, -1], np.int64)
+        while True:
+            counter = count_kernels.Counter(PATTERN_NUMBERS[pattern], scanner, pretokens.view, batch.ctypes.data)
+            missing = count_kernels.count_documents(buffer.address, buffer.starts, buffer.stops, counter, cursor)
+            if not missing:
+                break
+            while pretokens.used[ENTRIES] + encode_kernels.MOST_PRETOKENS > pretokens.view.most_entries:
+                pretokens.grow(2)
+            pretokens.keep_room(missing)
+    num_pretokens = int(pretokens.used[ENTRIES])
+    content = np.empty(count_kernels.content_bytes(pretokens.view), np.uint8)
+    offsets, counts = np.zeros(num_pretokens + 1, np.int64), np.empty(num_pretokens, np.int64)
+    count_kernels.list_pretokens(pretokens.view, content, offsets, counts)
+    arrow_buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(content.data)]
+    array = pa.Array.from_buffers(pa.large_binary(), num_pretokens, arrow_buffers)
+    return pa.table([array, pa.array(counts)], schema=COUNTS_SCHEMA)
 
 
 def _sum(tables: list[pa.Table]) -> pa.Table:
@@ -187,38 +203,6 @@ def _sorted(table: pa.Table) -> pa.Table:
 def _joined(column: pa.ChunkedArray) -> pa.Array:
     array: Any = column.combine_chunks()
     return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
-
-
-class _Counter:
-    """A growing hash table of pretokens and counts."""
-
-    def __init__(self, pattern: Pattern) -> None:
-        self._scanner, self._scanner_arrays = new_scanner(encode_kernels.MAX_PRETOKENS)
-        self._batch = np.empty(BATCH_WORDS, np.uint64)
-        self._pattern = PATTERN_NUMBERS[pattern]
-        self._pretokens = PretokenTable(FIRST_SLOTS, load=0.5, kept_room=FIRST_KEPT_BYTES, spilled_room=0)
-
-    def add(self, buffer: TextBuffer) -> None:
-        """Count the pretokens of a buffer."""
-        cursor = np.array([0, -1], np.int64)
-        while True:
-            counter = count_kernels.Counter(self._pattern, self._scanner, self._pretokens.view, self._batch.ctypes.data)
-            missing = count_kernels.count_documents(buffer.address, buffer.starts, buffer.stops, counter, cursor)
-            if not missing:
-                return
-            while self._pretokens.used[ENTRIES] + encode_kernels.MOST_PRETOKENS > self._pretokens.view.most_entries:
-                self._pretokens.grow(2)
-            self._pretokens.keep_room(missing)
-
-    def table(self) -> pa.Table:
-        """The counts so far, in no particular order."""
-        num_pretokens = int(self._pretokens.used[ENTRIES])
-        content = np.empty(count_kernels.content_bytes(self._pretokens.view), np.uint8)
-        offsets, counts = np.zeros(num_pretokens + 1, np.int64), np.empty(num_pretokens, np.int64)
-        count_kernels.list_pretokens(self._pretokens.view, content, offsets, counts)
-        buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(content.data)]
-        pretokens = pa.Array.from_buffers(pa.large_binary(), num_pretokens, buffers)
-        return pa.table([pretokens, pa.array(counts)], schema=COUNTS_SCHEMA)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

@@ -146,11 +146,6 @@ class PretokenTable:
         """Number of entries, used or not."""
         return self._entries.size // ENTRY_BYTES
 
-    @property
-    def arrays(self) -> Arrays:
-        """The arrays that view points into."""
-        return [self._entries, self._masks, self.used, self._kept_bytes, self._spilled]
-
     def grow(self, times: int) -> None:
         """Multiply the number of slots by a power of two; the pretokens are kept."""
         old, old_entries = self.view, self._entries

@@ -213,8 +213,8 @@ def test_a_failed_save_leaves_the_old_file(trained: Tokenizer, tmp_path: Path, m
     def fail(_file: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("pipeline.tokenizer.files.os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("pipeline.storage.folders.os.fsync", fail)
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be written: disk full"):
         trained.save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"] and path.read_text(
         encoding="utf-8"
