@@ -88,7 +88,7 @@ def _one_task(material: Material, source: Path) -> float:
     with material.output() as output:
         items, job = make_job(material.config(source, output))
         assert isinstance(job.tokenizer, Tokenizer)
-        job = dataclasses.replace(job, tokenizer=ray_dataflow.share(job.tokenizer))
+        job = dataclasses.replace(job, tokenizer=ray.put(job.tokenizer))
         task = ray.remote(num_cpus=1)(work)
         start = time.perf_counter()
         num_bytes = sum(ray.get([task.remote(item, job) for item in items]))

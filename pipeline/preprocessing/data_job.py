@@ -8,71 +8,30 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pipeline.cluster import ray_cluster
-from pipeline.config.data import ReadingConfig
+from pipeline.config.data import ImportShardsConfig, ReadingConfig
 from pipeline.config.settings import to_dict
 from pipeline.dataset.dataset import TOKENIZER_NAME
+from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.paths import resolve_output, working_folder
+from pipeline.run_files import SUMMARY_FILE
 from pipeline.storage.folders import Folder
 from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.tracker import RunInput, Tracker
 
-
-class JobConfig(Protocol):
-    """Settings of a job with an output folder and an MLflow run."""
-
-    @property
-    def output(self) -> str:
-        """Folder that the job writes to."""
-
-    @property
-    def tracking_uri(self) -> str | None:
-        """MLflow server or store."""
-
-    @property
-    def experiment(self) -> str:
-        """Name of the MLflow experiment."""
-
-
-class Report(Protocol):
-    """A dataclass of figures."""
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Reason -> documents left out."""
-
-
 ReportT = TypeVar("ReportT")
 
 
 def run_job(
-    config: ReadingConfig,
+    config: ReadingConfig | ImportShardsConfig,
     name: str,
+    report_type: type[ReportT],
     *,
-    find: Callable[[Folder], ReportT | None],
-    make: Callable[[Folder], ReportT],
-    track: Callable[[Folder, ReportT, Tracker], None],
-) -> tuple[ReportT, MLflowRun, bool]:
-    """``run_tracked``, with ``make`` on a Ray that is initialised."""
-
-    def make_on_ray(output: Folder) -> ReportT:
-        ray_cluster.connect(num_cpus=config.num_workers or os.cpu_count() or 1)
-        if config.num_workers:
-            ray_cluster.require(num_workers=config.num_workers, gpus=False)
-        return make(output)
-
-    return run_tracked(config, name, find=find, make=make_on_ray, track=track)
-
-
-def run_tracked(
-    config: JobConfig,
-    name: str,
-    *,
-    find: Callable[[Folder], ReportT | None],
+    is_done: Callable[[Folder], bool],
     make: Callable[[Folder], ReportT],
     track: Callable[[Folder, ReportT, Tracker], None],
 ) -> tuple[ReportT, MLflowRun, bool]:
@@ -81,8 +40,9 @@ def run_tracked(
     Args:
         config: settings of the job.
         name: the verb, as of ``jobs/<name>.py``.
-        find: returns the report of a job that is done; needs no Ray.
-        make: does the work and returns its report.
+        report_type: dataclass of the job's figures, which are read from summary.json where the job is done.
+        is_done: whether all but the report is there; needs no Ray.
+        make: does the work, writes summary.json and returns its report; for a job that reads text, Ray is initialised.
         track: logs what is particular to the job.
 
     Returns:
@@ -90,7 +50,8 @@ def run_tracked(
     """
     output = resolve_output(config.output)
     with exclusive_output(output):
-        report = find(output)
+        is_there = is_done(output) and output.size(SUMMARY_FILE) is not None
+        report = report_type(**json.loads(output.read(SUMMARY_FILE))) if is_there else None
         output.make()
         run = open_run(
             tracking_uri=config.tracking_uri,
@@ -102,6 +63,10 @@ def run_tracked(
         )
         if report is not None:
             return report, run, True
+        if isinstance(config, ReadingConfig):
+            ray_cluster.connect(num_cpus=config.num_workers or os.cpu_count() or 1)
+            if config.num_workers:
+                ray_cluster.require(num_workers=config.num_workers, gpus=False)
         report = make(output)
         tracker = MLflowTracker(run)
         tracker.log_params(to_dict(config))
@@ -115,11 +80,19 @@ def report_json(report: Any) -> bytes:
     return json.dumps(dataclasses.asdict(report), indent=2).encode()
 
 
-def log_figures(tracker: Tracker, report: Report, more: dict[str, float]) -> None:
+def log_figures(tracker: Tracker, report: Any, **more: float) -> None:
     """Log every number of a report, the skipped documents by reason, and ``more`` figures."""
     figures = {name: value for name, value in vars(report).items() if isinstance(value, int | float)}
-    skipped = {f"skipped/{reason}": count for reason, count in report.skipped.items()}
+    skipped = {f"skipped/{reason}": count for reason, count in getattr(report, "skipped", {}).items()}
     tracker.log_metrics({**figures, **more, **skipped}, step=0)
+
+
+def log_data(tracker: Tracker, output: Folder, manifest: Manifest, source: str) -> None:
+    """Log the shards of the output folder and their tokenizer as the inputs of the run, with copies of both files."""
+    name = output.url.rpartition("/")[2]
+    data = RunInput(name=name, fingerprint=manifest.fingerprint, source=source, context="data")
+    tracker.log_inputs([data, tokenizer_input(output, manifest.tokenizer_fingerprint)])
+    log_files(tracker, output, MANIFEST_NAME, TOKENIZER_NAME)
 
 
 def log_files(tracker: Tracker, output: Folder, *names: str) -> None:

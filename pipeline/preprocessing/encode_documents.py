@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,88 +17,54 @@ from pipeline.dataset.manifest import SPLITS
 from pipeline.sources.arrow_values import values_of
 from pipeline.tokenizer.bpe import Tokenizer
 
-_ROOM_BYTES_PER_ID = 6  # of a part, of which an item is half: room for an id per 3 bytes, and English has 4
 _SLICE_BYTES = 200_000  # of text, which are copied in the 30 microseconds that one more slice costs the tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EncodedPart:
     """Encoded documents of a work item, for one shard per split."""
 
-    ids: dict[str, npt.NDArray[Any]]
-    """Split -> token ids, each document preceded by an eot_id."""
-    documents: dict[str, int]
-    text_bytes: dict[str, int]
+    dtype: np.dtype[Any]
+    """Type of the token ids."""
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     """UTF-8 bytes of the documents."""
-    lengths: npt.NDArray[np.int64]
+    lengths: list[int] = field(default_factory=list)
     """``length_counts`` of the documents of both splits."""
-    is_last: bool
+    is_last: bool = False
     """Whether the item ends with this part."""
+    _ids: dict[str, bytearray] = field(default_factory=lambda: {split: bytearray() for split in SPLITS})
+
+    @property
+    def ids(self) -> dict[str, npt.NDArray[Any]]:
+        """Split -> token ids, each document preceded by an eot_id; no documents may be added while they are in use."""
+        return {split: np.frombuffer(content, self.dtype) for split, content in self._ids.items()}
+
+    def add(self, texts: pa.ChunkedArray, tokenizer: Tokenizer, val_fraction: float) -> None:
+        """Split and encode documents; the ids grow in place, while the new ones are in the processor's cache."""
+        self.lengths = add_counts([self.lengths, length_counts(texts)])
+        for split, part in zip(SPLITS, split_by_hash(texts, val_fraction), strict=True):
+            self.documents[split] += len(part)
+            self.text_bytes[split] += text_bytes(part)
+            self._ids[split] += encode_documents(tokenizer, part).data
 
 
 def encode_parts(
-    arrays: Iterable[pa.Array], tokenizer: Tokenizer, *, val_fraction: float, part_bytes: int
+    arrays: Iterable[Any], tokenizer: Tokenizer, *, val_fraction: float, part_bytes: int
 ) -> Iterator[EncodedPart]:
     """Split and encode the texts of an item, array by array: at least one part, and a new one after ``part_bytes``.
 
     An item of the expected size is one part. Memory holds one array of text and the ids of one part, however large the
     item is, which may be a compressed file of 40 GB.
     """
-    builder = _PartBuilder(tokenizer, val_fraction, part_bytes)
+    part = EncodedPart(dtype=tokenizer.id_dtype)
     for array in arrays:
-        if builder.num_bytes >= part_bytes:
-            yield builder.build(is_last=False)
-            builder = _PartBuilder(tokenizer, val_fraction, part_bytes)
-        builder.add(array)
-    yield builder.build(is_last=True)
-
-
-class _PartBuilder:
-    def __init__(self, tokenizer: Tokenizer, val_fraction: float, part_bytes: int) -> None:
-        self._tokenizer, self._val_fraction = tokenizer, val_fraction
-        room = part_bytes // _ROOM_BYTES_PER_ID
-        self._ids = {split: _IdBuffer(tokenizer.id_dtype, room) for split in SPLITS}
-        self._documents, self._text_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-        self._lengths = np.zeros(0, np.int64)
-        self.num_bytes = 0
-
-    def add(self, array: Any) -> None:
-        texts = pa.chunked_array([array.cast(pa.large_string())])
-        self._lengths = add_counts(self._lengths, length_counts(texts))
-        for split, part in zip(SPLITS, split_by_hash(texts, self._val_fraction), strict=True):
-            self._documents[split] += len(part)
-            self._text_bytes[split] += text_bytes(part)
-            self._ids[split].append(encode_documents(self._tokenizer, part))
-        self.num_bytes += text_bytes(texts)
-
-    def build(self, *, is_last: bool) -> EncodedPart:
-        ids = {split: growing.view() for split, growing in self._ids.items()}
-        return EncodedPart(
-            ids=ids, documents=self._documents, text_bytes=self._text_bytes, lengths=self._lengths, is_last=is_last
-        )
-
-
-class _IdBuffer:
-    """An array of ids that grows by copying new ids to its end while they are in the processor's cache."""
-
-    def __init__(self, dtype: np.dtype[Any], room: int) -> None:
-        """``room``: ids to allocate at first; pages that are never written take no memory."""
-        self._array, self._size, self._room = np.empty(0, dtype), 0, room
-
-    def append(self, ids: npt.NDArray[Any]) -> None:
-        end = self._size + len(ids)
-        if self._size == 0:
-            self._array, self._size = ids, end
-            return
-        if end > len(self._array):
-            larger = np.empty(max(self._room, 2 * end), ids.dtype)
-            larger[: self._size] = self._array[: self._size]
-            self._array = larger
-        self._array[self._size : end] = ids
-        self._size = end
-
-    def view(self) -> npt.NDArray[Any]:
-        return self._array[: self._size]
+        if sum(part.text_bytes.values()) >= part_bytes:
+            yield part
+            part = EncodedPart(dtype=tokenizer.id_dtype)
+        part.add(pa.chunked_array([array.cast(pa.large_string())]), tokenizer, val_fraction)
+    part.is_last = True
+    yield part
 
 
 def in_groups(arrays: Iterable[pa.Array], group_bytes: int) -> Iterator[list[pa.Array]]:
@@ -120,18 +86,15 @@ def text_bytes(texts: Any) -> int:
     return int(pc.sum(pc.binary_length(texts)).as_py() or 0)
 
 
-def length_counts(texts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+def length_counts(texts: pa.ChunkedArray) -> list[int]:
     """Number of documents of 2**i to 2**(i + 1) - 1 UTF-8 bytes, for i from 0 to that of the longest."""
     lengths = np.maximum(pc.binary_length(texts).to_numpy(), 1)
-    return np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1).astype(np.int64)
+    return np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1).tolist()
 
 
-def add_counts(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The sum of two counts of different length."""
-    total = np.zeros(max(len(a), len(b)), np.int64)
-    total[: len(a)] += a
-    total[: len(b)] += b
-    return total
+def add_counts(counts: Iterable[Sequence[int]]) -> list[int]:
+    """The sum of counts of different length."""
+    return [sum(column) for column in itertools.zip_longest(*counts, fillvalue=0)]
 
 
 def split_by_hash(texts: pa.ChunkedArray, val_fraction: float) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

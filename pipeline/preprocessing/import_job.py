@@ -24,19 +24,19 @@ from pipeline.config.data import GPT2_TOKENIZER, ImportShardsConfig
 from pipeline.console import CountProgress
 from pipeline.dataset.dataset import TOKENIZER_NAME, save_tokenizer
 from pipeline.dataset.manifest import IMPORTED, MANIFEST_NAME, SPLITS, Manifest, ShardEntry
-from pipeline.dataset.shards import HEADER_BYTES, file_bytes, has_header, parse_header
+from pipeline.dataset.shards import HEADER_BYTES, has_header, parse_header
 from pipeline.dataset.token_counts import Counts, byte_lengths, count_file, require_width
 from pipeline.errors import UserError
 from pipeline.paths import in_bucket, resolve_path
 from pipeline.preprocessing import resume_state
-from pipeline.preprocessing.data_job import log_files, report_json, run_tracked, tokenizer_input
+from pipeline.preprocessing.data_job import log_data, log_figures, report_json, run_job
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.remote.download_cache import Cache
 from pipeline.remote.hub_client import fetch_file
 from pipeline.remote.remote_file import RemoteFile
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import Input
-from pipeline.sources.token_files import TokenFile, find_token_files, for_split
+from pipeline.sources.token_files import TokenFile, find_token_files
 from pipeline.storage.folders import (
     TEMPORARY_PREFIX,
     Folder,
@@ -49,7 +49,7 @@ from pipeline.storage.folders import (
 )
 from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from pipeline.tracking.mlflow_run import MLflowRun
-from pipeline.tracking.tracker import RunInput, Tracker
+from pipeline.tracking.tracker import Tracker
 
 _DOWNLOADS = "items/downloads"
 _FILES_AT_ONCE = 4
@@ -86,7 +86,8 @@ class ShardImport:
     """
 
     def __init__(self, config: ImportShardsConfig) -> None:
-        self.sources = {split: _absolute(getattr(config, split)) for split in SPLITS}
+        named = {split: getattr(config, split) for split in SPLITS}
+        self.sources = {split: in_bucket(source) or str(resolve_path(source)) for split, source in named.items()}
         self.headerless = config.headerless
         self.tokenizer = read_tokenizer(config.tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
@@ -112,11 +113,7 @@ class ShardImport:
 
         if not resume_state.is_complete(output, self.source, self.settings, names=names, inputs_now=inputs_now):
             return None
-        manifest = Manifest.load(output)
-        lost = [entry.name for entry in manifest.shards if not self._is_there(output, entry)]
-        if lost:
-            logger.warning("%s of %s is missing or damaged; it is imported again", lost[0], output)
-        return None if lost else manifest
+        return resume_state.find_shards(output, again="imported")
 
     def run(self, output: Folder) -> Manifest:
         """Import every file that is not imported yet, and write the manifest behind them.
@@ -179,27 +176,22 @@ class ShardImport:
         lengths[self.eot_id] = 0
         total_bytes = sum(file.size_bytes for file in files)
         downloads = output.path / _DOWNLOADS if isinstance(output, LocalFolder) else node_cache("import")
-        shards: dict[str, ShardEntry] = {}
+        lock, done_bytes = threading.Lock(), 0
         with CountProgress("import_shards", "MB") as bar:
+
+            def progress(num_bytes: int) -> None:
+                nonlocal done_bytes
+                with lock:
+                    done_bytes += num_bytes
+                    bar.update_to(done_bytes // 1_000_000, total_bytes // 1_000_000)
+
             one = _FileImport(
-                output=output,
-                headerless=self.headerless,
-                lengths=lengths,
-                eot_id=self.eot_id,
-                cache=Cache(downloads, total_bytes),
-                progress=_Megabytes(bar, total_bytes).add,
+                output=output, job=self, lengths=lengths, cache=Cache(downloads, total_bytes), progress=progress
             )
-
-            def work(item: tuple[str, TokenFile]) -> None:
-                shards[item[0]] = one.read_record(*item) or one.run(*item)
-
-            in_threads(work, named, _FILES_AT_ONCE)
+            entries = in_threads(lambda item: one.read_record(*item) or one.run(*item), named, _FILES_AT_ONCE)
         if isinstance(output, LocalFolder):
             shutil.rmtree(downloads, ignore_errors=True)
-        return [shards[name] for name, _ in named]
-
-    def _is_there(self, output: Folder, entry: ShardEntry) -> bool:
-        return output.size(entry.name) == file_bytes(entry, self.vocab_size)
+        return entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,10 +199,9 @@ class _FileImport:
     """How one file becomes a shard of the folder."""
 
     output: Folder
-    headerless: bool
+    job: ShardImport
     lengths: Counts
     """(V,) Bytes of text of every token."""
-    eot_id: int
     cache: Cache
     progress: Callable[[int], None]
 
@@ -222,17 +213,17 @@ class _FileImport:
         else:
             entry = self._take(name, file, file.place, self.progress)
         record = {"input": dataclasses.asdict(file.input), "entry": entry.to_dict()}
-        self.output.write(_record_name(name), [json.dumps(record, indent=1).encode()])
+        self.output.write(f"items/{name}.json", [json.dumps(record, indent=1).encode()])
         return entry
 
     def read_record(self, name: str, file: TokenFile) -> ShardEntry | None:
         """The entry of a file that was imported before and is still there."""
         try:
-            record = json.loads(self.output.read(_record_name(name)))
+            record = json.loads(self.output.read(f"items/{name}.json"))
             entry = ShardEntry(**record["entry"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        is_whole = self.output.size(entry.name) == file_bytes(entry, len(self.lengths))
+        is_whole = resume_state.is_whole(self.output, entry, len(self.lengths))
         if record["input"] != dataclasses.asdict(file.input) or not is_whole:
             return None
         self.progress(file.size_bytes)
@@ -241,7 +232,7 @@ class _FileImport:
     def _take(self, name: str, file: TokenFile, path: Path, progress: Callable[[int], None] | None) -> ShardEntry:
         """Read a whole file that is on this machine, and put it into the folder."""
         found = count_file(
-            path, file.where, vocab_size=len(self.lengths), headerless=self.headerless, progress=progress
+            path, file.where, vocab_size=len(self.lengths), headerless=self.job.headerless, progress=progress
         )
         shard_name = f"{name}.bin"
         if isinstance(self.output, LocalFolder):
@@ -252,11 +243,11 @@ class _FileImport:
             name=shard_name,
             split=name.partition("_")[0],
             tokens=found.tokens,
-            documents=int(found.counts[self.eot_id]),
+            documents=int(found.counts[self.job.eot_id]),
             text_bytes=int(found.counts @ self.lengths),
             sha256=found.sha256,
             source=file.input.name.partition(": ")[2],
-            headerless=self.headerless,
+            headerless=self.job.headerless,
         )
 
 
@@ -264,16 +255,29 @@ def import_shards(config: ImportShardsConfig) -> tuple[ImportReport, MLflowRun, 
     """Make the folder of data unless it exists; returns figures, MLflow run, and whether it existed already."""
     work = ShardImport(config)
 
-    def find(output: Folder) -> ImportReport | None:
-        return ImportReport(**json.loads(output.read(SUMMARY_FILE))) if work.finished(output) else None
-
     def make(output: Folder) -> ImportReport:
         began = time.perf_counter()
-        report = _report(work.run(output), time.perf_counter() - began)
+        manifest = work.run(output)
+        report = ImportReport(
+            files=len(manifest.shards),
+            train_tokens=manifest.tokens("train"),
+            val_tokens=manifest.tokens("val"),
+            documents=sum(map(manifest.documents, SPLITS)),
+            text_megabytes=sum(map(manifest.text_bytes, SPLITS)) / 1e6,
+            vocab_size=manifest.vocab_size,
+            seconds=time.perf_counter() - began,
+        )
         output.write(SUMMARY_FILE, [report_json(report)])
         return report
 
-    return run_tracked(config, "import_shards", find=find, make=make, track=_track)
+    return run_job(
+        config,
+        "import_shards",
+        ImportReport,
+        is_done=lambda output: work.finished(output) is not None,
+        make=make,
+        track=_track,
+    )
 
 
 def read_tokenizer(address: str) -> Tokenizer:
@@ -289,10 +293,6 @@ def read_tokenizer(address: str) -> Tokenizer:
             f"GPT-2's tokenizer is needed and cannot be fetched ({error}); or give --tokenizer FILE"
         ) from error
     return Tokenizer.from_json(path.read_bytes(), f"{address}/{TOKENIZER_NAME}")
-
-
-def _absolute(source: str) -> str:
-    return in_bucket(source) or str(resolve_path(source))
 
 
 def _eot_id(tokenizer: Tokenizer, config: ImportShardsConfig) -> int:
@@ -319,7 +319,11 @@ def _list(sources: dict[str, str]) -> tuple[str | None, list[TokenFile]]:
     for file in train:
         if file.identity in val_places:
             raise UserError(f"{file.where} matches --train and --val; a file that is trained on measures nothing")
-    both = [for_split(file, split) for split, found in zip(sources, files, strict=True) for file in found]
+    both = [
+        dataclasses.replace(file, input=dataclasses.replace(file.input, name=f"{split}: {file.input.name}"))
+        for split, found in zip(sources, files, strict=True)
+        for file in found  # both sources may have a file of one name
+    ]
     if not any(pinned):
         return None, both
     return "\n".join(place or source for place, source in zip(pinned, sources.values(), strict=True)), both
@@ -351,43 +355,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-class _Megabytes:
-    """Bytes from several threads, shown as megabytes."""
-
-    def __init__(self, bar: CountProgress, total_bytes: int) -> None:
-        self._bar, self._total_bytes, self._done_bytes = bar, total_bytes, 0
-        self._lock = threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self._done_bytes += num_bytes
-            self._bar.update_to(self._done_bytes // 1_000_000, self._total_bytes // 1_000_000)
-
-
-# ---- records and figures ---------------------------------------------------------------------------------------------
-
-
-def _record_name(name: str) -> str:
-    return f"items/{name}.json"
-
-
-def _report(manifest: Manifest, seconds: float) -> ImportReport:
-    return ImportReport(
-        files=len(manifest.shards),
-        train_tokens=manifest.tokens("train"),
-        val_tokens=manifest.tokens("val"),
-        documents=sum(map(manifest.documents, SPLITS)),
-        text_megabytes=sum(map(manifest.text_bytes, SPLITS)) / 1e6,
-        vocab_size=manifest.vocab_size,
-        seconds=seconds,
-    )
-
-
 def _track(output: Folder, report: ImportReport, tracker: Tracker) -> None:
     manifest = Manifest.load(output)
     source = ", ".join(dict.fromkeys(entry.source for entry in manifest.shards[:1] + manifest.shards[-1:]))
-    name = output.url.rpartition("/")[2]
-    data = RunInput(name=name, fingerprint=manifest.fingerprint, source=source, context="data")
-    tracker.log_inputs([data, tokenizer_input(output, manifest.tokenizer_fingerprint)])
-    tracker.log_metrics({**dataclasses.asdict(report), "bytes_per_token": report.bytes_per_token}, step=0)
-    log_files(tracker, output, MANIFEST_NAME, TOKENIZER_NAME)
+    log_data(tracker, output, manifest, source)
+    log_figures(tracker, report, bytes_per_token=report.bytes_per_token)

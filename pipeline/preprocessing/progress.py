@@ -1,4 +1,4 @@
-"""Progress of a tokenization on the console: a bar on a terminal, a log line every few seconds elsewhere."""
+"""Progress of planning and tokenizing on the console: a bar on a terminal, a log line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.console import LOG_SECONDS, format_seconds
-from pipeline.sources.work_items import WorkItem
+from pipeline.console import LOG_SECONDS, CountProgress, format_seconds
+from pipeline.sources.sources import Layout, Source
+from pipeline.sources.work_items import Damage, WorkItem
 
 logger = logging.getLogger(__name__)
+
+
+def read_layouts(source: Source, text_column: str, damage: Damage | None) -> list[Layout]:
+    """The layouts of all files, with a progress bar; footers of parquet files are read.
+
+    damage: takes a note of every file that cannot be read; None: such a file is an error.
+    """
+    with CountProgress("plan", "files", len(source.inputs)) as progress:
+        return list(source.layouts(text_column, progress.add, damage))
 
 
 class ItemProgress:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 
@@ -25,7 +25,6 @@ from pipeline.sources.work_items import WorkItem
 if TYPE_CHECKING:
     import ray
 
-T = TypeVar("T")
 Stages: TypeAlias = list[tuple[Callable[..., Any], dict[str, Any]]]
 
 _BLOCK_BYTES = 64_000_000  # least text of one task, because Ray takes some 15 ms to start one
@@ -49,13 +48,6 @@ def run_items(items: Sequence[WorkItem], steps: Stages, config: ReadingConfig, *
             yield row
     finally:
         progress.close()
-
-
-def share(value: T) -> ray.ObjectRef[T]:
-    """Put a value where the tasks of all nodes can get it."""
-    import ray
-
-    return ray.put(value)
 
 
 def run_rows(rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], config: ReadingConfig) -> None:

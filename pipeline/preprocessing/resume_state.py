@@ -10,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.data import TokenizeConfig
-from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
-from pipeline.dataset.shards import shard_bytes
+from pipeline.dataset.shards import file_bytes
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.sources import plan as plan_module
 from pipeline.sources.sources import Input, Source, find
@@ -72,33 +70,23 @@ def settings_of(config: TokenizeConfig, tokenizer_fingerprint: str | None) -> di
     return values | {"split_hash": SPLIT_HASH, "tokenizer": tokenizer_fingerprint or trained}
 
 
-def find_source(source: str, folder: Folder) -> Source:
-    """The source, at the revision that this output folder was begun with."""
+def begin(folder: Folder, source: str, settings: dict[str, Any]) -> tuple[Source, RunRecord]:
+    """Claim the folder for a source, which is listed at the revision that the folder was begun with."""
     record = read_run(folder)
-    if record is not None and record.pinned and record.source == source:
-        return find(record.pinned)
-    return find(source)
+    found = find(record.pinned if record is not None and record.pinned and record.source == source else source)
+    run = RunRecord(source=source, pinned=found.pinned, settings=settings, inputs=tuple(found.inputs))
+    claim(folder, run)
+    return found, run
 
 
-def finished(config: TokenizeConfig, folder: Folder, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest, if all work has been done already; otherwise None.
-
-    Raises UserError where the folder holds shards of other settings or of other input.
-    """
-    if not is_complete(folder, config.source, settings, names=(MANIFEST_NAME, TOKENIZER_NAME)):
-        return None
+def find_shards(folder: Folder, *, again: str = "made") -> Manifest | None:
+    """The manifest, if all its shards have their size; ``again``: what is done where one has not, for a warning."""
     manifest = Manifest.load(folder)
-    lost: list[str] = []
-
-    def check(entry: ShardEntry) -> None:
-        if not _is_whole(folder, entry, manifest.vocab_size):
-            lost.append(entry.name)
-
-    in_threads(check, manifest.shards, _REQUESTS)
+    found = in_threads(lambda entry: is_whole(folder, entry, manifest.vocab_size), manifest.shards, _REQUESTS)
+    lost = [entry.name for entry, is_there in zip(manifest.shards, found, strict=True) if not is_there]
     if lost:
-        logger.warning("%s of %s is missing or damaged; it is made again", lost[0], folder)
-        return None
-    return manifest
+        logger.warning("%s of %s is missing or damaged; it is %s again", lost[0], folder, again)
+    return None if lost else manifest
 
 
 def is_complete(
@@ -157,8 +145,6 @@ def read_plan(folder: Folder) -> list[WorkItem] | None:
         return plan_module.load_plan(folder.read(_PLAN))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/{_PLAN} is damaged; delete {folder} and run the job again") from error
 
 
 def read_plan_damage(folder: Folder) -> Damage:
@@ -222,7 +208,7 @@ def read_item_records(folder: Folder, index: int, key: str, vocab_size: int) -> 
             record = _item_from_json(folder.read(_item_name(index, len(records))))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        if record.key != key or not all(_is_whole(folder, entry, vocab_size) for entry in record.shards):
+        if record.key != key or not all(is_whole(folder, entry, vocab_size) for entry in record.shards):
             return None
         records.append(record)
     return records
@@ -230,13 +216,8 @@ def read_item_records(folder: Folder, index: int, key: str, vocab_size: int) -> 
 
 def read_all_records(folder: Folder, keys: Sequence[str], vocab_size: int) -> list[list[ItemRecord] | None]:
     """The result of ``read_item_records`` for every item, with many requests at a time."""
-    records: list[list[ItemRecord] | None] = [None] * len(keys)
-
-    def read(index: int) -> None:
-        records[index] = read_item_records(folder, index, keys[index], vocab_size)
-
-    in_threads(read, range(len(keys)), _REQUESTS)
-    return records
+    numbers = range(len(keys))
+    return in_threads(lambda index: read_item_records(folder, index, keys[index], vocab_size), numbers, _REQUESTS)
 
 
 def shard_name(split: str, index: int, part: int) -> str:
@@ -251,22 +232,15 @@ def remove_others(folder: Folder, names: set[str]) -> None:
             folder.delete(name)
 
 
-def total_skipped(records: Iterable[ItemRecord]) -> dict[str, int]:
-    """Number of skipped documents of all records, by reason."""
-    total: Counter[str] = Counter()
-    for record in records:
-        total.update(record.skipped)
-    return dict(sorted(total.items()))
-
-
 def _item_from_json(content: bytes) -> ItemRecord:
     values = json.loads(content)
     values["shards"] = [ShardEntry(**entry) for entry in values["shards"]]
     return ItemRecord(**{**values, **{name: tuple(values[name]) for name in ("shards", "damaged", "lengths")}})
 
 
-def _is_whole(folder: Folder, entry: ShardEntry, vocab_size: int) -> bool:
-    return folder.size(entry.name) == shard_bytes(entry.tokens, vocab_size)
+def is_whole(folder: Folder, entry: ShardEntry, vocab_size: int) -> bool:
+    """Whether the file of a manifest's entry is there and has its size."""
+    return folder.size(entry.name) == file_bytes(entry, vocab_size)
 
 
 def _numbered(index: int, part: int) -> str:

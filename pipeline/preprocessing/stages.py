@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.manifest import SPLITS, ShardEntry
@@ -64,11 +63,6 @@ class EncodeJob:
     partitions: int = 0
     """Number of files that name the documents which are copies; 0 without deduplication."""
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """dtype of token ids."""
-        return token_dtype(self.vocab_size)
-
     def key(self, item: WorkItem) -> str:
         """Hash of everything that an item's shards depend on."""
         return hashlib.sha256(f"{item.key} {self.settings} {self.tokenizer_fingerprint}".encode()).hexdigest()
@@ -92,8 +86,7 @@ def download(row: ItemRow, cache_bytes: int) -> Iterator[ItemRow]:
 
 def _fetch(items: list[WorkItem], cache: Cache) -> Iterator[ItemRow]:
     file = items[0].slices[0].file
-    is_one_file = file is not None and all(file_slice.file == file for item in items for file_slice in item.slices)
-    if not is_one_file or file is None:
+    if file is None or any(file_slice.file != file for item in items for file_slice in item.slices):
         yield from (_fetched(item, functools.partial(_open_cached, cache)) for item in items)
     elif needed_bytes(items, _open_remote) < _WHOLE_FILE_SHARE * file.size_bytes:
         yield from (_fetched(item, _open_remote) for item in items)
@@ -119,7 +112,11 @@ def _open_cached(cache: Cache, file_slice: FileSlice) -> BinaryIO:
         return path.open("rb")  # stays readable when the cache deletes the file
 
 
-@stage_of(lambda arguments: {f"{split}_ids": pa.from_numpy_dtype(arguments["job"].dtype) for split in SPLITS})
+@stage_of(
+    lambda arguments: {
+        f"{split}_ids": pa.from_numpy_dtype(token_dtype(arguments["job"].vocab_size)) for split in SPLITS
+    }
+)
 def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
     """Texts -> token ids of train and val, a row per part; only figures for an item that was done before."""
     item, folder = row.work_item, open_folder(job.output)
@@ -159,7 +156,7 @@ def _part_row(
         "is_last": part.is_last,
         "documents": part.documents,
         "text_bytes": part.text_bytes,
-        "lengths": part.lengths.tolist(),
+        "lengths": part.lengths,
         "skipped": +skipped if part.is_last else {},  # complete only when the last document has been read
         "damaged": damaged if part.is_last else [],
     }

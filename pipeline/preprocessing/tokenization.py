@@ -7,27 +7,26 @@ The steps: the output folder is claimed, the plan is made or found, the tokenize
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from pipeline.config.data import ReadingConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, save_tokenizer
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.preprocessing import deduplication, ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import add_counts
-from pipeline.preprocessing.planning import plan_all
+from pipeline.preprocessing.progress import read_layouts
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.preprocessing.stages import EncodeJob
 from pipeline.preprocessing.tokenizer_training import learn
+from pipeline.sources.plan import make_plan
 from pipeline.sources.sources import Source
-from pipeline.sources.work_items import WorkItem
+from pipeline.sources.work_items import Damage, WorkItem
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer import bpe
 
@@ -86,7 +85,8 @@ def finished(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         return None
     given = given or given_tokenizer(config)
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
-    return resume_state.finished(config, output, settings)
+    is_complete = resume_state.is_complete(output, config.source, settings, names=(MANIFEST_NAME, TOKENIZER_NAME))
+    return resume_state.find_shards(output) if is_complete else None
 
 
 def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None = None) -> DataReport:
@@ -95,17 +95,17 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     ``given``: as of ``finished``. Raises UserError for what the user can mend, from any worker; the same call then
     resumes.
     """
+    import ray
+
     start = time.perf_counter()
     given = given or given_tokenizer(config)
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
-    source = resume_state.find_source(config.source, output)
-    run = RunRecord(source=config.source, pinned=source.pinned, settings=settings, inputs=tuple(source.inputs))
-    resume_state.claim(output, run)
-    items = plan_all(config, source, output)
+    source, run = resume_state.begin(output, config.source, settings)
+    items = _plan(config, source, output)
     tokenizer = _prepare_tokenizer(config, given, source, output)
     job = EncodeJob(
         output=str(output),
-        tokenizer=ray_dataflow.share(tokenizer),
+        tokenizer=ray.put(tokenizer),
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         settings=json.dumps(settings, sort_keys=True),
@@ -145,6 +145,23 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     )
 
 
+def _plan(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkItem]:
+    """The work items that the output folder was begun with, or else new ones, which are noted there."""
+    if (items := resume_state.read_plan(output)) is not None:
+        logger.info("the plan of %s work items is there from an earlier run", f"{len(items):,}")
+        return items
+    damage: Damage | None = [] if config.skip_bad_files else None
+    items = make_plan(
+        read_layouts(source, config.text_column, damage),
+        text_column=config.text_column,
+        item_bytes=config.item_bytes,
+        limit_documents=config.limit_documents,
+        limit_bytes=config.limit_bytes,
+    )
+    resume_state.write_plan(output, items, damage or [])
+    return items
+
+
 def _prepare_tokenizer(
     config: TokenizeConfig, given: bpe.Tokenizer | None, source: Source, output: Folder
 ) -> bpe.Tokenizer:
@@ -182,8 +199,9 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
     records = [record for item_parts in parts if item_parts is not None for record in item_parts]
     if None in parts:
         raise UserError(f"shards vanished from {output} while the job ran; run the same command again")
-    skipped = resume_state.total_skipped(records)
-    counts = (np.array(record.lengths, np.int64) for record in records)
+    skipped: Counter[str] = Counter()
+    for record in records:
+        skipped.update(record.skipped)
     manifest = Manifest(
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
@@ -191,12 +209,12 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
         settings=run.settings,
         inputs=tuple(entry.manifest_entry() for entry in run.inputs),
         shards=tuple(entry for record in records for entry in record.shards),
-        skipped=skipped,
+        skipped=dict(sorted(skipped.items())),
         damaged=(*resume_state.read_plan_damage(output), *(entry for record in records for entry in record.damaged)),
-        document_lengths=tuple(functools.reduce(add_counts, counts, np.zeros(0, np.int64)).tolist()),
+        document_lengths=tuple(add_counts(record.lengths for record in records)),
     )
     if not manifest.shards:
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in skipped.items()) or "none at all"
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in manifest.skipped.items()) or "none at all"
         raise UserError(f"source {run.source} holds no document that could be used ({reasons})")
     resume_state.remove_others(output, {entry.name for entry in manifest.shards})
     for name in (*output.names(deduplication.HASHES), *output.names(deduplication.DUPLICATES)):

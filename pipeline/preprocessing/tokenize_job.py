@@ -7,7 +7,7 @@ settings alone.
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,16 @@ from pathlib import Path
 from pipeline.config.data import TokenizeConfig
 from pipeline.console import CountProgress
 from pipeline.dataset import verification
-from pipeline.dataset.dataset import TOKENIZER_NAME
-from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
+from pipeline.dataset.manifest import Manifest
 from pipeline.paths import resolve_output, resolve_path
 from pipeline.preprocessing import tokenization
-from pipeline.preprocessing.data_job import log_figures, log_files, report_json, run_job, tokenizer_input
+from pipeline.preprocessing.data_job import log_data, log_figures, report_json, run_job
 from pipeline.preprocessing.tokenization import DataReport
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.tracking.mlflow_run import MLflowRun
-from pipeline.tracking.tracker import RunInput, Tracker
+from pipeline.tracking.tracker import Tracker
 
 
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
@@ -34,18 +33,19 @@ def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
     config = dataclasses.replace(config, source=resolve_source(config.source), tokenizer=tokenizer)
     given = tokenization.given_tokenizer(config)
 
-    def find(output: Folder) -> DataReport | None:
-        return _read_report(output) if tokenization.finished(config, output, given) else None
-
     def make(output: Folder) -> DataReport:
         report = tokenization.tokenize(config, output, given)
         output.write(SUMMARY_FILE, [report_json(report)])
         return report
 
-    def track(output: Folder, report: DataReport, tracker: Tracker) -> None:
-        _track(config, output, report, tracker)
-
-    return run_job(config, "tokenize", find=find, make=make, track=track)
+    return run_job(
+        config,
+        "tokenize",
+        DataReport,
+        is_done=lambda output: tokenization.finished(config, output, given) is not None,
+        make=make,
+        track=functools.partial(_track, config),
+    )
 
 
 def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:
@@ -56,20 +56,10 @@ def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:
         return manifest, verification.verify(output, progress=progress.add)
 
 
-def _read_report(output: Folder) -> DataReport | None:
-    try:
-        return DataReport(**json.loads(output.read(SUMMARY_FILE)))
-    except FileNotFoundError:
-        return None
-
-
 def _track(config: TokenizeConfig, output: Folder, report: DataReport, tracker: Tracker) -> None:
     manifest = Manifest.load(output)
-    name = output.url.rpartition("/")[2]
-    data = RunInput(name=name, fingerprint=manifest.fingerprint, source=config.source, context="data")
-    tracker.log_inputs([data, tokenizer_input(output, manifest.tokenizer_fingerprint)])
-    log_figures(tracker, report, {"bytes_per_token": report.bytes_per_token})
-    log_files(tracker, output, MANIFEST_NAME, TOKENIZER_NAME)
+    log_data(tracker, output, manifest, config.source)
+    log_figures(tracker, report, bytes_per_token=report.bytes_per_token)
     with tempfile.TemporaryDirectory() as temporary:
         tracker.log_file(_draw_lengths(manifest.document_lengths, Path(temporary) / "document_lengths.png"))
 

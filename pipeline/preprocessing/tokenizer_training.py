@@ -12,7 +12,8 @@ import pyarrow as pa
 from pipeline.config.data import TrainTokenizerConfig
 from pipeline.console import CountProgress
 from pipeline.preprocessing import ray_dataflow, stages
-from pipeline.preprocessing.planning import plan_sample
+from pipeline.preprocessing.progress import read_layouts
+from pipeline.sources.plan import sample_plan
 from pipeline.sources.sources import Source
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer import bpe
@@ -82,7 +83,12 @@ def _count(
     config: TrainTokenizerConfig, source: Source, output: Folder
 ) -> tuple[bpe_training.PretokenCounts, Counter[str], Counter[str]]:
     """How often each pre-token occurs in the sample; numbers of documents and bytes; skipped documents by reason."""
-    items = plan_sample(config, source)
+    items = sample_plan(
+        read_layouts(source, config.text_column, [] if config.skip_bad_files else None),
+        text_column=config.text_column,
+        item_bytes=config.item_bytes,
+        sample_bytes=config.sample_bytes,
+    )
     arguments = {"output": str(output), "val_fraction": config.val_fraction, "pattern": config.pattern}
     arguments["skip_damaged"] = config.skip_bad_files
     figures: Counter[str] = Counter()

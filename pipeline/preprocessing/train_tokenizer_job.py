@@ -8,6 +8,7 @@ again from the start.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -18,7 +19,6 @@ from pipeline.dataset.dataset import TOKENIZER_NAME, save_tokenizer
 from pipeline.errors import UserError
 from pipeline.preprocessing import resume_state
 from pipeline.preprocessing.data_job import log_figures, log_files, report_json, run_job, tokenizer_input
-from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.preprocessing.tokenizer_training import TrainingReport, learn
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
@@ -34,33 +34,26 @@ def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflo
     """
     config = dataclasses.replace(config, source=resolve_source(config.source))
 
-    def find(output: Folder) -> TrainingReport | None:
-        return _find_report(config, output)
-
-    def make(output: Folder) -> TrainingReport:
-        return train_into(config, output)
-
-    def track(output: Folder, report: TrainingReport, tracker: Tracker) -> None:
-        _track(config, output, report, tracker)
-
-    return run_job(config, "train_tokenizer", find=find, make=make, track=track)
+    return run_job(
+        config,
+        "train_tokenizer",
+        TrainingReport,
+        is_done=functools.partial(_is_done, config),
+        make=functools.partial(train_into, config),
+        track=functools.partial(_track, config),
+    )
 
 
-def _find_report(config: TrainTokenizerConfig, output: Folder) -> TrainingReport | None:
+def _is_done(config: TrainTokenizerConfig, output: Folder) -> bool:
     names = (TOKENIZER_NAME, SUMMARY_FILE)
-    if resume_state.is_complete(output, config.source, _settings_of(config), names=names):
-        return TrainingReport(**json.loads(output.read(SUMMARY_FILE)))
     if resume_state.read_run(output) is None and any(output.size(name) is not None for name in names):
         raise UserError(f"output folder {output} holds files of unknown origin; choose another --output")
-    return None
+    return resume_state.is_complete(output, config.source, _settings_of(config), names=names)
 
 
 def train_into(config: TrainTokenizerConfig, output: Folder) -> TrainingReport:
     """Train, and write both files to ``output``. Ray must be initialised by the caller."""
-    source = resume_state.find_source(config.source, output)
-    inputs = tuple(source.inputs)
-    record = RunRecord(source=config.source, pinned=source.pinned, settings=_settings_of(config), inputs=inputs)
-    resume_state.claim(output, record)
+    source, _ = resume_state.begin(output, config.source, _settings_of(config))
     for name in (SUMMARY_FILE, TOKENIZER_NAME):
         output.delete(name)  # left by a run that ended between the two
     tokenizer, report = learn(config, source, output)
@@ -86,5 +79,5 @@ def _track(config: TrainTokenizerConfig, output: Folder, report: TrainingReport,
         context="data",
     )
     tracker.log_inputs([data, tokenizer_input(output, report.fingerprint)])
-    log_figures(tracker, report, {"megabytes_per_second": report.megabytes_per_second})
+    log_figures(tracker, report, megabytes_per_second=report.megabytes_per_second)
     log_files(tracker, output, TOKENIZER_NAME)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +75,6 @@ def find_token_files(source: str, flag: str) -> tuple[str | None, list[TokenFile
     if not chosen:
         raise UserError(f"no {_SUFFIX} file matches {flag} {source}; correct the pattern")
     return pinned, chosen
-
-
-def for_split(file: TokenFile, split: str) -> TokenFile:
-    """The same file with a name that says its split, since both sources may have a file of one name."""
-    return dataclasses.replace(file, input=dataclasses.replace(file.input, name=f"{split}: {file.input.name}"))
 
 
 def _local_files(source: str) -> list[TokenFile]:
