@@ -31,11 +31,12 @@ from model.optimizer import clip_by_norm, local_squared_norm
 from model.transformer import Transformer, init_weights
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.shards import write_shard
+from pipeline.dataset.shards import shard_parts
 from pipeline.distributed.determinism import deterministic
 from pipeline.distributed.fsdp import local_part, parallelize, set_gradient_sync
 from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
+from pipeline.storage.folders import write_atomically
 from pipeline.tokenizer.training import train_bpe
 from pipeline.training.optimizer import build_optimizer, compiles
 from pipeline.training.trainer import Trainer
@@ -162,7 +163,7 @@ def write_random_shards(folder: Path, num_tokens: int, vocab_size: int = 50_257)
     for split, count in (("train", num_tokens), ("val", 5000)):
         tokens = generator.integers(0, vocab_size, count).astype(np.uint16)
         name = f"{split}_000000.bin"
-        digest = write_shard(folder / name, tokens, vocab_size=vocab_size)
+        digest = write_atomically(folder / name, shard_parts(tokens, vocab_size=vocab_size))
         entry = ShardEntry(
             name=name, split=split, tokens=count, documents=1, text_bytes=count, sha256=digest, source="random"
         )

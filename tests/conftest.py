@@ -48,7 +48,8 @@ def shared_folder(name: str) -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as jobs/tokenize.py leaves it: two shards per split of source text, a tokenizer of 512 ids."""
     from pipeline.dataset.manifest import Manifest, ShardEntry
-    from pipeline.dataset.shards import write_shard
+    from pipeline.dataset.shards import shard_parts
+    from pipeline.storage.folders import write_atomically
     from pipeline.tokenizer.training import count_pretokens, train_bpe
 
     folder = tmp_path_factory.mktemp("tiny_data")
@@ -72,7 +73,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ids = [np.array([tokenizer.eot_id, *tokenizer.encode(text)], dtype=np.uint16) for text in chosen]
         tokens = np.concatenate(ids)[: 40_000 if split == "train" else 1_500]
         name = f"{split}_{index:06d}.bin"
-        digest = write_shard(folder / name, tokens, vocab_size=tokenizer.vocab_size)
+        digest = write_atomically(folder / name, shard_parts(tokens, vocab_size=tokenizer.vocab_size))
         size = sum(len(text.encode()) for text in chosen)
         shards.append(
             ShardEntry(

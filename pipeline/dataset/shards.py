@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, LocalFolder, as_folder, in_threads, node_cache, write_atomically
+from pipeline.storage.folders import Folder, LocalFolder, as_folder, in_threads, node_cache
 from pipeline.storage.locks import process_lock
 from pipeline.storage.node_copy import FileEntry, Finding, WrongFileError, fetch
 
@@ -54,11 +54,6 @@ def shard_bytes(num_tokens: int, vocab_size: int) -> int:
 def file_bytes(entry: ShardEntry, vocab_size: int) -> int:
     """Size of the file of a manifest's entry, with its header or without one."""
     return shard_bytes(entry.tokens, vocab_size) - (HEADER_BYTES if entry.headerless else 0)
-
-
-def write_shard(path: Path, tokens: npt.NDArray[Any], *, vocab_size: int) -> str:
-    """Write a shard of ``tokens`` (1-D, unsigned ids below ``vocab_size``) and return its sha256 (hexadecimal)."""
-    return write_atomically(path, shard_parts(tokens, vocab_size=vocab_size))
 
 
 def shard_parts(tokens: npt.NDArray[Any], *, vocab_size: int) -> list[bytes | memoryview]:

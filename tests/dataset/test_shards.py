@@ -22,8 +22,8 @@ from pipeline.dataset.shards import (
     TokenStream,
     open_shard,
     open_split,
+    shard_parts,
     token_dtype,
-    write_shard,
 )
 from pipeline.dataset.verification import verify
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ from tests.support.shards import by_hand, save_folder
 @pytest.mark.parametrize(("vocab_size", "wide"), [(65536, False), (65537, True)])
 def test_bytes_are_those_of_the_format(tmp_path: Path, vocab_size: int, wide: bool) -> None:
     tokens = [0, 1, 65535, 3]
-    digest = write_shard(tmp_path / "a.bin", np.array(tokens), vocab_size=vocab_size)
+    digest = write_atomically(tmp_path / "a.bin", shard_parts(np.array(tokens), vocab_size=vocab_size))
     assert (tmp_path / "a.bin").read_bytes() == by_hand(tokens, wide=wide)
     assert digest == hashlib.sha256(by_hand(tokens, wide=wide)).hexdigest()
     shard = open_shard(tmp_path / "a.bin")
@@ -84,7 +84,7 @@ def test_missing_and_odd_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens", [[1000], [-1], []])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, tokens: list[int]) -> None:
     with pytest.raises(ValueError, match=r"do not fit|holds 1 to"):
-        write_shard(tmp_path / "a.bin", np.array(tokens, dtype=np.int64), vocab_size=1000)
+        write_atomically(tmp_path / "a.bin", shard_parts(np.array(tokens, dtype=np.int64), vocab_size=1000))
     assert not list(tmp_path.iterdir())
 
 
@@ -109,7 +109,7 @@ def test_full_disk(tmp_path: Path) -> None:
         pytest.skip("mounting a tiny disk takes root")
     try:
         with pytest.raises(UserError, match=f"the disk of {tmp_path} is full: a.bin could not be written"):
-            write_shard(tmp_path / "a.bin", np.zeros(100_000, dtype=np.uint16), vocab_size=10)
+            write_atomically(tmp_path / "a.bin", shard_parts(np.zeros(100_000, dtype=np.uint16), vocab_size=10))
         assert not list(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
