@@ -8,6 +8,7 @@ initialised by the caller.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -39,15 +40,12 @@ def run_items(items: Sequence[WorkItem], steps: Stages, config: ReadingConfig, *
     """
     if not items:
         return
-    progress = ItemProgress(title, items)
-    try:
+    with contextlib.closing(ItemProgress(title, items)) as progress:
         for row in _run(items, steps, config):
             row.raise_error()
             figures = row.figures
             progress.add(row.work_item.index, figures["text_bytes"], figures["tokens"], is_last=figures["is_last"])
             yield row
-    finally:
-        progress.close()
 
 
 def run_rows(rows: Sequence[str], stage: Callable[..., Any], arguments: dict[str, Any], config: ReadingConfig) -> None:
