@@ -40,7 +40,8 @@ class PretrainConfig:
     """Folder of the run, with checkpoints and summary; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. A run whose
     folder is given again resumes from its newest checkpoint."""
     checkpoint: str | None = None
-    """Start from the weights of this checkpoint, or of the newest one of another run, instead of random ones."""
+    """Start from these weights instead of random ones: a checkpoint, a run folder (its newest checkpoint), a folder in
+    Hugging Face's format, or hf://OWNER/NAME[@REVISION]. context_length and theta may be other than they were there."""
 
     depth: int | None = None
     """Number of transformer blocks from which the shape of the network, tokens, batch, learning rate and weight decay

@@ -15,7 +15,6 @@ transformers, lm-evaluation-harness and llama.cpp's converter read the folder (t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -28,11 +27,12 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.transformer import Transformer
 from pipeline.errors import UserError
+from pipeline.pretrained import gpt25_layout
+from pipeline.pretrained.folder_config import GPT25, read_model_config
+from pipeline.pretrained.tensor_files import INDEX_FILE, WEIGHTS_FILE, TensorFiles, open_tensors, read_json
 
 CONFIG_FILE = "config.json"
 NOTE_FILE = "gpt25.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -61,6 +61,11 @@ def is_exported(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+def is_published_gpt25(path: Path) -> bool:
+    """Whether the Hugging Face folder ``path`` has the layout of the published GPT-2.5 (gpt25_layout.py)."""
+    return _is_gpt25(read_json(path / CONFIG_FILE))
+
+
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter; no memory is allocated for them."""
     with torch.device("meta"):
@@ -69,32 +74,20 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder.
+    """The shape of the model in a Hugging Face folder, after the headers of its weights were found to agree with it.
 
     Raises:
-        UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions.
+        UserError: a network that is not ours: other architecture, grouped heads, biases, scaled positions; weights that
+            are not those of the config.json.
     """
-    file = path / CONFIG_FILE
-    values = _read_json(file)
-    try:
-        heads, width = values["num_attention_heads"], values["hidden_size"]
-        _refuse_other_networks(file, values, heads, width)
-        rope = values.get("rope_parameters") or {}
-        return ModelConfig(
-            vocab_size=values["vocab_size"],
-            context_length=values["max_position_embeddings"],
-            num_layers=values["num_hidden_layers"],
-            num_heads=heads,
-            d_model=width,
-            d_ff=values["intermediate_size"],
-            theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-            norm_eps=float(values["rms_norm_eps"]),
-            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise UserError(f"{file} has no {error}; give the folder of a LlamaForCausalLM") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file} does not describe a network of ours: {error}") from error
+    values = read_json(path / CONFIG_FILE)
+    config = read_model_config(path / CONFIG_FILE, values)
+    with open_tensors(path) as files:
+        _refuse_larger(path, config, files)
+        _find_tensors(files, config, values)
+        if _is_gpt25(values):
+            gpt25_layout.check_copies(files, gpt25_layout.TensorNames(files, config), config)
+    return config
 
 
 def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -103,12 +96,11 @@ def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]
     Raises:
         UserError: a file is missing or damaged, a tensor is missing, too many or of another shape.
     """
-    shapes = weight_shapes(config)
-    with contextlib.ExitStack() as stack:
-        files = _open_files(path, stack)
-        _refuse_others(path, set(files), {llama_name(name) for name in shapes})
-        for name, shape in shapes.items():
-            yield name, _read_tensor(path, files, name, _real_shape(config, name, shape))
+    values = read_json(path / CONFIG_FILE)
+    with open_tensors(path) as files:
+        for name, theirs in _find_tensors(files, config, values).items():
+            tensor = files.read(theirs)
+            yield name, gpt25_layout.converted(name, tensor, config) if _is_gpt25(values) else tensor
 
 
 def write_weights(
@@ -196,66 +188,42 @@ def generation_config(eot_id: int) -> dict[str, Any]:
 
 def read_note(path: Path) -> dict[str, Any]:
     """Content of gpt25.json of an exported folder; empty for the folder of another project."""
-    return _read_json(path / NOTE_FILE) if (path / NOTE_FILE).is_file() else {}
+    return read_json(path / NOTE_FILE) if (path / NOTE_FILE).is_file() else {}
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _refuse_other_networks(path: Path, values: dict[str, Any], heads: int, width: int) -> None:
-    """Raise a UserError for settings under which transformers would compute another network than ours."""
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    expected: dict[str, tuple[Any, Any]] = {
-        "model_type": (values.get("model_type"), "llama"),
-        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
-        "num_key_value_heads": (values.get("num_key_value_heads") or heads, heads),
-        "head_dim": (values.get("head_dim") or width // heads, width // heads),
-        "attention_bias": (values.get("attention_bias") or False, False),
-        "mlp_bias": (values.get("mlp_bias") or False, False),
-        "rope_type": (rope.get("rope_type") or rope.get("type") or "default", "default"),
-        "quantization_config": (values.get("quantization_config"), None),
-    }
-    for name, (found, needed) in expected.items():
-        if found != needed:
-            raise UserError(f"{path} has {name} {found!r}, but this network is Llama with {name} {needed!r} only")
+def _is_gpt25(values: dict[str, Any]) -> bool:
+    return values.get("model_type") == GPT25
 
 
-def _open_files(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Hugging Face's name of every tensor -> the open file that holds it."""
-    from safetensors import SafetensorError, safe_open
+def _find_tensors(files: TensorFiles, config: ModelConfig, values: dict[str, Any]) -> dict[str, str]:
+    """Our name of every weight, in the model's order -> its name in the files; UserError unless all of them fit."""
+    shapes = {name: _real_shape(config, name, shape) for name, shape in weight_shapes(config).items()}
+    if _is_gpt25(values):
+        found = gpt25_layout.TensorNames(files, config)
+        names, others = found.ours, {*found.tables, found.tied_copy or ""}
+        advice = "give a folder that the published code of GPT-2.5 wrote"
+    else:
+        names = {name: llama_name(name) for name in shapes}
+        # Where the matrices are tied, transformers ignores an lm_head.weight that is there nevertheless, and so do we.
+        others = {"lm_head.weight"}
+        advice = "give the folder of a LlamaForCausalLM without biases or adapters"
+    files.check({names[name]: shape for name, shape in shapes.items()}, others=others, advice=advice)
+    return {name: names[name] for name in shapes}
 
-    names = [WEIGHTS_FILE]
-    if (path / INDEX_FILE).is_file():
-        names = sorted(set(_read_json(path / INDEX_FILE)["weight_map"].values()))
-    found: dict[str, Any] = {}
-    for name in names:
-        try:
-            file = stack.enter_context(safe_open(path / name, framework="pt"))
-        except (OSError, SafetensorError) as error:
+
+def _refuse_larger(path: Path, config: ModelConfig, files: TensorFiles) -> None:
+    """Raise a UserError for a config far beyond its files, before so much as the shapes of its network are built."""
+    limits = dict.fromkeys(("vocab_size", "d_model", "d_ff"), files.most_elements) | {"num_layers": len(files.shapes)}
+    for name, most in limits.items():
+        if (asked := getattr(config, name)) > most:
             raise UserError(
-                f"the weights {path / name} cannot be read ({error}); export or fetch them again"
-            ) from error
-        found.update(dict.fromkeys(file.keys(), file))
-    return found
-
-
-def _refuse_others(path: Path, found: set[str], needed: set[str]) -> None:
-    # Where the matrices are tied, transformers ignores an lm_head.weight that is there nevertheless, and so do we.
-    others = sorted(found - needed - {"lm_head.weight"})
-    missing = sorted(needed - found)
-    if missing or others:
-        what = f"lacks the tensor {missing[0]}" if missing else f"has the tensor {others[0]}, which is not ours"
-        raise UserError(f"{path} {what}; give the folder of a LlamaForCausalLM without biases or adapters")
-
-
-def _read_tensor(path: Path, files: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    tensor: Tensor = files[llama_name(name)].get_tensor(llama_name(name))
-    if tuple(tensor.shape) != shape:
-        raise UserError(
-            f"{path} has {llama_name(name)} of shape {tuple(tensor.shape)}, but its {CONFIG_FILE} asks for {shape}"
-        )
-    return tensor
+                f"{path / CONFIG_FILE} describes a network with {name} {asked:,}, for which the weights beside it are "
+                "far too small; fetch the folder again"
+            )
 
 
 def _real_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -297,13 +265,3 @@ def _write_header(file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: 
 def _write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
     bits = tensor.to(dtype).contiguous().view(torch.int32 if dtype.itemsize == 4 else torch.int16)
     file.write(bits.numpy().data)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); export or fetch the folder again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; export or fetch the folder again")
-    return values

@@ -81,7 +81,7 @@ class Run:
     """The run's journal up to the step of the checkpoint."""
     mlflow_run_id: str | None = None
     old_card: str | None = None
-    """README.md of an exported folder that is exported again."""
+    """README.md of a folder in Llama's layout that is exported again."""
 
     @property
     def losses(self) -> dict[int, float]:
@@ -93,7 +93,8 @@ def read_run(source: ModelSource) -> Run:
     """Read everything that the checkpoint and its run folder say; nothing is asked of MLflow."""
     if huggingface.is_exported(source.path):
         card = source.path / CARD_FILE
-        return Run(old_card=card.read_text(encoding="utf-8") if card.is_file() else None)
+        is_kept = card.is_file() and not huggingface.is_published_gpt25(source.path)  # that one speaks of its own code
+        return Run(old_card=card.read_text(encoding="utf-8") if is_kept else None)
     description = read_description(as_folder(source.path))
     info = description.info
     known = Run(info=info, versions=description.versions, manifest=_read_manifest(resolve_output(info.data), info))

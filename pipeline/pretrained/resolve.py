@@ -70,7 +70,9 @@ def resolve_model(text: str) -> ModelSource:
     if text.startswith("hf://"):
         path = hub_models.download(text)
         if not huggingface.is_exported(path):
-            raise UserError(f"{text} has no {huggingface.CONFIG_FILE}; give the address of a LlamaForCausalLM")
+            raise UserError(
+                f"{text} has no {huggingface.CONFIG_FILE}; give the address of a model that is a Llama or a GPT-2.5"
+            )
         return ModelSource(address=str(path), path=path, run_folder=None)
     if text.startswith(mlflow_registry.SCHEMES):
         text = mlflow_registry.find_model(text, working_folder())

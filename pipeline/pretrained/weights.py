@@ -16,7 +16,13 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.transformer import Transformer
 from pipeline.checkpoints import reader as checkpoint_reader
+from pipeline.checkpoints.metadata import TOKENIZER_FILE
+from pipeline.errors import UserError
 from pipeline.pretrained import huggingface
+from pipeline.tokenizer.bpe import Tokenizer
+
+_FREE = ("context_length", "theta")
+"""Fields of ModelConfig that no tensor depends on."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -33,6 +39,40 @@ def read_progress(path: Path) -> dict[str, Any]:
         return {"step": note.get("step"), "tokens_seen": note.get("tokens_seen")}
     info = checkpoint_reader.read_info(path)
     return {"step": info.step, "tokens_seen": info.tokens_seen}
+
+
+def check_fits(path: Path, expected: ModelConfig, tokenizer_fingerprint: str) -> str:
+    """Check that training can go on from the weights in ``path`` with a model ``expected`` and such a tokenizer.
+
+    Returns:
+        What is not as it was there, context_length and theta at most, for messages; empty where all is the same.
+
+    Raises:
+        UserError: another shape, whose first differing field is named, or another tokenizer.
+    """
+    found, asked = read_model_config(path).to_dict(), expected.to_dict()
+    if found["vocab_size"] != asked["vocab_size"]:
+        raise UserError(
+            f"{path} holds a model of {found['vocab_size']:,} ids, but the tokenizer of --data has "
+            f"{asked['vocab_size']:,}; make the data with --tokenizer {path / TOKENIZER_FILE}, or start without "
+            "--checkpoint"
+        )
+    free = {name: asked[name] for name in _FREE}
+    checkpoint_reader.check_shape(str(path), found | free, expected, otherwise="start without --checkpoint")
+    if _tokenizer_fingerprint(path) != tokenizer_fingerprint:
+        raise UserError(
+            f"the weights in {path} know the ids of another tokenizer than that of --data; make the data with "
+            f"--tokenizer {path / TOKENIZER_FILE}, or start without --checkpoint"
+        )
+    return ", ".join(
+        f"{name} {value:,} instead of {found[name]:,}" for name, value in free.items() if value != found[name]
+    )
+
+
+def _tokenizer_fingerprint(path: Path) -> str:
+    if huggingface.is_exported(path):
+        return Tokenizer.from_file(path / TOKENIZER_FILE).fingerprint
+    return checkpoint_reader.read_info(path).tokenizer_fingerprint
 
 
 def load_weights(path: Path, model: Transformer) -> None:

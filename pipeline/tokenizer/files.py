@@ -265,7 +265,7 @@ def _refuse_other_settings(path: Path | str, content: dict[str, Any], model: dic
     if problem:
         found.append(problem)
     for name in ("post_processor", "decoder"):
-        if content.get(name) is not None and _name(content[name]) != "ByteLevel":
+        if content.get(name) is not None and _name(content[name]) != "ByteLevel" and not _adds_nothing(content[name]):
             found.append(f"the {name} {_name(content[name])}")
     if found or pattern is None:
         raise UserError(
@@ -273,6 +273,14 @@ def _refuse_other_settings(path: Path | str, content: dict[str, Any], model: dic
             "only (pre-tokenizer ByteLevel with add_prefix_space false, or Split and ByteLevel, and no normalizer)"
         )
     return pattern
+
+
+def _adds_nothing(part: Any) -> bool:
+    """Whether a part is the template that transformers 5 writes for GPT-2: the ids of the text, and no others."""
+    if _name(part) != "TemplateProcessing":
+        return False
+    sequences = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+    return bool(part.get("single") == sequences[:1] and part.get("pair") in (None, sequences))
 
 
 def _pattern(pre_tokenizer: Any) -> tuple[Pattern | None, str]:

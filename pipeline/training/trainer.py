@@ -17,7 +17,7 @@ import torch
 from model.optimizer import clip_by_norm, local_squared_norm
 from model.transformer import Transformer, init_weights
 from pipeline.checkpoints.metadata import CheckpointInfo
-from pipeline.checkpoints.reader import check_shape, local_checkpoint, open_newest, read_tensors
+from pipeline.checkpoints.reader import local_checkpoint, open_newest, read_tensors
 from pipeline.checkpoints.writer import CheckpointWriter, training_state
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
@@ -272,8 +272,9 @@ class Trainer:
         if found is None:
             if given := self.config.checkpoint:
                 path = local_checkpoint(given) if in_bucket(given) else Path(given)
-                found_shape = weights.read_model_config(path).to_dict()
-                check_shape(str(path), found_shape, self.model_config, otherwise="start without --checkpoint")
+                changed = weights.check_fits(path, self.model_config, self.manifest.tokenizer_fingerprint)
+                if changed and self.workers.is_rank_zero:
+                    logger.info("from the weights of %s, with %s", path, changed)
                 weights.load_weights(path, self.model)
             return 0
         info = found.info

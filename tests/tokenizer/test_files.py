@@ -203,6 +203,25 @@ def test_what_else_the_file_of_llama_3_does_is_refused_by_name(tmp_path: Path) -
     assert expected in str(caught.value)
 
 
+def test_the_template_of_transformers_5_is_read_as_it_adds_nothing(trained: Tokenizer, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    trained.save(tmp_path / "tokenizer.json")
+    theirs = HuggingFaceTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.post_processor = TemplateProcessing(single="$0", pair="$A:0 $B:1", special_tokens=[])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert ours.fingerprint == trained.fingerprint
+    assert ours.encode("It's a test") == theirs.encode("It's a test").ids
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    content["post_processor"]["single"].insert(0, first)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="the post_processor TemplateProcessing"):
+        Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
 # --- files that are refused ------------------------------------------------------------------------------------------
 
 
