@@ -69,7 +69,7 @@ def read_model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         UserError: it is another network than ours, or a setting is missing, contradicts another or is no number.
     """
     name = values.get("model_type")
-    if name not in _KINDS:
+    if not isinstance(name, str) or name not in _KINDS:
         raise UserError(f"{path} has model_type {name!r}, but this project reads {', '.join(_KINDS)} only")
     kind, rope = _KINDS[name], _rope(path, values)
     settings = {each: _setting(path, values, rope, kind, each) for each in _NAMES}
@@ -122,9 +122,9 @@ def _refuse_other_networks(
         "sliding_window": (window, None),
         "quantization_config": (values.get("quantization_config"), None),
     }
-    for index, layer in enumerate(values.get("layer_types") or ()):
-        if layer != "full_attention":
-            expected["layer_types"] = (f"{layer} of layer {index}", "full_attention")
+    layers = values.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        expected["layer_types"] = (layers, "full_attention")
     for name, (found, needed) in expected.items():
         if found != needed:
             raise UserError(
