@@ -51,6 +51,9 @@ ROOMS["serving"] = {
 }
 ROOMS["evaluation"] = set(ROOMS) - {"sources", "remote", "preprocessing", "serving"}
 ROOMS["training"] = set(ROOMS) - {"sources", "remote", "preprocessing", "serving"}
+ROOMS["sweep"] = {
+    *("errors", "storage", "paths", "config", "run_files", "distributed", "tracking", "cluster", "training"),
+}
 
 MORE_FOR: dict[str, set[str]] = {
     "pretrained.export_job": {"config", "dataset", "generation"},
@@ -67,6 +70,7 @@ LESS_FOR: dict[str, set[str]] = {
 ONLY_IN = {
     "ray.data": {"preprocessing.ray_dataflow"},
     "ray.train": {"training.launch", "cluster.workers", "cluster.worker_group"},
+    "ray.tune": {"sweep.early_stopping", "sweep.trainable", "sweep.tuning"},
     "ray.serve": {"serving.serve_job"},
     "ray.util.metrics": {"tracking.ray_metrics"},
     "mlflow": {

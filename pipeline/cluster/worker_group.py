@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
 from pipeline.cluster import rendezvous
@@ -113,6 +114,19 @@ def _connect(worker_group: Any, config: WorkerGroupConfig) -> None:
         for rank in range(len(worker_group))
     ]
     ray.get(joins)
+
+
+def pass_on_address(address: str) -> None:
+    """Tell Ray Train's own processes which cluster they belong to, where this process may be killed.
+
+    Then Ray Train frees the places of its workers. The process that does so asks the cluster's dashboard, and does not
+    find it by itself where several clusters run on one machine.
+
+    Args:
+        address: the address of the cluster that this process has joined, HOST:PORT.
+    """
+    os.environ.setdefault("RAY_ADDRESS", address)
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def _import_module(name: str) -> None:

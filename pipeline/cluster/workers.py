@@ -103,12 +103,17 @@ Worker = Callable[[SettingsT, SharedFiles], ResultT]
 
 
 def run_workers(
-    worker: Worker[SettingsT, ResultT], settings: SettingsT, group: GroupSettings, folder: Folder
+    worker: Worker[SettingsT, ResultT],
+    settings: SettingsT,
+    group: GroupSettings,
+    folder: Folder,
+    files: SharedFiles | None = None,
 ) -> ResultT:
     """Run ``worker`` on all workers of one process group; returns the result of rank 0.
 
     Args:
         folder: a folder that every worker sees, for the shared files.
+        files: the shared files, where another process is to ask the workers to stop.
 
     Raises:
         UserError: raised by a worker, or the cluster cannot hold the workers, or they fail too often.
@@ -118,7 +123,7 @@ def run_workers(
     ray_cluster.connect(num_cpus=max(fewest, os.cpu_count() or 1))
     use_gpu = choose_gpu(group)
     ray_cluster.require(num_workers=fewest, gpus=use_gpu)
-    files = SharedFiles(folder=str(folder))
+    files = files or SharedFiles(folder=str(folder))
     with _environment(_ray_train_settings(elastic=fewest < most)):
         try:
             outcome = _fit_until_done(worker, settings, group, files, use_gpu=use_gpu)

@@ -28,7 +28,17 @@ _WHOLE = (int, int | None, int | Literal["auto"] | None)
 _NO_NUMBER = re.compile(r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[(.*)\]")
 _SCIENTIFIC = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
-SECTIONS = ("tokenize", "train_tokenizer", "import_shards", "pretrain", "evaluate", "generate", "export", "serve")
+SECTIONS = (
+    "tokenize",
+    "train_tokenizer",
+    "import_shards",
+    "pretrain",
+    "evaluate",
+    "generate",
+    "export",
+    "serve",
+    "sweep",
+)
 
 
 def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str], *, program: str) -> ConfigT:
@@ -41,10 +51,33 @@ def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str],
     preset = load_preset(path, section, config_class) if path else {}
     if preset and not flags:
         try:
-            return _parse_flags(config_class, _as_flags(preset), program)
+            return parse_flags(config_class, as_flags(preset), program)
         except UserError as error:
             raise UserError(f"{path}, section {section}: {error}") from error
-    return _parse_flags(config_class, [*_as_flags(preset), *flags], program)
+    return parse_flags(config_class, [*as_flags(preset), *flags], program)
+
+
+def resolve_with_rest(
+    config_class: type[ConfigT], section: str, arguments: Sequence[str], *, rest: tuple[type[Any], str], program: str
+) -> tuple[ConfigT, list[str]]:
+    """Fill ``config_class`` as resolve does; what is not its own goes to another class, as flags for parse_flags.
+
+    Args:
+        rest: the other class and its section of the preset. Keys there that ``config_class`` has too are left out.
+
+    Raises:
+        UserError: a mistake, a name among them that neither class has.
+    """
+    path, flags = _split_config_flag(list(arguments))
+    own, names = _names(config_class), _names(rest[0])
+    preset = load_preset(path, section, config_class) if path else {}
+    shared = load_preset(path, rest[1], rest[0]) if path else {}
+    config, left = _parse_known(config_class, [*as_flags(preset), *flags], program)
+    for flag in left:
+        name = _name_of(flag)
+        if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
+            raise _unknown(flag, [*own, *names, "config"], program)
+    return config, [*as_flags({name: value for name, value in shared.items() if name not in own}), *left]
 
 
 def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -79,7 +112,7 @@ def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, 
         if name not in SECTIONS:
             raise UserError(f"preset {path}: unknown section {name!r}{_nearest(name, SECTIONS)}")
     values: dict[str, Any] = document.get(section, {})
-    names = [field.name for field in dataclasses.fields(config_class)]
+    names = _names(config_class)
     for name in values:
         if name not in names:
             raise UserError(f"preset {path}, section {section}: unknown key {name!r}{_nearest(str(name), names)}")
@@ -92,7 +125,8 @@ def _on_or_off(value: Any, hint: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) and "on" in get_args(hint) else value
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """The values as flags: --name value, --name or --no_name."""
     flags: list[str] = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -104,7 +138,31 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _parse_flags(config_class: type[ConfigT], flags: list[str], program: str) -> ConfigT:
+def parse_flags(config_class: type[ConfigT], flags: Sequence[str], program: str) -> ConfigT:
+    """Fill ``config_class`` from flags alone; of a flag that is there twice the last one counts."""
+    config, unknown = _parse_known(config_class, list(flags), program)
+    if unknown:
+        raise _unknown(unknown[0], [*_names(config_class), "config"], program)
+    return config
+
+
+def _unknown(argument: str, known: Sequence[str], program: str) -> UserError:
+    kind = "flag" if argument.startswith("-") else "argument"
+    return UserError(
+        f"unknown {kind} {argument}{_nearest(_name_of(argument), known)}; {program} --help lists the flags"
+    )
+
+
+def _name_of(flag: str) -> str:
+    return flag.lstrip("-").split("=")[0].replace("-", "_")
+
+
+def _names(config_class: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(config_class)]
+
+
+def _parse_known(config_class: type[ConfigT], flags: list[str], program: str) -> tuple[ConfigT, list[str]]:
+    """The config, and the flags with their values that are none of its."""
     import tyro  # heavy for the workers, which never parse
 
     messages = io.StringIO()
@@ -121,20 +179,18 @@ def _parse_flags(config_class: type[ConfigT], flags: list[str], program: str) ->
         if not stop.code:
             raise
         raise UserError(f"{_first_sentence(messages.getvalue())}; {program} --help lists the flags") from None
-    if unknown:
-        names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        kind = "flag" if unknown[0].startswith("-") else "argument"
-        raise UserError(
-            f"unknown {kind} {unknown[0]}{_nearest(name, [*names, 'config'])}; {program} --help lists the flags"
-        )
-    return config
+    return config, unknown
+
+
+def is_whole(config_class: type[Any], name: str) -> bool:
+    """Whether the field ``name`` takes whole numbers."""
+    return get_type_hints(config_class)[name] in _WHOLE
 
 
 def _with_plain_numbers(config_class: type[Any], flags: list[str]) -> list[str]:
     """The same flags, with 2e9 written out where a whole number is expected."""
     hints = get_type_hints(config_class)
-    whole = {field.name for field in dataclasses.fields(config_class) if hints[field.name] in _WHOLE}
+    whole = {name for name in _names(config_class) if hints[name] in _WHOLE}
     plain, name = [], ""
     for flag in flags:
         before, _, after = flag.rpartition("=")

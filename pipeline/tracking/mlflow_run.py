@@ -42,7 +42,14 @@ class MLflowRun:
 
 
 def open_run(
-    *, tracking_uri: str | None, experiment: str, folder: Folder, working_folder: Path, job: str, reopen: bool = True
+    *,
+    tracking_uri: str | None,
+    experiment: str,
+    folder: Folder,
+    working_folder: Path,
+    job: str,
+    reopen: bool = True,
+    parent: str | None = None,
 ) -> MLflowRun:
     """The MLflow run that belongs to ``folder``: the one recorded in mlflow_run.json, or a new one.
 
@@ -52,6 +59,7 @@ def open_run(
         working_folder: folder of the sqlite store and its artifacts.
         job: name of the job, for instance "pretrain", which becomes a tag.
         reopen: mark a run that exists as running again.
+        parent: id of the run that a new one is shown under.
 
     Raises:
         UserError: the store does not answer, and no run of it is recorded in ``folder``.
@@ -66,6 +74,8 @@ def open_run(
             return recorded
         experiment_id = _experiment_id(client, experiment, working_folder)
         tags = {"mlflow.runName": folder.url.rpartition("/")[2], "job": job, "mlflow.source.name": f"jobs/{job}.py"}
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
     except mlflow_errors() as error:
         if recorded is not None and recorded.experiment_id:

@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class MLflowTracker(Tracker):
             end: the journal is then a temporary file, and entries that cannot be sent are lost with the process.
         registered_model: name to register the best checkpoint under, with the alias "best"; None registers none.
         sample_system: log CPU, memory and GPU figures of this node (system/...) every few seconds.
+        write_pages: writes the report of a finished run into its folder, and returns the names of the files.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class MLflowTracker(Tracker):
         *,
         registered_model: str | None = None,
         sample_system: bool = False,
+        write_pages: Callable[[Folder, Iterable[Entry]], list[str]] = write_pages,
     ) -> None:
         self.run, self.folder = run, folder
+        self._page_writer = write_pages
         self.journal = Journal(folder)
         self.uploader = JournalUploader(run, self.journal, registered_model)
         self.journal.append("start")
@@ -130,7 +133,7 @@ class MLflowTracker(Tracker):
 
     def _write_pages(self, folder: Folder) -> None:
         try:
-            names = write_pages(folder, (entry for entry, _ in self.journal.read(0)))
+            names = self._page_writer(folder, (entry for entry, _ in self.journal.read(0)))
         except (UserError, ValueError, LookupError, TypeError) as error:  # must not fail a finished run
             logger.warning("the report could not be written: %s", error)
             return

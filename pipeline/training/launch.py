@@ -36,10 +36,17 @@ class WorkerSettings:
     output: str
     """Address of the run folder."""
     run: MLflowRun
+    shows_progress: bool = True
 
 
-def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
+def pretrain(
+    config: PretrainConfig, files: SharedFiles | None = None, *, shows_progress: bool = True
+) -> tuple[RunSummary, MLflowRun]:
     """Train as ``config`` says, on the cluster; returns at once if this run is done already.
+
+    Args:
+        files: the shared files of the workers, where another process is to ask them to stop.
+        shows_progress: send the progress lines of rank 0 to the driver.
 
     Raises:
         RunStopped: SIGTERM or Ctrl-C asked for the end, and a checkpoint is saved.
@@ -47,10 +54,12 @@ def pretrain(config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
     """
     data, output = resolve_output(config.data), resolve_output(config.output)
     with exclusive_output(output):
-        return _pretrain_alone(config, data, output)
+        return _pretrain_alone(config, data, output, files, shows_progress)
 
 
-def _pretrain_alone(config: PretrainConfig, data: Folder, output: Folder) -> tuple[RunSummary, MLflowRun]:
+def _pretrain_alone(
+    config: PretrainConfig, data: Folder, output: Folder, files: SharedFiles | None, shows_progress: bool
+) -> tuple[RunSummary, MLflowRun]:
     summary = finished_summary(config, data=data, output=output)
     output.make()
     run = open_run(
@@ -69,8 +78,8 @@ def _pretrain_alone(config: PretrainConfig, data: Folder, output: Folder) -> tup
         config = replace(config, checkpoint=str(found or resolve_checkpoint(config.checkpoint)))
     if config.hellaswag:  # the file may be on this machine only
         config = replace(config, hellaswag=copy_questions(find_questions(config.hellaswag), output))
-    settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run)
-    return run_workers(pretrain_worker, settings, group_settings(config), output), run
+    settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress)
+    return run_workers(pretrain_worker, settings, group_settings(config), output, files), run
 
 
 def group_settings(config: PretrainConfig) -> GroupSettings:
@@ -90,7 +99,7 @@ def pretrain_worker(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     """Run the trainer in this worker."""
     config = settings.config
     workers = init_distributed(config.device, deterministic=config.deterministic == "on")
-    show_progress(workers.is_rank_zero)
+    show_progress(workers.is_rank_zero and settings.shows_progress)
     output = open_folder(settings.output)
     tracker = _tracker(settings, output) if workers.is_rank_zero else Tracker()
     stop_watcher = FileWatcher(lambda: workers.is_rank_zero and files.stop_requested())

@@ -14,6 +14,7 @@ import pytest
 from pipeline.config.command_line import SECTIONS, resolve
 from pipeline.config.data import ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
+from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import PretrainConfig
 
 CONFIGS: dict[str, type[Any]] = {
@@ -25,6 +26,7 @@ CONFIGS: dict[str, type[Any]] = {
     "generate": GenerateConfig,
     "export": ExportConfig,
     "serve": ServeConfig,
+    "sweep": SweepConfig,
 }
 FLAGS = [
     pytest.param(section, field.name, id=f"{section}-{field.name}")
