@@ -25,6 +25,7 @@ from pipeline.config.settings import to_dict
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.sweep.trials import Trial
+from pipeline.tracking.journal import read_journal
 from pipeline.tracking.run_history import RunHistory
 
 PLAN_FILE, RESULTS_FILE, TABLE_FILE = "plan.json", "results.json", "results.csv"
@@ -123,7 +124,7 @@ def write_results(output: Folder, results: Sequence[Result]) -> None:
 
 def val_losses(output: Folder, name: str) -> list[tuple[int, float]]:
     """Steps and val losses that a trial has logged, by step."""
-    history = RunHistory.from_folder(open_folder(f"{output}/{name}"))
+    history = RunHistory.from_journal(read_journal(open_folder(f"{output}/{name}")))
     return sorted(history.metrics["val/loss"].items())
 
 

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.storage.folders import open_folder
 from pipeline.sweep import sweep_job
 from pipeline.sweep.trials import plan_trials
+from pipeline.tracking.journal import read_journal
 from pipeline.tracking.run_history import RunHistory
 from pipeline.training import launch
 from tests.support.factories import tiny_config
@@ -47,7 +48,7 @@ def flags(config: PretrainConfig) -> list[str]:
 
 
 def losses(run_folder: Path) -> dict[str, dict[int, float]]:
-    history = RunHistory.from_folder(open_folder(run_folder))
+    history = RunHistory.from_journal(read_journal(open_folder(run_folder)))
     return {name: history.metrics[name] for name in ("train/loss", "val/loss")}
 
 

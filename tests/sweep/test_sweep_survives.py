@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from playwright.sync_api import expect, sync_playwright
 
 from pipeline.storage.folders import open_folder
+from pipeline.tracking.journal import read_journal
 from pipeline.tracking.run_history import RunHistory
 from tests.support.mlflow_server import serve
 
@@ -79,7 +80,7 @@ class Job:
 
     def steps(self, index: int) -> int:
         """Steps that the trial has logged."""
-        history = RunHistory.from_folder(open_folder(self.output / f"trial-{index:03d}"))
+        history = RunHistory.from_journal(read_journal(open_folder(self.output / f"trial-{index:03d}")))
         return max(history.metrics.get("train/loss", {0: 0.0}))
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
@@ -147,8 +148,8 @@ def check_bits(job: Job, indexes: list[int], data: Path) -> None:
         output = f"clean-{index}"
         command = [sys.executable, str(ROOT / "jobs/pretrain.py"), *job.flags, *varied, f"--output={output}"]
         subprocess.run([*command, "--experiment=clean"], env=job.environment, check=True, capture_output=True)
-        ours = RunHistory.from_folder(open_folder(job.output / f"trial-{index:03d}")).metrics
-        clean = RunHistory.from_folder(open_folder(job.home / output)).metrics
+        ours = RunHistory.from_journal(read_journal(open_folder(job.output / f"trial-{index:03d}"))).metrics
+        clean = RunHistory.from_journal(read_journal(open_folder(job.home / output))).metrics
         assert len(clean["train/loss"]) == STEPS
         for name in ("train/loss", "val/loss", "train/grad_norm"):
             assert ours[name] == clean[name], (index, name)
