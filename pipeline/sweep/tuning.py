@@ -118,6 +118,7 @@ def build_tuner(
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns of files that it was told not to write
     # Not in param_space, which Ray shows to everyone: MLflow's address may hold a password.
     trainable = tune.with_parameters(TrialProcess, jobs=dict(desk.jobs), environment=environment)
+    trainable.__qualname__ = TrialProcess.__name__  # the name that Ray shows of its processes
     return tune.Tuner(
         trainable,
         param_space={"trial": tune.grid_search(list(desk.jobs))},
