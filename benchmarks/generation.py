@@ -25,7 +25,7 @@ from model.batching import Batch, Request
 from model.config import ModelConfig
 from model.decoding import Decoder
 from model.transformer import Transformer, init_weights
-from pipeline.pretrained.huggingface import llama_config, llama_name
+from pipeline.pretrained.huggingface import config_values, llama_name
 
 SHAPE = ModelConfig(vocab_size=50_257, context_length=1024, num_layers=12, num_heads=12, d_model=768, d_ff=2048)
 PROMPT_TOKENS = 32
@@ -33,7 +33,7 @@ PROMPT_TOKENS = 32
 
 def peer(model: Transformer, dtype: torch.dtype) -> Any:
     """transformers' Llama with the same weights and its fastest attention; no token ends a text."""
-    values = llama_config(model.config, dtype=dtype, eot_id=0)
+    values = config_values(model.config, dtype=dtype, eot_id=0)
     theirs = LlamaForCausalLM._from_config(LlamaConfig(**values), attn_implementation="sdpa").to(dtype)
     vocab_size = model.config.vocab_size
     weights = {

@@ -15,6 +15,11 @@ from typing import Any
 VOCAB_MULTIPLE = 64
 """Embedding rows come in multiples of this: matrix products of odd width miss the fast tensor-core tiles."""
 
+INIT_STD = 0.02
+"""Standard deviation of every matrix at the start, as in GPT-2."""
+FAN_IN_GAIN = 3**-0.5
+"""Times 1/sqrt(columns): the standard deviation of a uniform draw from +-1/sqrt(columns), torch's own for a Linear."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -38,6 +43,8 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = True
     """Use the embedding matrix as output projection too."""
+    qk_norm: bool = False
+    """Norm each head's query and key, each with weights of its own, before their rotation: Qwen3's network."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff"):
@@ -78,7 +85,7 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Trainable numbers of the network; padding rows are left out, a tied matrix is counted once."""
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        norms = (2 * self.num_layers + 1) * self.d_model
+        norms = (2 * self.num_layers + 1) * self.d_model + (2 * self.num_layers * self.head_dim if self.qk_norm else 0)
         return embeddings + self.num_layers * self._matrix_parameters_per_block + norms
 
     @property
@@ -107,3 +114,16 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values: ModelConfig(**config.to_dict()) == config."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """How the weights are drawn; the defaults are GPT-2's."""
+
+    std: float | None = INIT_STD
+    """Of the blocks' matrices and of an output matrix of its own; None: 0.577 / sqrt(columns) of each."""
+    embedding_std: float = INIT_STD
+    zero_projections: bool = False
+    """Projections back into the residual stream start at zero: each block begins as the identity."""
+    zero_output: bool = False
+    """An output matrix of its own starts at zero: the first loss is ln(vocab_size)."""

@@ -228,6 +228,9 @@ class _Layer:
         attention_norm = _Norm(block.attention_norm.weight, config.norm_eps)
         feed_forward_norm = _Norm(block.feed_forward_norm.weight, config.norm_eps)
         queries, keys = (_paired(each.weight, config) for each in (attention.q_proj, attention.k_proj))
+        self.qk_norm = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            self.qk_norm = _HeadNorm([attention.q_norm.weight, attention.k_norm.weight], config)
         self.qkv = _NormedMatrix(attention_norm, [queries, keys, attention.v_proj.weight], dtype, texts)
         self.o = _Matrix([attention.o_proj.weight], dtype, texts)
         gate_up = [feed_forward.gate_proj.weight, feed_forward.up_proj.weight]
@@ -241,7 +244,7 @@ class _Layer:
     def read(self, x: Tensor, memory: Tensor, turn: Tensor) -> Tensor:
         """Whole prompts x (B, T, D), changed in place; keys and values go to memory (2, B, H, T, K)."""
         joined = _Joined(self.qkv(x).float(), self.num_heads)
-        joined.turned.mul_(turn)
+        self._turn(joined, turn)
         memory.copy_(joined.keys_values.transpose(2, 3))
         queries = joined.heads[:, :, 0].transpose(1, 2).to(self.dtype)  # (B, H, T, K)
         mixed = F.scaled_dot_product_attention(queries, memory[0], memory[1], is_causal=True)
@@ -257,7 +260,7 @@ class _Layer:
         else:
             joined = scratch.joined
             self.qkv.into(joined.values, x)
-        joined.turned.mul_(now.turn)
+        self._turn(joined, now.turn)
         if now.places is None:
             memory.select(3, -1).copy_(joined.keys_values)
         else:
@@ -275,6 +278,12 @@ class _Layer:
             hidden = torch.sigmoid(gate, out=scratch.hidden)
         self.down.add_to(x, hidden.mul_(gate).mul_(up))
         return x
+
+    def _turn(self, joined: _Joined, turn: Tensor) -> None:
+        """Queries and keys, normed where the network does so, to their positions; in place."""
+        if self.qk_norm is not None:
+            self.qk_norm(joined.heads[..., :2, :, :])
+        joined.turned.mul_(turn)
 
 
 class _Norm:
@@ -296,6 +305,22 @@ class _Norm:
     def scaled(self, x: Tensor) -> Tensor:
         """x / sqrt(|x|^2 + D eps): without the weights."""
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._least)
+
+
+class _HeadNorm:
+    """layers.RMSNorm of each head's query and key, (..., 2, H, K) float32, in place.
+
+    Args:
+        weights: q_norm's and k_norm's, (K,) each; they are put into the order of _paired.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], config: ModelConfig) -> None:
+        pairs = torch.stack([_copy(each, torch.float32) for each in weights]).unflatten(-1, (2, -1))
+        self.weight = pairs.transpose(-2, -1).flatten(-2)[:, None]  # (2, 1, K)
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Tensor) -> None:
+        x.mul_(torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)).mul_(self.weight)
 
 
 class _Matrix:

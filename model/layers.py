@@ -235,7 +235,12 @@ class LayerCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, each position to itself and those before it; queries and keys carry rotary positions."""
+    """Multi-head attention, each position to itself and those before it; queries and keys carry rotary positions.
+
+    With qk_norm each head's query and key goes through an RMSNorm before its rotation, with one weight (K,) for all
+    queries of the layer and one for all keys, as in Qwen3 (arXiv 2505.09388; the idea: arXiv 2302.05442). Scores are
+    divided by sqrt(K) all the same: the weights learn any other scale.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -244,6 +249,8 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = Linear(config.d_model, config.d_model)
         self.v_proj = Linear(config.d_model, config.d_model)
         self.o_proj = Linear(config.d_model, config.d_model)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.rotary = RotaryEmbedding(config.head_dim, config.theta)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None) -> Tensor:
@@ -256,6 +263,8 @@ class CausalSelfAttention(nn.Module):
         rotation = self.rotary.angles(start, x.shape[1], x.device) if rotation is None else rotation
         heads = (part.unflatten(-1, (self.num_heads, -1)) for part in project(x, self.q_proj, self.k_proj, self.v_proj))
         queries, keys, values = heads  # (B, T, H, K) each
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         # Turned as they lie: attention then gives its output, and takes its gradient, in this order without a copy.
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # (B, H, T, K)

@@ -11,6 +11,7 @@ Shapes: R rows, C columns of a matrix (a Linear's out, in).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -23,10 +24,16 @@ from torch import Tensor, nn
 from model.optimizer import AdamW, parameter_groups
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the Newton-Schulz polynomial a x + b x^3 + c x^5: steep at zero, and within (0.7, 1.2) for x in (0.02, 1)."""
+"""Of the Newton-Schulz polynomial a x + b x^3 + c x^5: steep at zero, and within (0.7, 1.2) for x in (0.02, 1).
+
+(2, -1.5, 0.5) converges to 1 instead, but doubles small values only: 12 iterations where these take 5."""
 NUM_ITERATIONS = 5
 MATCHED_RMS = 0.2
 """Root mean square of AdamW's steps as measured in arXiv 2502.16982; Muon's are scaled to it."""
+
+
+Method = Callable[[Tensor], Tensor]
+"""From matrices (..., R, C) to their orthogonal ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,8 @@ class Muon(AdamW):
     Args:
         params: groups as for AdamW; those of Muon have "muon": True.
         momentum: decay of the mean gradient, with Nesterov's look ahead.
+        coefficients: a, b, c of the polynomial that makes the momentum orthogonal.
+        iterations: how often it is applied.
         group: of processes; not given: this one alone holds everything.
         others: AdamW's arguments.
     """
@@ -59,10 +68,13 @@ class Muon(AdamW):
         lr: float,
         *,
         momentum: float = 0.95,
+        coefficients: tuple[float, float, float] = COEFFICIENTS,
+        iterations: int = NUM_ITERATIONS,
         group: Group | None = None,
         **others: Any,
     ) -> None:
         self.group, self.momentum = group or Group(), momentum
+        self.orthogonalize = functools.partial(orthogonalize, coefficients=coefficients, iterations=iterations)
         super().__init__(params, lr, **others)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must lie in [0, 1)")
@@ -92,7 +104,9 @@ class Muon(AdamW):
             local_grads = [torch.where(allowed, *pair) for pair in zip(local_grads, buffers, strict=True)]
         torch._foreach_lerp_(buffers, local_grads, 1 - self.momentum)
         ahead = torch._foreach_lerp(local_grads, buffers, self.momentum)  # Nesterov
-        steps = orthogonal_parts(list(ahead), [(p.shape[0], p.shape[1]) for p in params], self.group)
+        steps = orthogonal_parts(
+            list(ahead), [(p.shape[0], p.shape[1]) for p in params], self.group, self.orthogonalize
+        )
         before = local if allowed is None else [part.clone() for part in local]
         if group["weight_decay"]:
             torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"])
@@ -115,15 +129,19 @@ def muon_groups(model: nn.Module, hidden: nn.Module, weight_decay: float) -> lis
     return groups
 
 
-def orthogonal_parts(parts: list[Tensor], shapes: list[tuple[int, int]], group: Group) -> list[Tensor]:
+def orthogonal_parts(
+    parts: list[Tensor], shapes: list[tuple[int, int]], group: Group, method: Method | None = None
+) -> list[Tensor]:
     """This process's rows of orthogonalize(matrix), for matrices of which every process holds its rows.
 
     Args:
         parts: (R_own, C) each, this process's rows; some may be empty.
         shapes: (R, C) of the whole matrices.
+        method: in place of orthogonalize.
     """
+    method = method or orthogonalize
     if group.size == 1 or group.all_to_all is None:
-        return orthogonalize_all(parts)
+        return orthogonalize_all(parts, method)
     owners = assign_owners(shapes, group.size)
     rows = [[len(block) for block in _row_blocks(shape[0], group.size)] for shape in shapes]
     owned = [[index for index, owner in enumerate(owners) if owner == rank] for rank in range(group.size)]
@@ -133,7 +151,7 @@ def orthogonal_parts(parts: list[Tensor], shapes: list[tuple[int, int]], group: 
     counts = [sum(rows[index][rank] * shapes[index][1] for index in mine) for rank in range(group.size)]
     incoming = group.all_to_all(outgoing, counts)
     blocks = [_unpack(flat, [(rows[i][rank], shapes[i][1]) for i in mine]) for rank, flat in enumerate(incoming)]
-    whole = orthogonalize_all([torch.cat(pieces) for pieces in zip(*blocks, strict=True)])
+    whole = orthogonalize_all([torch.cat(pieces) for pieces in zip(*blocks, strict=True)], method)
 
     split = [matrix.split(rows[index]) for matrix, index in zip(whole, mine, strict=True)]
     outgoing = [_pack([pieces[rank] for pieces in split], parts[0]) for rank in range(group.size)]
@@ -154,31 +172,37 @@ def assign_owners(shapes: list[tuple[int, int]], num_processes: int) -> list[int
     return owners
 
 
-def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
-    """orthogonalize of each, those of equal shape together."""
+def orthogonalize_all(matrices: list[Tensor], method: Method) -> list[Tensor]:
+    """``method`` of each, those of equal shape together."""
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         by_shape[tuple(matrix.shape)].append(index)
     results: dict[int, Tensor] = {}
     for indices in by_shape.values():
-        stacked = orthogonalize(torch.stack([matrices[index] for index in indices]))
+        stacked = method(torch.stack([matrices[index] for index in indices]))
         results |= dict(zip(indices, stacked.unbind(), strict=True))
     return [results[index] for index in range(len(matrices))]
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(
+    matrices: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    iterations: int = NUM_ITERATIONS,
+) -> Tensor:
     """U V^T, about, of U S V^T: all singular values become 0.7 to 1.2. (..., R, C) -> the same shape, in dtype.
 
-    Five iterations of a quintic polynomial in the matrix (Newton-Schulz). bfloat16 will do: the singular values need
+    Iterations of a quintic polynomial in the matrix (Newton-Schulz). bfloat16 will do: the singular values need
     not be exact. Those far below the largest, 1/1000 and less, stay smaller.
     """
-    a, b, c = COEFFICIENTS
+    a, b, c = coefficients
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     norm = matrices.square().sum(dim=(-2, -1), keepdim=True).sqrt()  # at least the largest singular value
     x = x / (norm + 1e-7).to(dtype)
-    for _ in range(NUM_ITERATIONS):
+    for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

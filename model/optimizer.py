@@ -32,7 +32,8 @@ class AdamW(torch.optim.Optimizer):
     and load_state_dict() work too.
 
     Args:
-        params: parameters, or groups {"params", "lr", "betas", "eps", "weight_decay"} as for any torch optimizer.
+        params: parameters, or groups {"params", "lr", "betas", "eps", "weight_decay"} as for any torch optimizer; a
+            group's "lr_ratio", 1 if it has none, is for the caller: its rate as a multiple of the schedule's.
         lr: learning rate; a schedule sets group["lr"] to a float before each step.
         betas: decay of the mean gradient and of the mean squared gradient, each in [0, 1).
         eps: added to the root of the corrected mean squared gradient.
@@ -55,7 +56,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         self.local_part = local_part
         self.kernel = torch.compile(adam_kernel, dynamic=True) if compile else None
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        defaults = {"lr": lr, "lr_ratio": 1.0, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        super().__init__(params, defaults)
         for group in self.param_groups:
             _check_group(group)
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import FAN_IN_GAIN, Init, ModelConfig
 from model.kv_cache import KVCache
 from model.layers import CausalSelfAttention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding, Rotation, SwiGLU
 from model.loss import LinearCrossEntropy
-
-INIT_STD = 0.02
-"""Standard deviation of every matrix at the start, as in GPT-2."""
 
 
 class Block(nn.Module):
@@ -93,20 +90,30 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> None:
-    """Fills the weights: matrices normal with std 0.02, norms one, padding rows zero.
+def init_weights(model: Transformer, seed: int, init: Init | None = None) -> None:
+    """Fills the weights: matrices normal with std 0.02, or as ``init`` says, norms one, padding rows zero.
 
-    Projections back into the residual stream (o_proj, down_proj) get 0.02 / sqrt(2 num_layers), so that the stream's
-    variance does not grow with depth (GPT-2, section 2.3). Drawn on the CPU: same seed, same weights on any device.
+    Projections back into the residual stream (o_proj, down_proj) get 1 / sqrt(2 num_layers) of that, so that the
+    stream's variance does not grow with depth (GPT-2, section 2.3). Drawn on the CPU: same seed, same weights on any
+    device; what starts at zero is drawn too, so that all else is the same with it and without.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    residual_std = INIT_STD / (2 * model.config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(1.0)
             continue
-        std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
-        values = torch.randn(parameter.shape, generator=generator) * std
+        values = torch.randn(parameter.shape, generator=generator) * _std(name, parameter, model.config, init or Init())
         if name in ("embedding.weight", "output.weight"):
             values[model.config.vocab_size :] = 0
         parameter.copy_(values)
+
+
+def _std(name: str, parameter: Tensor, config: ModelConfig, init: Init) -> float:
+    if name == "embedding.weight":
+        return init.embedding_std
+    std = FAN_IN_GAIN / parameter.shape[1] ** 0.5 if init.std is None else init.std
+    if name == "output.weight":
+        return 0.0 if init.zero_output else std
+    if not name.endswith(("o_proj.weight", "down_proj.weight")):
+        return std
+    return 0.0 if init.zero_projections else std / (2 * config.num_layers) ** 0.5

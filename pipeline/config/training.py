@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from model.config import ModelConfig
+from model.config import Init, ModelConfig
 from pipeline.config import size_rules
 from pipeline.config.settings import require, require_positive
 from pipeline.errors import UserError
@@ -25,7 +25,7 @@ _BY_DEPTH: Any = None
 _POSITIVE = (
     *("train_steps", "tokens_per_step", "log_every", "val_every", "val_tokens", "sample_every", "sample_tokens"),
     *("hellaswag_every", "checkpoint_every", "keep_checkpoints", "collective_timeout", "tokens_per_second"),
-    *("depth", "tokens_per_parameter", "vocab_size", "context_length", "grad_accum_steps"),
+    *("depth", "tokens_per_parameter", "vocab_size", "context_length", "grad_accum_steps", "muon_iterations"),
 )
 _FRACTIONS = {"warmup_fraction": 0.05, "decay_fraction": 0.2}
 
@@ -66,6 +66,17 @@ class PretrainConfig:
     """Number added to the mean square in RMSNorm."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the output projection too."""
+    qk_norm: bool = False
+    """Norm the query and the key of each head before the attention, as Qwen3 does."""
+    init_std: float | Literal["fan_in"] = 0.02
+    """Standard deviation of the matrices of the blocks, and of an output matrix of its own, at the start. With fan_in,
+    0.577 over the square root of the number of the matrix's columns."""
+    embedding_init_std: float = 0.02
+    """Standard deviation of the embedding matrix at the start."""
+    zero_init_projections: bool = False
+    """Start the two projections of each block onto the residual stream at zero."""
+    zero_init_output: bool = False
+    """Start the output matrix at zero; it must be one of its own (--no_tie_embeddings)."""
 
     train_steps: WholeNumber = _BY_DEPTH
     """Number of optimizer steps of the run. If not given, it follows from tokens_per_parameter with depth; without it,
@@ -83,6 +94,12 @@ class PretrainConfig:
     lr: Number = _BY_DEPTH
     """Highest learning rate, which is reached at the end of the warmup. If not given, 18e-4; with depth, that times the
     square root of tokens_per_step / 524288."""
+    embedding_lr: float | None = None
+    """Highest learning rate of the embedding matrix, which follows the same schedule. If not given, lr."""
+    output_lr: float | None = None
+    """Highest learning rate of an output matrix of its own. If not given, lr."""
+    vector_lr: float | None = None
+    """Highest learning rate of the vectors, which are the weights of the norms. If not given, lr."""
     min_lr_fraction: float = 0.1
     """Last learning rate as a fraction of the highest."""
     warmup_fraction: float | None = None
@@ -107,6 +124,14 @@ class PretrainConfig:
     weight_decay: Number = _BY_DEPTH
     """Weight decay of matrices, per unit of learning rate; vectors have none. If not given, 0.1; with depth, less for a
     network that is larger than the recipe's, and more for a smaller one."""
+    embedding_weight_decay: float | None = None
+    """Weight decay of the embedding matrix and of the output matrix. If not given, weight_decay."""
+    muon_momentum: float = 0.95
+    """Decay rate of the mean gradient in Muon."""
+    muon_iterations: int = 5
+    """Number of Newton-Schulz iterations by which Muon makes a step orthogonal."""
+    muon_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    """Coefficients a, b, c of the polynomial a x + b x^3 + c x^5 of a Newton-Schulz iteration."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     seed: int = 1337
@@ -184,6 +209,7 @@ class PretrainConfig:
         for name, value in size_rules.fill_in(vars(self), num_workers=most_workers).items():
             object.__setattr__(self, name, value)  # frozen for its users; the record of a run has to say what it was
         self._check_schedule()
+        self._check_recipe()
         require(self.resize_seconds > 0, f"resize_seconds is {self.resize_seconds:g}; it must be positive")
         every = self.keep_every
         require(
@@ -215,6 +241,16 @@ class PretrainConfig:
             self.vocab_size in (None, vocab_size),
             f"the data have {vocab_size:,} token ids, but the settings count on {self.vocab_size}; give --vocab_size "
             f"{vocab_size}",
+        )
+
+    @property
+    def init(self) -> Init:
+        """How the weights are drawn."""
+        return Init(
+            std=None if self.init_std == "fan_in" else self.init_std,
+            embedding_std=self.embedding_init_std,
+            zero_projections=self.zero_init_projections,
+            zero_output=self.zero_init_output,
         )
 
     @property
@@ -251,6 +287,32 @@ class PretrainConfig:
             return self.decay_from
         assert self.decay_fraction is not None
         return self.train_steps - round(self.train_steps * self.decay_fraction)
+
+    def _check_recipe(self) -> None:
+        if self.tie_embeddings:
+            for name, given in (("output_lr", self.output_lr), ("zero_init_output", self.zero_init_output or None)):
+                require(
+                    given is None,
+                    f"{name} is {given}, but the output matrix is the embedding; leave it out, or give "
+                    "--no_tie_embeddings",
+                )
+        for name in ("embedding_lr", "output_lr", "vector_lr"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name} is {value}; it must not be negative")
+            require(
+                value is None or self.lr > 0, f"{name} is {value} and lr is {self.lr}; with it, lr must be positive"
+            )
+        for name in ("embedding_weight_decay", "embedding_init_std", "init_std"):
+            value = getattr(self, name)
+            require(value in {None, "fan_in"} or value >= 0, f"{name} is {value}; it must not be negative")
+        momentum, coefficients = self.muon_momentum, self.muon_coefficients
+        require(0 <= momentum < 1, f"muon_momentum is {momentum}; it must lie in [0, 1)")
+        reached = sum(coefficients)
+        require(
+            0.5 <= reached <= 1.5,
+            f"muon_coefficients {' '.join(f'{each:g}' for each in coefficients)} turn 1 into {reached:g}, which must "
+            "lie between 0.5 and 1.5; two that fit are 3.4445 -4.775 2.0315 and 2 -1.5 0.5",
+        )
 
     def _check_schedule(self) -> None:
         self._resolve_fraction("warmup_fraction", "warmup_steps", is_used=True)

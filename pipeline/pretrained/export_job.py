@@ -82,7 +82,7 @@ def _write(config: ExportConfig, source: ModelSource, output: Path, partial: Pat
     tensors = weights.read_weights(path, model_config)
     files = huggingface.write_weights(partial, tensors, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)
     contents = {
-        huggingface.CONFIG_FILE: huggingface.llama_config(model_config, dtype=dtype, eot_id=eot_id),
+        huggingface.CONFIG_FILE: huggingface.config_values(model_config, dtype=dtype, eot_id=eot_id),
         huggingface.TOKENIZER_CONFIG_FILE: huggingface.tokenizer_config(END_OF_TEXT, model_config.context_length),
         huggingface.GENERATION_CONFIG_FILE: huggingface.generation_config(eot_id),
         huggingface.NOTE_FILE: _note(run, tokenizer, config.dtype),

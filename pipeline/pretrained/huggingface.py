@@ -1,14 +1,15 @@
-"""The Hugging Face folder of a model: Llama's names and config.json, safetensors, tokenizer.json. Reading and writing.
+"""The Hugging Face folder of a model: Llama's or Qwen3's config.json, safetensors, tokenizer.json. Read and written.
 
     <folder>/
-        config.json                    LlamaForCausalLM's shape
+        config.json                    shape of a LlamaForCausalLM, with norms of queries and keys Qwen3ForCausalLM
         model.safetensors              weights; above a size model-00001-of-00003.safetensors, ..., and an index
         tokenizer.json                 ours as it is;  tokenizer_config.json: which of its ids are special
         generation_config.json         end of text, the recipe's sampling
         README.md                      model card (model_card.py)
         gpt25.json                     run and step of the weights; marks the folder as an export of this project
 
-The network is that of Llama, tensor by tensor: the export renames them and leaves out the vocabulary's padding rows.
+The network is that of Llama or, with qk_norm, that of Qwen3, tensor by tensor: the export renames them and leaves out
+the vocabulary's padding rows.
 One tensor is in memory at a time, whatever the size of the model and the number of ranks that wrote its checkpoint.
 transformers, lm-evaluation-harness and llama.cpp's converter read the folder (tests/pretrained/test_huggingface.py).
 """
@@ -44,6 +45,9 @@ _BLOCK_NAMES = {
     "feed_forward": "mlp",
 }
 _VOCABULARY_MATRICES = ("embedding.weight", "output.weight")
+_TYPES = {"llama": "Llama", "qwen3": "Qwen3"}
+_QWEN_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32}
+"""What transformers takes for Qwen3 where its config.json is silent."""
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -139,11 +143,15 @@ def write_weights(
     return {name: (path / name).stat().st_size for name in names}
 
 
-def llama_config(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> dict[str, Any]:
+def config_values(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> dict[str, Any]:
     """Content of config.json for transformers 4 and 5, vLLM and llama.cpp."""
+    if config.qk_norm:
+        kind: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        kind |= {"use_sliding_window": False, "sliding_window": None}
+    else:
+        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **kind,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "hidden_size": config.d_model,
@@ -157,7 +165,6 @@ def llama_config(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> dic
         "rope_theta": config.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
         "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": 0.02,
         "bos_token_id": eot_id,

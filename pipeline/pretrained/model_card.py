@@ -39,9 +39,13 @@ CARD_FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _TABLE_ROWS = 12  # of the loss curve
 _RECIPE = {
+    "optimizer": "optimizer",
     "train_steps": "steps",
     "tokens_per_step": "tokens per step",
     "lr": "highest learning rate",
+    "embedding_lr": "highest learning rate of the embedding",
+    "output_lr": "highest learning rate of the output matrix",
+    "vector_lr": "highest learning rate of vectors",
     "min_lr_fraction": "last learning rate, share of the highest",
     "warmup_fraction": "warm-up, share of the steps",
     "warmup_steps": "warm-up, steps",
@@ -52,6 +56,7 @@ _RECIPE = {
     "beta2": "AdamW beta2",
     "eps": "AdamW eps",
     "weight_decay": "weight decay",
+    "embedding_weight_decay": "weight decay of embedding and output matrix",
     "grad_clip": "gradient clipping",
     "precision": "precision",
     "seed": "seed",

@@ -71,7 +71,7 @@ def resolve_model(text: str) -> ModelSource:
         path = hub_models.download(text)
         if not huggingface.is_exported(path):
             raise UserError(
-                f"{text} has no {huggingface.CONFIG_FILE}; give the address of a model that is a Llama or a GPT-2.5"
+                f"{text} has no {huggingface.CONFIG_FILE}; give the address of a Llama, a Qwen3 or a GPT-2.5"
             )
         return ModelSource(address=str(path), path=path, run_folder=None)
     if text.startswith(mlflow_registry.SCHEMES):

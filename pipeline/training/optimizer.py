@@ -26,11 +26,36 @@ def build_optimizer(model: Transformer, config: PretrainConfig, workers: Process
         "compile": compiles(config, workers),
     }
     if config.optimizer == "adamw":
-        groups = parameter_groups(model, config.weight_decay)
+        groups = _by_kind(parameter_groups(model, config.weight_decay), model, config)
         return AdamW(groups, config.lr, **settings, local_part=local_part)
-    groups = muon_groups(model, model.blocks, config.weight_decay)
-    processes = Group(rank=workers.rank, size=workers.world_size, all_to_all=all_to_all)
-    return Muon(groups, config.lr, **settings, local_part=local_part, group=processes)
+    settings |= {
+        "momentum": config.muon_momentum,
+        "coefficients": config.muon_coefficients,
+        "iterations": config.muon_iterations,
+        "group": Group(rank=workers.rank, size=workers.world_size, all_to_all=all_to_all),
+    }
+    groups = _by_kind(muon_groups(model, model.blocks, config.weight_decay), model, config)
+    return Muon(groups, config.lr, **settings, local_part=local_part)
+
+
+def _by_kind(groups: list[dict[str, Any]], model: Transformer, config: PretrainConfig) -> list[dict[str, Any]]:
+    """The groups, with those of the embedding, of an output matrix and of vectors at rates and decay of their own."""
+    decay = config.weight_decay if config.embedding_weight_decay is None else config.embedding_weight_decay
+    names = {id(model.embedding.weight): "embedding_lr"}
+    if model.output is not None:
+        names[id(model.output.weight)] = "output_lr"
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        kinds: dict[str, list[Tensor]] = {"embedding_lr": [], "output_lr": [], "vector_lr": [], "lr": []}
+        for parameter in group["params"]:
+            kinds[names.get(id(parameter), "lr" if parameter.ndim >= 2 else "vector_lr")].append(parameter)
+        for name, params in kinds.items():
+            rate = getattr(config, name)
+            own: dict[str, Any] = {"weight_decay": decay} if name in {"embedding_lr", "output_lr"} else {}
+            ratio = 1.0 if rate is None or name == "lr" else rate / config.lr
+            if params:
+                result.append({**group, **own, "params": params, "lr_ratio": ratio})
+    return result
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:

@@ -80,7 +80,7 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
         UserError: model shape, shards, tokenizer or data order differ, or the learning rate's schedule would bend.
     """
     expected = config.model_config(manifest.vocab_size)
-    check_shape(f"checkpoint {path}", info.model, expected, otherwise="another --output for a new run")
+    check_shape(f"checkpoint {path}", info.model_config.to_dict(), expected, otherwise="another --output for a new run")
     if info.manifest_fingerprint != manifest.fingerprint:
         what = "tokenizer" if info.tokenizer_fingerprint != manifest.tokenizer_fingerprint else "shards"
         raise UserError(

@@ -189,7 +189,7 @@ class Trainer:
             grad_norm = reduced.squared_norm.sqrt()
             clip_by_norm(gradients, grad_norm, self.config.grad_clip)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_ratio"]
             self.optimizer.step(allowed=reduced.allowed)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss=reduced.loss, grad_norm=grad_norm, lr=lr, data_wait_seconds=data_wait_seconds)
@@ -240,7 +240,7 @@ class Trainer:
 
     def _build_model(self) -> Transformer:
         model = Transformer(self.model_config)
-        init_weights(model, self.config.seed)
+        init_weights(model, self.config.seed, self.config.init)
         if self.config.recompute == "blocks":
             recompute_blocks(model)
         compile_blocks = compiles(self.config, self.workers)

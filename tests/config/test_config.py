@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from model.muon import MATCHED_RMS
 from pipeline.config.command_line import resolve
-from pipeline.config.data import TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import EvaluateConfig, GenerateConfig
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig, worker_range
@@ -15,6 +17,13 @@ from pipeline.errors import UserError
 from pipeline.tokenizer.patterns import MAX_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SECTIONS_OF_ALL: list[tuple[str, type]] = [
+    ("tokenize", TokenizeConfig),
+    ("train_tokenizer", TrainTokenizerConfig),
+    ("pretrain", PretrainConfig),
+    ("evaluate", EvaluateConfig),
+    ("generate", GenerateConfig),
+]
 
 
 def pretrain(*flags: str) -> PretrainConfig:
@@ -40,17 +49,36 @@ def test_defaults_are_the_recipe() -> None:
     assert config.windows_per_step == 512
 
 
-@pytest.mark.parametrize("name", ["gpt2.5", "demo"])
+def test_every_preset_resolves() -> None:
+    """Each section of each file under configs/."""
+    classes = {"import_shards": ImportShardsConfig, "pretrain": PretrainConfig} | dict(SECTIONS_OF_ALL)
+    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    assert {path.stem for path in paths} >= {"demo", "fast", "fastest", "gpt2.5", "gpt2.5-2026-03"}
+    for path in paths:
+        for section in yaml.safe_load(path.read_text(encoding="utf-8")):
+            resolve(classes[section], section, ["--config", str(path)], program="job")
+
+
 @pytest.mark.parametrize(
-    ("section", "config_class"),
-    [
-        ("tokenize", TokenizeConfig),
-        ("train_tokenizer", TrainTokenizerConfig),
-        ("pretrain", PretrainConfig),
-        ("evaluate", EvaluateConfig),
-        ("generate", GenerateConfig),
-    ],
+    ("name", "tokens"), [("gpt2.5-2026-03", 10_485_760_000), ("fast", 2_673_868_800), ("fastest", 1_703_936_000)]
 )
+def test_the_presets_of_published_results_take_their_tokens(name: str, tokens: int) -> None:
+    config = pretrain("--config", str(ROOT / f"configs/{name}.yaml"))
+    assert config.train_steps * config.tokens_per_step == tokens
+    assert config.model_config(50_257).head_dim in {64, 128}
+
+
+def test_the_tuned_muon_rate_is_converted() -> None:
+    """Theirs: steps of 0.025 sqrt(max(1, R/C)), 0.025 x 0.05 of a weight taken off; ours: lr 0.2 sqrt(max(R, C))."""
+    config = pretrain("--config", str(ROOT / "configs/fastest.yaml"))
+    for rows, columns in ((768, 768), (2048, 768)):
+        ours = config.lr * MATCHED_RMS * max(rows, columns) ** 0.5
+        assert ours == pytest.approx(0.025 * max(1, rows / columns) ** 0.5, rel=1e-3)
+    assert config.lr * config.weight_decay == pytest.approx(0.025 * 0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt2.5", "demo"])
+@pytest.mark.parametrize(("section", "config_class"), SECTIONS_OF_ALL)
 def test_the_presets_resolve(name: str, section: str, config_class: type) -> None:
     resolve(config_class, section, ["--config", str(ROOT / f"configs/{name}.yaml")], program="job")
 
@@ -103,6 +131,14 @@ def test_the_warmup_of_a_preset_is_taken_back_for_one_in_steps(tmp_path: Path) -
         (["--batch_size", "0"], "batch_size is 0; it must be positive"),
         (["--batch_size", "most"], "most"),
         (["--batch_size", "auto", "--grad_accum_steps", "4"], "grad_accum_steps 4 says what batch_size auto is to"),
+        (["--output_lr", "1e-3"], "output_lr is 0.001, but the output matrix is the embedding; leave it out, or give"),
+        (["--zero_init_output"], "zero_init_output is True, but the output matrix is the embedding"),
+        (["--embedding_lr", "-1"], "embedding_lr is -1.0; it must not be negative"),
+        (["--vector_lr", "1", "--lr", "0"], "vector_lr is 1.0 and lr is 0.0; with it, lr must be positive"),
+        (["--init_std", "-0.1"], "init_std is -0.1; it must not be negative"),
+        (["--muon_iterations", "0"], "muon_iterations is 0; it must be positive"),
+        (["--muon_momentum", "1"], "muon_momentum is 1.0; it must lie in [0, 1)"),
+        (["--muon_coefficients", "2", "-1.5", "1.5"], "muon_coefficients 2 -1.5 1.5 turn 1 into 2, which must lie"),
         (["--profile_steps", "20"], "profile_steps is 20; give the first and the last step, for instance 20:25"),
         (["--profile_steps", "25:20"], "profile_steps is 25:20; the first step must not come after the last"),
         (

@@ -97,6 +97,14 @@ def test_depth_counts_on_the_ids_of_the_data(tiny_data: Path, tmp_path: Path) ->
         assert f"the data have {ids:,} token ids, but the settings count on 50257; give --vocab_size {ids}" in sentence
 
 
+@pytest.mark.parametrize("preset", ["gpt2.5", "gpt2.5-2026-03", "fast", "fastest"])
+def test_the_presets_of_124m_pass_a_dry_run(preset: str, tmp_path: Path) -> None:
+    path = ROOT / f"configs/{preset}.yaml"
+    result = job("pretrain.py", "--config", str(path), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(path.read_text())["pretrain"].items() <= yaml.safe_load(result.stdout)["pretrain"].items()
+
+
 @pytest.mark.parametrize("name", ["tokenize.py", "train_tokenizer.py", "pretrain.py", "evaluate.py", "generate.py"])
 def test_an_unknown_flag_names_the_nearest(name: str, tmp_path: Path) -> None:
     assert "did you mean 'dry_run'?" in error_of(name, "--dry_rum", cwd=tmp_path)

@@ -47,8 +47,9 @@ def step(model: Transformer, loss_of: Callable[[Tensor, Tensor], Tensor], seed: 
     return loss.item()
 
 
-def test_a_step_in_one_piece() -> None:
-    model = lively_model(small_config(num_layers=2))
+@pytest.mark.parametrize("kind", [{}, {"qk_norm": True, "tie_embeddings": False}], ids=["plain", "untied, qk_norm"])
+def test_a_step_in_one_piece(kind: dict[str, bool]) -> None:
+    model = lively_model(small_config(num_layers=2, **kind))
     compiled = torch.compile(model.mean_loss, dynamic=False)
     first, sources = run_and_get_code(lambda: step(model, compiled, seed=1))
     code = "\n".join(sources)

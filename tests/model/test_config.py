@@ -43,6 +43,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         d_model=num_heads * 2 * draw(st.integers(1, 4)),
         d_ff=draw(st.integers(1, 20)),
         tie_embeddings=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
     )
 
 

@@ -10,9 +10,13 @@ from model.transformer import Transformer
 from tests.support.llama_twin import ROUNDING, lively_model, llama_twin, relative_error, small_config
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module",
+    params=[{"tie_embeddings": True}, {"tie_embeddings": False}, {"qk_norm": True}],
+    ids=["tied", "untied", "qk_norm"],
+)
 def model(request: pytest.FixtureRequest) -> Transformer:
-    return lively_model(small_config(tie_embeddings=request.param, context_length=200))
+    return lively_model(small_config(**request.param, context_length=200))
 
 
 def random_rows(*lengths: int) -> list[list[int]]:

@@ -35,9 +35,9 @@ def greedy_without_cache(model: Transformer, prompt: list[int], num_tokens: int)
     return result
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_greedy_equals_transformers(tie: bool) -> None:
-    model = lively_model(small_config(tie_embeddings=tie))
+@pytest.mark.parametrize("kind", [{"tie_embeddings": True}, {"tie_embeddings": False}, {"qk_norm": True}])
+def test_greedy_equals_transformers(kind: dict[str, bool]) -> None:
+    model = lively_model(small_config(**kind))
     prompt = random_tokens(model.config, batch=3, length=9)
     expected = llama_twin(model).generate(  # type: ignore[misc]  # transformers' own annotation of self
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=39, pad_token_id=0

@@ -47,6 +47,24 @@ def test_orthogonalize_is_its_polynomial_of_the_singular_values(shape: tuple[int
     assert distance(orthogonalize(matrix), expected) < 15 * 2**-9 * 3.4
 
 
+def test_other_coefficients_and_more_iterations_end_at_one() -> None:
+    matrix = torch.randn(32, 96, generator=torch.Generator().manual_seed(2))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    exact = orthogonalize(matrix, torch.float32, coefficients=(2.0, -1.5, 0.5), iterations=12)
+    assert distance(exact, u @ v) < 1e-4
+    assert distance(orthogonalize(matrix, torch.float32), u @ v) > 0.05, "the usual ones end around one"
+
+
+def test_settings_reach_the_step() -> None:
+    """With momentum 0 the first step is the gradient made orthogonal by the settings' polynomial."""
+    parameter = nn.Parameter(torch.zeros(24, 24))
+    parameter.grad = torch.randn(24, 24, generator=torch.Generator().manual_seed(3))
+    groups = [{"params": [parameter], "muon": True, "weight_decay": 0.0}]
+    Muon(groups, lr=0.01, momentum=0.0, coefficients=(2.0, -1.5, 0.5), iterations=12).step()
+    expected = orthogonalize(parameter.grad, coefficients=(2.0, -1.5, 0.5), iterations=12)
+    assert torch.allclose(parameter, -0.01 * 0.2 * 24**0.5 * expected.float(), rtol=1e-6)
+
+
 def test_orthogonalize_keeps_the_directions() -> None:
     matrix = torch.randn(32, 96, generator=torch.Generator().manual_seed(2))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.config import Init
 from model.optimizer import AdamW, parameter_groups
-from model.transformer import Transformer, init_weights
+from model.transformer import Block, Transformer, init_weights
 from tests.support.llama_twin import (
     ROUNDING,
     grad_of,
@@ -28,9 +29,18 @@ from tests.support.llama_twin import (
 MODEL_FOLDER = Path(__file__).parents[2] / "model"
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_logits_equal_llama(tie: bool) -> None:
-    model = lively_model(small_config(tie_embeddings=tie))
+KINDS = [
+    pytest.param({"tie_embeddings": True}, id="tied"),
+    pytest.param({"tie_embeddings": False}, id="untied"),
+    pytest.param({"tie_embeddings": True, "qk_norm": True}, id="qk_norm"),
+    pytest.param({"tie_embeddings": False, "qk_norm": True}, id="untied, qk_norm"),
+]
+"""The networks that there are: Llama's and, with qk_norm, Qwen3's."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_llama(kind: dict[str, bool]) -> None:
+    model = lively_model(small_config(**kind))
     tokens = random_tokens(model.config, batch=3, length=48)
     with torch.no_grad():
         reference = llama_twin(model)(tokens).logits
@@ -39,9 +49,9 @@ def test_logits_equal_llama(tie: bool) -> None:
     assert relative_error(logits, reference) < ROUNDING
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_loss_and_gradients_equal_llama(tie: bool) -> None:
-    model = lively_model(small_config(tie_embeddings=tie))
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_equal_llama(kind: dict[str, bool]) -> None:
+    model = lively_model(small_config(**kind))
     twin = llama_twin(model)
     tokens = random_tokens(model.config, batch=3, length=49)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -155,6 +165,49 @@ def test_init_statistics() -> None:
         # From n >= 65,536 draws the std is off by 1/sqrt(2n) = 0.28 %, the mean by 1/sqrt(n); six times that will do.
         assert values.std().item() == pytest.approx(std, rel=0.017), name
         assert abs(values.mean().item()) < std * 0.024, name
+
+
+def test_init_settings() -> None:
+    """Each setting changes what it names, and nothing else: all else has the bits that it has without."""
+
+    def drawn(init: Init | None) -> dict[str, Tensor]:
+        model = Transformer(small_config(tie_embeddings=False, d_model=256, d_ff=704, qk_norm=True))
+        init_weights(model, 3, init)
+        return dict(model.state_dict())
+
+    usual = drawn(None)
+    projections = {name for name in usual if name.endswith(("o_proj.weight", "down_proj.weight"))}
+    zero = drawn(Init(zero_projections=True, zero_output=True, embedding_std=1.0))
+    for name, tensor in zero.items():
+        if name in {*projections, "output.weight"}:
+            assert not tensor.any(), name
+        elif name == "embedding.weight":
+            assert tensor[:203].std().item() == pytest.approx(1.0, rel=0.02)
+            assert not tensor[203:].any()
+        else:
+            assert torch.equal(tensor, usual[name]), name
+    by_width = drawn(Init(std=None))
+    assert by_width["blocks.0.attention.q_proj.weight"].std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.02)
+    assert by_width["blocks.1.feed_forward.down_proj.weight"].std().item() == pytest.approx(
+        (3 * 704) ** -0.5 / 6**0.5, rel=0.02
+    )
+    assert by_width["output.weight"][:203].std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.02)
+    assert torch.equal(by_width["embedding.weight"], usual["embedding.weight"])
+    assert torch.equal(usual["blocks.0.attention.q_norm.weight"], torch.ones(64))
+
+
+def test_blocks_that_start_at_zero_change_nothing_and_learn() -> None:
+    model = Transformer(small_config(qk_norm=True))
+    init_weights(model, 0, Init(zero_projections=True))
+    tokens = random_tokens(model.config, batch=2, length=33)
+    with torch.no_grad():
+        expected = model.norm(model.embedding(tokens)) @ model.embedding.weight[:203].T
+        assert torch.equal(model(tokens), expected)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        assert grad_of(block.attention.o_proj.weight).any() and grad_of(block.feed_forward.down_proj.weight).any()
+        assert not grad_of(block.attention.q_proj.weight).any(), "nothing gets through a projection of zeros yet"
 
 
 def test_init_depends_on_the_seed_alone() -> None:

@@ -157,8 +157,38 @@ def folder_of(model: Transformer, path: Path) -> Path:
     return path
 
 
-def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
-    model = lively_model(small_config())
+RECIPES = [
+    pytest.param({"tie_embeddings": False}, "llama", id="untied"),
+    pytest.param({"qk_norm": True, "zero_init_projections": True}, "qwen3", id="tied, qk_norm"),
+    pytest.param({"qk_norm": True, "tie_embeddings": False, "zero_init_output": True}, "qwen3", id="untied, qk_norm"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind"), RECIPES)
+def test_other_recipes_give_transformers_our_logits(
+    tiny_data: Path, tmp_path: Path, changes: dict[str, Any], kind: str
+) -> None:
+    """Trained, exported, read by transformers and back."""
+    checkpoint = train(tiny_data, tmp_path / "run", optimizer="muon", train_steps=12, val_every=12, **changes)
+    export(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out")))
+    ours = resolve.open_model(checkpoint, torch.device("cpu"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert theirs.config.model_type == kind
+    back = resolve.open_model(tmp_path / "out", torch.device("cpu"))
+    assert back.config == ours.config
+    with torch.no_grad():
+        for passage in passages()[:3]:
+            ids = torch.tensor([ours.tokenizer.encode(passage)[:96]])
+            assert relative_error(theirs(ids).logits, ours.model(ids)) < TOLERANCE
+            assert torch.equal(back.model(ids), ours.model(ids))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- {kind}\n" in card and "| optimizer | muon |" in card
+    assert ("norms of queries and keys" in card) == (kind == "qwen3")
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"qk_norm": True, "tie_embeddings": False}])
+def test_what_transformers_saves_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = lively_model(small_config(**changes))
     folder_of(model, tmp_path)
     assert weights.read_model_config(tmp_path) == model.config
     again = Transformer(model.config)

@@ -1,10 +1,10 @@
-"""The independent reference of these tests: transformers' Llama with the weights of our Transformer."""
+"""The independent reference of these tests: transformers' Llama or Qwen3 with the weights of our Transformer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model.config import ModelConfig
 from model.transformer import Transformer, init_weights
@@ -70,17 +70,23 @@ def llama_name(name: str) -> str:
     return f"{top}{parts[1]}.{RENAMED[parts[2] + '.']}{'.'.join(parts[3:])}"
 
 
-def llama_twin(model: Transformer) -> LlamaForCausalLM:
-    """LlamaForCausalLM with plain (eager) attention and copies of the model's weights, padding rows cut off."""
+def llama_twin(model: Transformer) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """A LlamaForCausalLM with plain (eager) attention and copies of the model's weights, padding rows cut off.
+
+    With qk_norm a Qwen3ForCausalLM.
+    """
     config = model.config
-    twin = LlamaForCausalLM._from_config(
-        LlamaConfig(
+    kinds = (Qwen3ForCausalLM, Qwen3Config) if config.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    twin_class, config_class = kinds
+    twin = twin_class._from_config(
+        config_class(
             vocab_size=config.vocab_size,
             max_position_embeddings=config.context_length,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_heads,
             hidden_size=config.d_model,
+            head_dim=config.head_dim,
             intermediate_size=config.d_ff,
             rope_parameters={"rope_type": "default", "rope_theta": config.theta},
             rms_norm_eps=config.norm_eps,

@@ -25,6 +25,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
+from pipeline.training.optimizer import build_optimizer
 from pipeline.training.run_folder import RunSummary, finished_summary
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
@@ -56,8 +57,10 @@ def train_here(config: PretrainConfig, data: Path, output: Path) -> tuple[RunSum
 def run(tiny_data: Path, tmp_path: Path) -> Run:
     """Runs trainer_process.py on several ranks; returns start step and losses as exact numbers."""
 
-    def start(world_size: int, output: str, *, stop_after: int | None = None) -> dict[str, Any]:
-        config = dataclasses.asdict(dataclasses.replace(CONFIG, output=str(tmp_path / output)))
+    def start(
+        world_size: int, output: str, *, stop_after: int | None = None, settings_of: PretrainConfig = CONFIG
+    ) -> dict[str, Any]:
+        config = dataclasses.asdict(dataclasses.replace(settings_of, output=str(tmp_path / output)))
         history, settings = tmp_path / "history.json", tmp_path / "settings.json"
         settings.write_text(
             json.dumps({"config": config, "data": str(tiny_data), "stop_after": stop_after, "history": str(history)})
@@ -147,6 +150,61 @@ def test_four_ranks_give_the_curve_of_one_and_resume_bit_for_bit(run: Run, tiny_
     expected, found = checkpoint_tensors(tmp_path / "clean"), checkpoint_tensors(tmp_path / "broken")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+FASTEST = dataclasses.replace(
+    CONFIG,
+    qk_norm=True,
+    tie_embeddings=False,
+    init_std="fan_in",
+    embedding_init_std=1.0,
+    zero_init_projections=True,
+    zero_init_output=True,
+    optimizer="muon",
+    muon_iterations=12,
+    muon_coefficients=(2.0, -1.5, 0.5),
+    embedding_lr=0.3,
+    output_lr=4e-3,
+    vector_lr=2e-2,
+    embedding_weight_decay=0.001,
+)
+"""The settings of configs/fastest.yaml for this small network."""
+
+
+def test_the_fastest_recipe_on_two_ranks_resumes_bit_for_bit(run: Run, tiny_data: Path, tmp_path: Path) -> None:
+    clean = run(2, "clean", settings_of=FASTEST)
+    guessing = math.log(Manifest.load(tiny_data).vocab_size)
+    assert clean["losses"][1] == pytest.approx(guessing, rel=1e-6), "an output of zeros guesses all ids alike"
+    assert clean["losses"][STEPS] < guessing - 0.2
+    run(2, "broken", stop_after=7, settings_of=FASTEST)
+    resumed = run(2, "broken", settings_of=FASTEST)
+    assert resumed["start_step"] == 5
+    assert resumed["losses"] == {step: loss for step, loss in clean["losses"].items() if step > 5}
+    expected, found = checkpoint_tensors(tmp_path / "clean"), checkpoint_tensors(tmp_path / "broken")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_rates_by_kind() -> None:
+    """Every parameter has the rate and the decay of its kind; without such settings, those that all have."""
+    config = dataclasses.replace(FASTEST, lr=0.02, weight_decay=0.2)
+    model = Transformer(config.model_config(300))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in ("adamw", "muon"):
+        groups = build_optimizer(model, dataclasses.replace(config, optimizer=optimizer), ALONE).param_groups
+        found = {
+            names[id(parameter)]: (0.02 * group["lr_ratio"], group["weight_decay"])
+            for group in groups
+            for parameter in group["params"]
+        }
+        assert found.keys() == set(names.values())
+        for name, (lr, decay) in found.items():
+            expected = {"embedding.weight": (0.3, 0.001), "output.weight": (4e-3, 0.001)}.get(name, (0.02, 0.2))
+            if "norm" in name:
+                expected = (2e-2, 0.0)
+            assert (lr, decay) == pytest.approx(expected), name
+    plain = build_optimizer(Transformer(CONFIG.model_config(300)), CONFIG, ALONE)
+    assert {group["lr_ratio"] for group in plain.param_groups} == {1.0}
 
 
 def test_four_then_two_then_three_workers_read_the_same_windows_and_have_the_same_curve(
