@@ -48,12 +48,20 @@ class _Kind:
     """Field of ModelConfig -> a second name of it."""
     defaults: dict[str, Any]
     """Fields that need not be given."""
+    network: dict[str, Any] = field(default_factory=dict)
+    """Fields of ModelConfig that the model_type itself decides."""
     silent: dict[str, Any] = field(default_factory=dict)
     """What transformers takes for further settings that are not given, where this is not our network."""
 
 
 _KINDS = {
     "llama": _Kind(title="Llama", defaults={"theta": 10_000.0, "tie_embeddings": False}),
+    "qwen3": _Kind(
+        title="Qwen3",
+        defaults={"theta": 10_000.0, "tie_embeddings": False},
+        network={"qk_norm": True},
+        silent={"head_dim": 128, "num_key_value_heads": 32, "use_sliding_window": False},
+    ),
     GPT25: _Kind(
         title="GPT-2.5",
         more_names={name: name for name in ("context_length", "num_layers", "num_heads", "d_model", "d_ff", "theta")},
@@ -77,7 +85,7 @@ def read_model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         if not isinstance(settings["tie_embeddings"], bool):
             raise ValueError(f"tie_word_embeddings is {settings['tie_embeddings']!r}; it must be true or false")
         numbers = {each: float(settings[each]) for each in ("theta", "norm_eps")}
-        config = ModelConfig(**(settings | numbers))
+        config = ModelConfig(**(settings | numbers | kind.network))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} does not describe a network of ours: {error}") from error
     _refuse_other_networks(path, kind.silent | values, rope, config, kind.title)

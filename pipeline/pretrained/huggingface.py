@@ -217,7 +217,7 @@ def _find_tensors(files: TensorFiles, config: ModelConfig, values: dict[str, Any
         names = {name: llama_name(name) for name in shapes}
         # Where the matrices are tied, transformers ignores an lm_head.weight that is there nevertheless, and so do we.
         others = {"lm_head.weight"}
-        advice = "give the folder of a LlamaForCausalLM without biases or adapters"
+        advice = "give the folder of a LlamaForCausalLM or a Qwen3ForCausalLM without biases or adapters"
     files.check({names[name]: shape for name, shape in shapes.items()}, others=others, advice=advice)
     return {name: names[name] for name in shapes}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model.transformer import Transformer
 from pipeline.errors import UserError
@@ -33,6 +33,13 @@ def a_llama(**changes: Any) -> Any:
     """Random weights, of which every layer matters."""
     torch.manual_seed(2)
     model: Any = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE | changes), attn_implementation="eager")
+    return lively(model)
+
+
+def a_qwen(**changes: Any) -> Any:
+    torch.manual_seed(2)
+    config = Qwen3Config(**SHAPE | {"head_dim": 12} | changes)
+    model: Any = Qwen3ForCausalLM._from_config(config, attn_implementation="eager")
     return lively(model)
 
 
@@ -65,6 +72,54 @@ def test_llamas_of_any_shape(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = a_llama(**changes)
     model.save_pretrained(tmp_path)
     assert_same_logits(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": False, "rms_norm_eps": 0.1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "use_sliding_window": False},
+        {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 8},
+    ],
+)
+def test_qwens_of_any_shape(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = a_qwen(**changes)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert weights.read_model_config(tmp_path).qk_norm
+    assert_same_logits(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"num_key_value_heads": 2},
+            "num_key_value_heads 2, but this network is Qwen3 with num_key_value_heads 4 only",
+        ),
+        ({"head_dim": 128}, "head_dim 128, .*: it has no heads of another width"),
+        ({"attention_bias": True}, "attention_bias True, .*: it has no biases"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window 8, .*: it has no window of attention"),
+        ({"layer_types": ["sliding_attention"] * 3}, "it has no window of attention"),
+        ({"model_type": "llama"}, r"self_attn\.k_norm\.weight, which is not ours"),
+    ],
+)
+def test_qwens_that_do_not_fit_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    a_qwen().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(UserError, match=words):
+        weights.read_model_config(tmp_path)
+
+
+def test_what_qwen3_is_silent_about_is_what_transformers_takes(tmp_path: Path) -> None:
+    a_qwen().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for name, words in (("head_dim", "head_dim 128"), ("num_key_value_heads", "num_key_value_heads 32")):
+        left = {each: value for each, value in values.items() if each != name}
+        (tmp_path / "config.json").write_text(json.dumps(left))
+        with pytest.raises(UserError, match=words):
+            weights.read_model_config(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
