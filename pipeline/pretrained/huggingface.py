@@ -45,9 +45,6 @@ _BLOCK_NAMES = {
     "feed_forward": "mlp",
 }
 _VOCABULARY_MATRICES = ("embedding.weight", "output.weight")
-_TYPES = {"llama": "Llama", "qwen3": "Qwen3"}
-_QWEN_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32}
-"""What transformers takes for Qwen3 where its config.json is silent."""
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
