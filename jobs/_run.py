@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import yaml
 
@@ -59,6 +59,12 @@ def guarded(job: Callable[[], None], *, resume: str) -> None:
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; the same command {resume}")
+
+
+def ignored_row(ignored: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The row of a table on files of the source that are not read; none where all are."""
+    parts = [f"{entry['files']:,} {entry['reason']} (such as {entry['example']})" for entry in ignored]
+    return [("not read", ", ".join(parts))] if parts else []
 
 
 def print_table(title: str, rows: Rows) -> None:

@@ -10,7 +10,7 @@ import sys
 # Python puts jobs/ first on the path, where this file would shadow the standard library's module of the same name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from jobs._run import print_table, run
+from jobs._run import ignored_row, print_table, run
 from pipeline.config.data import TokenizeConfig
 from pipeline.errors import UserError
 
@@ -32,6 +32,7 @@ def main(config: TokenizeConfig) -> None:
         [
             ("documents", f"{report.documents:,} ({report.text_megabytes:,.1f} MB; skipped: {skipped})"),
             *(damaged if report.damaged else []),
+            *ignored_row(report.ignored),
             ("tokens", f"{report.train_tokens:,} train, {report.val_tokens:,} val"),
             ("vocabulary", f"{report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
             ("speed", f"{report.megabytes_per_second:,.1f} MB/s, {report.seconds:,.0f} s in all"),

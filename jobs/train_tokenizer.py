@@ -9,7 +9,7 @@ import sys
 # Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from jobs._run import print_table, run
+from jobs._run import ignored_row, print_table, run
 from pipeline.config.data import TrainTokenizerConfig
 
 
@@ -24,6 +24,7 @@ def main(config: TrainTokenizerConfig) -> None:
         f"train_tokenizer: {'done before' if was_there else 'done'}",
         [
             ("documents", f"{report.documents:,} ({report.text_megabytes:,.1f} MB; skipped: {skipped})"),
+            *ignored_row(report.ignored),
             ("distinct pre-tokens", f"{report.distinct_pretokens:,}, cut by the {config.pattern} pattern"),
             ("vocabulary", f"{report.vocab_size:,} ids: 256 bytes, {report.merges:,} merges, {special_tokens}"),
             ("counting", f"{report.count_seconds:,.1f} s, {report.megabytes_per_second:,.1f} MB/s from source on"),

@@ -68,6 +68,8 @@ class Manifest:
     """Reason -> documents that were left out."""
     damaged: tuple[dict[str, str], ...] = ()
     """Name and reason of inputs of which something could not be read and was left out (--skip_bad_files)."""
+    ignored: tuple[dict[str, Any], ...] = ()
+    """Files that lay in the source and were not read: reason, number of files, an example."""
     document_lengths: tuple[int, ...] = ()
     """How many documents have 2**i to 2**(i + 1) - 1 bytes; empty where they were not counted."""
 
@@ -82,7 +84,8 @@ class Manifest:
                 raise UserError(f"{path} was written by another version of this project; tokenize again")
             totals = values.pop("totals")
             shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
-            lists = {name: tuple(values.pop(name, ())) for name in ("inputs", "damaged", "document_lengths")}
+            names = ("inputs", "damaged", "ignored", "document_lengths")
+            lists = {name: tuple(values.pop(name, ())) for name in names}
             manifest = cls(**{**values, **lists, "shards": shards})
         except FileNotFoundError:
             raise UserError(f"data folder {folder} {_why_unfinished(folder)}; {_mend(folder)}") from None
@@ -97,8 +100,10 @@ class Manifest:
         as_folder(folder).write(MANIFEST_NAME, [self.to_bytes()])
 
     def to_bytes(self) -> bytes:
-        """The file's content: the same bytes for the same manifest."""
+        """The file's content: the same bytes for the same manifest; ignored only where it is not empty, as before."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if not self.ignored:
+            del values["ignored"]
         values |= {
             "format": _FORMAT,
             "totals": self.totals(),

@@ -19,6 +19,7 @@ from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, Shard
 from pipeline.dataset.shards import file_bytes
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.sources import plan as plan_module
+from pipeline.sources.selection import Ignored, describe
 from pipeline.sources.sources import Input, Source, find
 from pipeline.sources.work_items import Damage, WorkItem
 from pipeline.storage.folders import TEMPORARY_PREFIX, Folder, in_threads
@@ -28,6 +29,7 @@ _ITEMS = "items"
 _RUN = f"{_ITEMS}/run.json"
 _PLAN = f"{_ITEMS}/plan.jsonl"
 _DAMAGE = f"{_ITEMS}/damaged.json"
+_IGNORED = f"{_ITEMS}/ignored.json"
 _REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,10 @@ def begin(folder: Folder, source: str, settings: dict[str, Any]) -> tuple[Source
     """Claim the folder for a source, which is listed at the revision that the folder was begun with."""
     record = read_run(folder)
     found = find(record.pinned if record is not None and record.pinned and record.source == source else source)
+    if found.ignored:
+        logger.warning("not read: %s", describe(found.ignored))
+    if found.mixed:
+        logger.warning("%s", found.mixed)
     run = RunRecord(source=source, pinned=found.pinned, settings=settings, inputs=tuple(found.inputs))
     claim(folder, run)
     return found, run
@@ -155,10 +161,20 @@ def read_plan_damage(folder: Folder) -> Damage:
         return []
 
 
-def write_plan(folder: Folder, items: Sequence[WorkItem], damage: Damage) -> None:
-    """Write the work items, and the files that could not be read for the plan."""
+def read_ignored(folder: Folder) -> tuple[dict[str, Any], ...]:
+    """What lay in the source and is not read, by reason, as it was when the plan was made."""
+    try:
+        return tuple(json.loads(folder.read(_IGNORED)))
+    except FileNotFoundError:
+        return ()
+
+
+def write_plan(folder: Folder, items: Sequence[WorkItem], damage: Damage, ignored: Sequence[Ignored]) -> None:
+    """Write the work items, the files that could not be read for the plan, and those that are no part of it."""
     if damage:
         folder.write(_DAMAGE, [json.dumps(damage).encode()])
+    if ignored:
+        folder.write(_IGNORED, [json.dumps([entry.to_dict() for entry in ignored]).encode()])
     folder.write(_PLAN, [plan_module.save_plan(items)])
 
 

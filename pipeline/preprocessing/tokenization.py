@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config.data import ReadingConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, save_tokenizer
@@ -51,6 +52,8 @@ class DataReport:
     """Text read, encoded and written per second over all workers, in the run that finished the data."""
     seconds: float
     """Duration of that run, including the training of a tokenizer."""
+    ignored: Sequence[dict[str, Any]] = ()
+    """Files that lay in the source and were not read: reason, number of files, an example."""
     damaged: int = 0
     """Inputs that could not be read whole (--skip_bad_files); the manifest lists them."""
     num_items: int = 0
@@ -136,6 +139,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         skipped=manifest.skipped,
         megabytes_per_second=text_bytes / 1e6 / encode_seconds if encode_seconds else 0.0,
         seconds=time.perf_counter() - start,
+        ignored=manifest.ignored,
         damaged=len(manifest.damaged),
         num_items=len(items),
         num_items_done=len(left),
@@ -158,7 +162,7 @@ def _plan(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkIt
         limit_documents=config.limit_documents,
         limit_bytes=config.limit_bytes,
     )
-    resume_state.write_plan(output, items, damage or [])
+    resume_state.write_plan(output, items, damage or [], source.ignored)
     return items
 
 
@@ -211,6 +215,7 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
         shards=tuple(entry for record in records for entry in record.shards),
         skipped=dict(sorted(skipped.items())),
         damaged=(*resume_state.read_plan_damage(output), *(entry for record in records for entry in record.damaged)),
+        ignored=resume_state.read_ignored(output),
         document_lengths=tuple(add_counts(record.lengths for record in records)),
     )
     if not manifest.shards:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -43,6 +45,8 @@ class TrainingReport:
     count_seconds: float
     """Reading and counting, including the seconds that Ray takes to start the first tasks."""
     merge_seconds: float
+    ignored: Sequence[dict[str, Any]] = ()
+    """Files that lay in the source and were not read: reason, number of files, an example."""
 
     @property
     def megabytes_per_second(self) -> float:
@@ -75,6 +79,7 @@ def learn(config: TrainTokenizerConfig, source: Source, output: Folder) -> tuple
         fingerprint=tokenizer.fingerprint,
         count_seconds=merge_start - start,
         merge_seconds=time.perf_counter() - merge_start,
+        ignored=[entry.to_dict() for entry in source.ignored],
     )
     return tokenizer, report
 

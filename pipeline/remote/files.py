@@ -21,7 +21,7 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import globs, hub_datasets
 from pipeline.remote import http as remote_http
 from pipeline.remote.range_reader import RangeFile
-from pipeline.remote.remote_file import RemoteFile, redact_url
+from pipeline.remote.remote_file import RemoteFile, RemoteTree, redact_url
 from pipeline.remote.retry import Interrupted, RetryState
 from pipeline.storage.object_store import bucket_errors, bucket_store, parse_url
 
@@ -45,7 +45,7 @@ def is_remote(source: str) -> bool:
 
 
 def list_files(source: str) -> tuple[str | None, list[RemoteFile]]:
-    """The source pinned to a commit (None where nothing pins it) and its files, sorted by name.
+    """The source pinned to a commit (None where nothing pins it) and the files that it names, sorted by name.
 
     hf, s3 and gs sources may be a file, a folder or a glob (globs.py); an http(s) address is one file.
 
@@ -53,23 +53,31 @@ def list_files(source: str) -> tuple[str | None, list[RemoteFile]]:
         UserError: the place cannot be reached or refuses the request, or a web server has no such file. A name that
             nothing matches is an empty list elsewhere.
     """
+    tree = list_tree(source)
+    named = [file for path, file in tree.files.items() if tree.is_file or globs.matches(path, tree.pattern)]
+    return tree.pinned, sorted(named, key=lambda file: file.name)
+
+
+def list_tree(source: str) -> RemoteTree:
+    """All files below the folder that the source begins with, whether its pattern names them or not; see list_files."""
     if source.startswith("hf://"):
-        return hub_datasets.list_files(source)
+        return hub_datasets.list_tree(source)
     if source.startswith(("s3://", "gs://")):
-        return None, _list_bucket(source)
+        return _list_bucket(source)
     where = redact_url(source)
     name = unquote(urlsplit(source).path.rpartition("/")[2])
     if not name:
         raise UserError(f"{where} names no file; only single files can be read over http(s)")
     size_bytes, version = remote_http.head(source, where)
-    return None, [RemoteFile(url=source, name=name, size_bytes=size_bytes, version=version)]
+    return RemoteTree.of_one(RemoteFile(url=source, name=name, size_bytes=size_bytes, version=version))
 
 
-def _list_bucket(source: str) -> list[RemoteFile]:
+def _list_bucket(source: str) -> RemoteTree:
     import obstore
 
     scheme, bucket, pattern = parse_url(source)
     store, _ = bucket_store(source)
+    pattern = pattern.strip("/")
     fixed = globs.fixed_part(pattern)
 
     def remote_file(entry: Any, folder: str) -> RemoteFile:
@@ -81,10 +89,20 @@ def _list_bucket(source: str) -> list[RemoteFile]:
     with bucket_errors(source):
         if fixed and fixed == pattern:
             with contextlib.suppress(FileNotFoundError):
-                return [remote_file(obstore.head(store, fixed), fixed.rpartition("/")[0])]
+                return RemoteTree.of_one(remote_file(obstore.head(store, fixed), fixed.rpartition("/")[0]))
         pages = list(obstore.list(store, fixed or None, chunk_size=1000))
-    files = [remote_file(entry, fixed) for page in pages for entry in page if globs.matches(entry["path"], pattern)]
-    return sorted(files, key=lambda file: file.name)
+    files = [remote_file(entry, fixed) for page in pages for entry in page]
+    folders = {parent for file in files for parent in _folders_above(file.name)}
+    return RemoteTree(
+        pattern=pattern.removeprefix(fixed).strip("/"),
+        files={file.name: file for file in files if file.size_bytes or file.name not in folders},
+    )
+
+
+def _folders_above(name: str) -> Iterator[str]:
+    """Consoles mark a folder by an empty object of its name."""
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------

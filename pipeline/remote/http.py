@@ -17,6 +17,7 @@ from pipeline.remote.retry import RETRIED_STATUS, TRANSFER_TRIES, Interrupted, r
 
 CHANGED = "changed since the plan was made; plan it anew, into another output folder"
 _SILENCE_SECONDS = 60.0  # without a byte, until a connection is closed
+_HEAD_BYTES = 512
 _EXPIRED = frozenset({400, 401, 403, 404, 410})  # answers of a signed address that has expired
 
 
@@ -137,6 +138,7 @@ def head(url: str, where: str) -> tuple[int, str]:
                 response.read()
                 raise _refusal(where, response)
             _is_part(response)
+            _require_no_page(url, where, response.headers.get("Content-Type", ""))
             size_bytes, version = total_bytes(response), version_of(response.headers)
         if size_bytes is None:
             raise UserError(
@@ -146,6 +148,19 @@ def head(url: str, where: str) -> tuple[int, str]:
         return size_bytes, version
 
     return retry(where, attempt)
+
+
+def _require_no_page(url: str, where: str, content_type: str) -> None:
+    """Raise UserError where a login page, or a page that lists a folder, is sent in place of the file."""
+    if not content_type.lower().startswith("text/html"):
+        return
+    with get(url, {"Range": f"bytes=0-{_HEAD_BYTES - 1}"}) as response:
+        head = next(response.iter_raw(_HEAD_BYTES), b"").lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(b"<"):  # some servers say that of any text
+        raise UserError(
+            f"{where}: the server sent a web page (HTML), such as a login page, not the file; fetch it by hand and "
+            "name the local file as source, or give an address that needs no login"
+        )
 
 
 def version_of(headers: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from pipeline.remote.retry import RETRIED_STATUS, Interrupted, retry_after_secon
 _FILE = re.compile(
     r"hf://(?P<datasets>datasets/)?(?!datasets/)(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)"
 )
+_REFERENCE = re.compile(r"(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+)(?:/(?P<path>.*))?", re.DOTALL)
 _CHECK = "check the network and HF_ENDPOINT, then run the same command again"
 
 
@@ -52,6 +53,25 @@ def fetch_file(address: str) -> Path:
     settings = request_settings(match["revision"])
     with final_hub_errors(address, kind="data set" if match["datasets"] else "model"):
         return Path(hf_hub_download(match["name"], match["path"], repo_type=kind, **settings))
+
+
+def split_revision(text: str) -> tuple[str, str]:
+    """A revision, and the path behind it, of REVISION[/PATH].
+
+    A revision ends at the first slash, except in refs/convert/NAME and refs/pr/NUMBER; ~NAME stands for
+    refs/convert/NAME, as in huggingface_hub's file system; other slashes of a revision are written %2F.
+    """
+    match = _REFERENCE.fullmatch(text)
+    assert match is not None
+    revision = unquote(match["revision"])
+    return f"refs/convert/{revision[1:]}" if revision.startswith("~") else revision, match["path"] or ""
+
+
+def is_unknown_revision(error: UserError) -> bool:
+    """Whether the hub knows the name, and not the revision."""
+    from huggingface_hub import errors
+
+    return isinstance(error.__cause__, errors.RevisionNotFoundError)
 
 
 @contextlib.contextmanager

@@ -8,39 +8,66 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import unquote
 
 from pipeline.errors import UserError
 from pipeline.remote import globs
-from pipeline.remote.hub_client import endpoint, final_hub_errors, hub_errors, token
-from pipeline.remote.remote_file import RemoteFile
+from pipeline.remote.hub_client import (
+    endpoint,
+    final_hub_errors,
+    hub_errors,
+    is_unknown_revision,
+    split_revision,
+    token,
+)
+from pipeline.remote.remote_file import RemoteFile, RemoteTree
 from pipeline.remote.retry import retry
 
-_PATTERN = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<glob>.+))?")
+_PATTERN = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<at>.+)|/(?P<glob>.+))?")
 _KIND = "data set"
 
 
-def list_files(source: str) -> tuple[str, list[RemoteFile]]:
-    """``hf://datasets/OWNER/NAME[@REVISION][/GLOB]`` at the commit that it has now, and its files, sorted by name.
+def list_tree(source: str) -> RemoteTree:
+    """``hf://datasets/OWNER/NAME[@REVISION][/GLOB]`` at the commit that it has now: the files of the folder of GLOB.
 
-    GLOB may also be a folder (globs.py). A slash inside a revision is written %2F.
+    GLOB may also be a folder (globs.py). A revision may hold slashes (refs/convert/parquet, ~parquet, a branch), which
+    may also be written %2F. Names are paths in the data set.
     """
-    match = _parse(source)
-    name, revision, pattern = match["name"], unquote(match["revision"] or "main"), match["glob"] or ""
-    commit = retry(source, lambda: _commit(source, name, revision))
-    tree = retry(source, lambda: _tree(source, name, commit, pattern))
-    pinned = f"hf://datasets/{name}@{commit}"
-    files = [
-        RemoteFile(
-            url=f"{pinned}/{entry.path}",
+    name, revision, pattern = _parse(source)
+    try:
+        commit = retry(source, lambda: _commit(source, name, revision))
+    except UserError as error:
+        if not is_unknown_revision(error) or not pattern:
+            raise
+        revision, pattern = _branch_with_slashes(source, name, f"{revision}/{pattern}", error)
+        commit = retry(source, lambda: _commit(source, name, revision))
+    entries, is_file = retry(source, lambda: _tree(source, name, commit, pattern))
+    address = f"hf://datasets/{name}@{commit}"
+    files = {
+        entry.path: RemoteFile(
+            url=f"{address}/{entry.path}",
             name=entry.path,
             version=f"sha256:{entry.lfs.sha256}" if entry.lfs else f"blob:{entry.blob_id}",
             size_bytes=entry.size,
         )
-        for entry in tree
-        if globs.matches(entry.path, pattern)
-    ]
-    return f"{pinned}/{pattern}".rstrip("/"), sorted(files, key=lambda file: file.name)
+        for entry in entries
+    }
+    return RemoteTree(pattern=pattern, files=files, pinned=f"{address}/{pattern}".rstrip("/"), is_file=is_file)
+
+
+def _branch_with_slashes(source: str, name: str, place: str, error: UserError) -> tuple[str, str]:
+    """The longest branch or tag that ``place`` begins with, and what follows it; raises ``error`` where none does."""
+    from huggingface_hub import HfApi
+
+    def ask() -> list[str]:
+        with hub_errors(source, kind=_KIND):
+            refs = HfApi(endpoint=endpoint(), token=token()).list_repo_refs(name, repo_type="dataset")
+        return [ref.name for ref in (*refs.branches, *refs.tags)]
+
+    fitting = [ref for ref in retry(source, ask) if f"{place}/".startswith(f"{ref}/")]
+    if not fitting:
+        raise error
+    revision = max(fitting, key=len)
+    return revision, place.removeprefix(revision).strip("/")
 
 
 def _commit(source: str, name: str, revision: str) -> str:
@@ -50,8 +77,11 @@ def _commit(source: str, name: str, revision: str) -> str:
         return str(HfApi(endpoint=endpoint(), token=token()).dataset_info(name, revision=revision).sha)
 
 
-def _tree(source: str, name: str, commit: str, pattern: str) -> list[Any]:
-    """The files below the part of the pattern without wildcards: all of FineWeb has 25,000, a sample of it fifteen."""
+def _tree(source: str, name: str, commit: str, pattern: str) -> tuple[list[Any], bool]:
+    """The files below the part of the pattern without wildcards, and whether that is the name of one file.
+
+    All of FineWeb has 25,000, a sample of it fifteen.
+    """
     from huggingface_hub import HfApi, errors
     from huggingface_hub.hf_api import RepoFile
 
@@ -61,12 +91,12 @@ def _tree(source: str, name: str, commit: str, pattern: str) -> list[Any]:
         if folder and folder == pattern:  # a file or a folder
             paths = api.get_paths_info(name, [folder], revision=commit, repo_type="dataset")
             if paths and isinstance(paths[0], RepoFile):
-                return paths
+                return paths, True
         try:
             tree = list(api.list_repo_tree(name, folder, recursive=True, revision=commit, repo_type="dataset"))
         except errors.EntryNotFoundError:
-            return []
-    return [entry for entry in tree if isinstance(entry, RepoFile)]
+            return [], False
+    return [entry for entry in tree if isinstance(entry, RepoFile)], False
 
 
 def address(url: str) -> tuple[str, dict[str, str]]:
@@ -74,10 +104,8 @@ def address(url: str) -> tuple[str, dict[str, str]]:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
-    match = _parse(url)
-    location = hf_hub_url(
-        match["name"], match["glob"], repo_type="dataset", revision=match["revision"], endpoint=endpoint()
-    )
+    name, commit, path = _parse(url)
+    location = hf_hub_url(name, path, repo_type="dataset", revision=commit, endpoint=endpoint())
     return location, build_hf_headers(token=token())
 
 
@@ -93,8 +121,11 @@ def refusal(where: str, response: Any) -> UserError:
     return UserError(f"{where}: the hub answered with an error ({response.status_code}); try again later")
 
 
-def _parse(source: str) -> re.Match[str]:
+def _parse(source: str) -> tuple[str, str, str]:
+    """OWNER/NAME, revision and what follows it."""
     match = _PATTERN.fullmatch(source.rstrip("/"))
     if match is None:
         raise UserError(f"source {source} is not of the form hf://datasets/OWNER/NAME[@REVISION][/GLOB]")
-    return match
+    if match["at"] is None:
+        return match["name"], "main", match["glob"] or ""
+    return match["name"], *split_revision(match["at"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -23,6 +24,25 @@ class RemoteFile:
     def where(self) -> str:
         """Name of the file in messages, without commit and secrets."""
         return redact_url(self.url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteTree:
+    """What lies below the folder that a source begins with."""
+
+    pattern: str
+    """Which of the files are meant (globs.py), relative to the same folder as their names; empty for all."""
+    files: Mapping[str, RemoteFile]
+    """By name."""
+    pinned: str | None = None
+    """The source at a commit of the hub; None elsewhere."""
+    is_file: bool = False
+    """Whether the source names one file in full."""
+
+    @classmethod
+    def of_one(cls, file: RemoteFile, pinned: str | None = None) -> RemoteTree:
+        """The file that a source names in full."""
+        return cls(pattern="", files={file.name: file}, pinned=pinned, is_file=True)
 
 
 def redact_url(url: str) -> str:

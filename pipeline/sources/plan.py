@@ -17,9 +17,10 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.remote.remote_file import RemoteFile
-from pipeline.sources import json_lines
+from pipeline.sources import json_lines, tables
+from pipeline.sources.compressions import unpacked
 from pipeline.sources.sources import Layout
-from pipeline.sources.work_items import FileSlice, WorkItem, open_slice, reading, unpacked
+from pipeline.sources.work_items import FileSlice, WorkItem, open_slice, reading
 
 _FORMAT = "gpt-2.5 plan 1"
 _FILE_FIELDS = ("name", "path", "kind", "version")  # of a slice, the same for all slices of a file
@@ -272,11 +273,14 @@ def _first_records(layout: Layout, limit: int) -> tuple[Layout, int]:
 
 
 def _first_lines(layout: Layout, limit: int) -> tuple[Layout, int]:
-    """The same for lines: a plain file is cut behind the last one, a compressed one gets ``max_documents``."""
+    """The same for lines and rows: a plain file of lines is cut behind the last one, others get ``max_documents``."""
     whole = layout.whole
-    stop = int(layout.bounds[-1])
-    with reading(whole.where), open_slice(whole) as file:
-        records, end = json_lines.count_records(unpacked(file, whole.name), limit, stop if whole.is_range else None)
+    stop = end = int(layout.bounds[-1])
+    if whole.kind == "jsonl":
+        with reading(whole.where), open_slice(whole) as file:
+            records, end = json_lines.count_records(unpacked(file, whole.name), limit, stop if whole.is_range else None)
+    else:
+        records = tables.count_rows(whole, limit)
     if records < limit:
         return layout, records
     if not whole.is_range:

@@ -17,11 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.sources import docstrings, json_lines
+from pipeline.sources import docstrings, json_lines, tables
 from pipeline.sources.arrow_values import array_of, offsets_of
 from pipeline.sources.column_chunks import DAMAGED, SparseFile, by_slice
+from pipeline.sources.compressions import unpacked
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.work_items import COMPRESSIONS, Damage, FileSlice, WorkItem, open_slice, reading, unpacked
+from pipeline.sources.selection import compression_of
+from pipeline.sources.work_items import Damage, FileSlice, WorkItem, explained, open_slice, reading
 
 _ARRAY_BYTES = 2_000_000  # of text per array, so that it stays in the processor's cache until it is encoded
 _ROWS = 4096  # largest number of parquet rows per batch
@@ -60,10 +62,11 @@ def _slices(
     for number, file_slice in enumerate(item.slices):
         try:
             yield from _slice(file_slice, item.text_column, skipped, ranges.get(number, []))
-        except DamagedInputError as error:
-            if damaged is None:
-                raise
-            damaged.append({"name": file_slice.label, "reason": str(error)})
+        except UserError as error:
+            mended = explained(file_slice, error)
+            if damaged is None or not isinstance(mended, DamagedInputError):
+                raise mended from error
+            damaged.append({"name": file_slice.label, "reason": str(mended)})
 
 
 def _slice(
@@ -76,6 +79,11 @@ def _slice(
             yield from _parquet(file_slice, text_column, file)
         elif file_slice.kind == "jsonl":
             yield from _json(file_slice, text_column, file, skipped, fetched[0][0] if fetched else None)
+        elif file_slice.kind in ("csv", "tsv"):
+            yield from _batches(_csv_texts(file_slice, text_column, file, skipped))
+        elif file_slice.kind == "arrow":
+            for texts in tables.arrow_texts(file_slice, text_column, file):
+                yield texts.cast(pa.large_string())
         elif file_slice.kind == "txt":
             yield _text(unpacked(file, file_slice.name), file_slice)
         else:
@@ -183,9 +191,18 @@ def _place(file_slice: FileSlice, number: int, position: int) -> str:
     )
 
 
+def _csv_texts(file_slice: FileSlice, text_column: str, file: Any, skipped: Counter[str]) -> Iterator[bytes]:
+    with reading(file_slice.where):
+        for text in tables.csv_texts(file_slice, text_column, file):
+            if text is None:
+                skipped["null"] += 1
+            else:
+                yield text
+
+
 def _text(file: Any, file_slice: FileSlice) -> pa.Array:
     """A file as one document; takes its size in memory once."""
-    if file_slice.name.endswith(COMPRESSIONS):
+    if compression_of(file_slice.name):
         content = bytearray()
         while chunk := file.read(_CHUNK_BYTES):
             content += chunk

@@ -8,7 +8,6 @@ relative to the source, with no path of this machine in them, so every machine p
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,25 +18,32 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.paths import in_bucket, resolve_path
 from pipeline.remote import files as remote_files
-from pipeline.remote.remote_file import RemoteFile
-from pipeline.sources import docstrings
+from pipeline.remote.remote_file import RemoteFile, redact_url
+from pipeline.sources import docstrings, tables
+from pipeline.sources.local_files import list_tree, split_source
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.work_items import COMPRESSIONS, Damage, FileSlice, local_version, open_slice, reading
+from pipeline.sources.selection import KNOWN, Ignored, compression_of, describe, kind_of, mixture, select
+from pipeline.sources.work_items import (
+    Damage,
+    FileSlice,
+    explained,
+    local_version,
+    open_slice,
+    reading,
+    require_no_pointer,
+)
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 INSTALLED_DOCS = "installed-docs"
-SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
-_KNOWN_SUFFIXES = ".parquet, .jsonl or .txt (the last two also .gz or .zst)"
 _RANGE_BYTES = 4_000_000  # unit of plain .jsonl files
-_COMPRESSED_TO_TEXT = 3  # estimated bytes of text per byte of .gz or .zst, for plans only
+_COMPRESSED_TO_TEXT = 3  # estimated bytes of text per compressed byte, for plans only
 _LOCAL_READERS = 8  # footers are read from disks that may be slow, such as network disks
 _REMOTE_READERS = 32
 
@@ -84,6 +90,12 @@ class Source:
     """Number of threads that read footers."""
     pinned: str | None = None
     """The source at a fixed revision of the hub; None where there is no such thing."""
+    ignored: tuple[Ignored, ...] = ()
+    """What lies in the source and is not read."""
+    mixed: str | None = None
+    """A sentence where text files lie among files of records."""
+    problems: tuple[tuple[str, UserError], ...] = ()
+    """Name of what may be, or hold, a file of the source and cannot be looked at, and why: a link, a closed folder."""
 
     def layouts(
         self, text_column: str, progress: Callable[[], None] | None = None, damaged: Damage | None = None
@@ -96,16 +108,21 @@ class Source:
             damaged: takes a note of every file whose footer cannot be read, which is then left out.
 
         Raises:
-            DamagedInputError: a footer cannot be read, and ``damaged`` is not given.
-            UserError: a file has no text in ``text_column``.
+            DamagedInputError: a footer cannot be read, a link leads nowhere, a file is a git-LFS pointer, and
+                ``damaged`` is not given.
+            UserError: a file has no text in ``text_column``; a folder is closed to this user.
         """
 
         def layout(whole: FileSlice) -> Layout | DamagedInputError:
             try:
-                return _row_groups(whole, text_column) if whole.kind == "parquet" else _ranges(whole)
+                return _layout(whole, text_column)
             except DamagedInputError as error:
                 return error
 
+        for name, problem in self.problems:
+            if damaged is None or not isinstance(problem, DamagedInputError):
+                raise problem
+            damaged.append({"name": name, "reason": str(problem)})
         for whole, result in _ahead(layout, self.whole_files(), self.num_threads):
             if progress:
                 progress()
@@ -138,51 +155,76 @@ def resolve_source(source: str) -> str:
 
 def _local_source(source: str) -> Source:
     """A file, the files of a folder and its subfolders, or those that match a glob; names are relative to it."""
-    files = [(name, path, path.stat()) for name, path in _local_files(source)]
+    path = Path(source).expanduser()
+    place = split_source(path)
+    if place is None and path.is_file():
+        return _local_files([(path.name, path.absolute(), _kind_of_one(path.name, source))])
+    if place is None:
+        what = "is no regular file" if path.exists() else f"does not exist (looked for {path.absolute()})"
+        raise UserError(f"source {source} {what}")
+    base, pattern = place
+    tree = list_tree(base.absolute(), pattern)
+    selection = select(tree.names, pattern, tree.found)
+    files = [(name, base.absolute() / name, kind) for name, kind in selection.kinds.items()]
+    if not files and not tree.problems:
+        raise _nothing(source, selection.ignored)
+    return dataclasses.replace(
+        _local_files(files),
+        ignored=selection.ignored,
+        mixed=mixture(selection.kinds),
+        problems=tuple(tree.problems),
+    )
+
+
+def _local_files(files: list[tuple[str, Path, str]]) -> Source:
+    stats = [path.stat() for _, path, _ in files]
     return Source(
-        inputs=[Input(name=name, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns) for name, _, stat in files],
-        whole_files=lambda: (_local_file(name, path, stat, kind_of(name) or "") for name, path, stat in files),
+        inputs=[
+            Input(name=name, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+            for (name, _, _), stat in zip(files, stats, strict=True)
+        ],
+        whole_files=lambda: (
+            _local_file(name, path, stat, kind) for (name, path, kind), stat in zip(files, stats, strict=True)
+        ),
         num_threads=_LOCAL_READERS,
     )
 
 
-def _local_files(source: str) -> list[tuple[str, Path]]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if kind_of(path.name) is None:
-            raise UserError(f"source {source} is no {_KNOWN_SUFFIXES} file")
-        return [(path.name, path.absolute())]
-    if path.is_dir():
-        base, matches = path, path.rglob("*")
-        problem = f"source folder {source} holds no {_KNOWN_SUFFIXES} file"
-    elif glob.has_magic(source):
-        base = path
-        while glob.has_magic(str(base)):  # up to the folder above the first wildcard
-            base = base.parent
-        matches = base.glob(path.relative_to(base).as_posix())
-        problem = f"no {_KNOWN_SUFFIXES} file matches the source {source}"
-    else:
-        raise UserError(f"source {source} does not exist (looked for {path.absolute()})")
-    named = sorted((match.relative_to(base).as_posix(), match.absolute()) for match in matches)
-    shown = (entry for entry in named if "/." not in f"/{entry[0]}")
-    files = [(name, file) for name, file in shown if kind_of(name) and file.is_file()]
-    if not files:
-        raise UserError(problem)
-    return files
+def _kind_of_one(name: str, source: str) -> str:
+    """The kind of a file that is named in full."""
+    kind = kind_of(name)
+    if kind is None:
+        raise UserError(f"source {source} is no {KNOWN} file")
+    return kind
+
+
+def _nothing(source: str, ignored: tuple[Ignored, ...]) -> UserError:
+    passed_over = f"; what is there is not read: {describe(ignored)}" if ignored else ""
+    return UserError(f"no {KNOWN} file matches the source {source}{passed_over}")
 
 
 def _remote_source(source: str) -> Source:
     """Files of the hub, of a bucket or of a web server, each at the version that it has now."""
-    pinned, files = remote_files.list_files(source)
-    files = [file for file in files if kind_of(file.name) is not None]
-    if not files:
-        raise UserError(f"no {_KNOWN_SUFFIXES} file matches the source {source}")
-    commit = f"{pinned.partition('@')[2].partition('/')[0]} " if pinned else ""
+    tree = remote_files.list_tree(source)
+    where = redact_url(source)
+    ignored: tuple[Ignored, ...] = ()
+    mixed = None
+    if tree.is_file:
+        chosen = [(file, _kind_of_one(file.name, where)) for file in tree.files.values()]
+    else:
+        selection = select(tree.files, tree.pattern)
+        chosen = [(tree.files[name], kind) for name, kind in selection.kinds.items()]
+        ignored, mixed = selection.ignored, mixture(selection.kinds)
+    if not chosen:
+        raise _nothing(where, ignored)
+    commit = f"{tree.pinned.partition('@')[2].partition('/')[0]} " if tree.pinned else ""
     return Source(
-        inputs=[Input(name=file.name, version=commit + file.version, size_bytes=file.size_bytes) for file in files],
-        whole_files=lambda: map(_remote_file, files),
+        inputs=[Input(name=file.name, version=commit + file.version, size_bytes=file.size_bytes) for file, _ in chosen],
+        whole_files=lambda: (_remote_file(file, kind) for file, kind in chosen),
         num_threads=_REMOTE_READERS,
-        pinned=pinned,
+        pinned=tree.pinned,
+        ignored=ignored,
+        mixed=mixed,
     )
 
 
@@ -199,31 +241,12 @@ def _local_file(name: str, path: Path, stat: os.stat_result, kind: str) -> FileS
     return FileSlice(name=name, path=str(path), kind=kind, version=local_version(stat), size_bytes=stat.st_size)
 
 
-def _remote_file(file: RemoteFile) -> FileSlice:
+def _remote_file(file: RemoteFile, kind: str) -> FileSlice:
     version = file.version or f"{file.size_bytes} bytes"
-    kind = kind_of(file.name) or ""
     return FileSlice(name=file.name, path="", kind=kind, version=version, size_bytes=file.size_bytes, file=file)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
-
-
-def kind_of(name: str) -> str | None:
-    """parquet, jsonl or txt by the suffix of the name; None for a file that cannot be read."""
-    stem = name
-    for compression in COMPRESSIONS:
-        stem = stem.removesuffix(compression)
-    kind = SUFFIXES.get(Path(stem).suffix)
-    return None if kind == "parquet" and stem != name else kind
-
-
-def is_text(arrow_type: pa.DataType) -> bool:
-    """Whether a column of this type holds text, dictionary-encoded or not."""
-    if pa.types.is_dictionary(arrow_type):
-        arrow_type = arrow_type.value_type
-    return bool(
-        pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or arrow_type == pa.string_view()
-    )
 
 
 def _ahead(function: Callable[[A], B], items: Iterable[A], num_threads: int) -> Iterator[tuple[A, B]]:
@@ -251,7 +274,7 @@ def _row_groups(whole: FileSlice, text_column: str) -> Layout:
             f"{whole.where} has no column {text_column!r}, only {', '.join(schema.names)}; name one with --text_column"
         )
     arrow_type = schema.field(text_column).type
-    if not is_text(arrow_type):
+    if not tables.is_text(arrow_type):
         raise UserError(
             f"column {text_column!r} of {whole.where} holds {arrow_type}, not text; name another with --text_column"
         )
@@ -265,12 +288,25 @@ def _row_groups(whole: FileSlice, text_column: str) -> Layout:
     )
 
 
+def _layout(whole: FileSlice, text_column: str) -> Layout:
+    """The layout of a file, which is looked at as far as its kind needs it."""
+    require_no_pointer(whole)
+    try:
+        if whole.kind == "parquet":
+            return _row_groups(whole, text_column)
+        if whole.kind in ("arrow", "csv", "tsv"):
+            tables.check_table(whole, text_column)
+    except UserError as error:
+        raise explained(whole, error) from error
+    return _ranges(whole)
+
+
 def _ranges(whole: FileSlice) -> Layout:
     """The layout of other files: ranges of bytes of a plain .jsonl file; anything else is read whole."""
     if whole.is_range:
         bounds = np.append(np.arange(0, whole.size_bytes, _RANGE_BYTES), whole.size_bytes)
         return Layout(whole=whole, bounds=bounds, sizes=np.diff(bounds))
-    documents = None if whole.kind == "jsonl" else np.array([1])
-    if whole.name.endswith(COMPRESSIONS):
+    documents = np.array([1]) if whole.kind in ("txt", "py") else None
+    if compression_of(whole.name):
         whole = dataclasses.replace(whole, size_bytes=whole.size_bytes * _COMPRESSED_TO_TEXT)
     return Layout(whole=whole, bounds=np.array([0, 1]), sizes=np.array([whole.size_bytes]), documents=documents)

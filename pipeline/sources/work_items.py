@@ -10,18 +10,41 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
 from pipeline.remote.remote_file import RemoteFile
+from pipeline.sources.selection import compression_of
 
-COMPRESSIONS = (".gz", ".zst")
+_HEAD_BYTES = 512
+_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/")
+_POINTER_BYTES = range(100, 1024)  # the format asks for less than 1,024
+_SIGNS = [  # first bytes, and the end of a sentence on what the file is
+    (_POINTER, "a git-LFS pointer, not the file itself; run git lfs pull where it was cloned"),
+    (
+        re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)\b", re.IGNORECASE),
+        "a web page (HTML), such as a login page, not the file itself; fetch it anew",
+    ),
+    (
+        re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<Error>", re.IGNORECASE),
+        "the error message of a bucket (XML), not the file itself; fetch it anew",
+    ),
+]
+_SIGNS_OF_PLAIN_FILES = [
+    (re.compile(rb"\x1f\x8b\x08"), "gzip data; add .gz to its name"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd data; add .zst to its name"),
+    (re.compile(rb"BZh[1-9]"), "bzip2 data; add .bz2 to its name"),
+    (re.compile(rb"\xfd7zXZ\0"), "xz data; add .xz to its name"),
+    (re.compile(rb"PAR1"), "a parquet file; let its name end in .parquet"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive; unpack it"),
+]
 
 Damage = list[dict[str, str]]
 """Everything that could not be read: {"name": the part of the file, "reason": a sentence}."""
@@ -35,7 +58,7 @@ class FileSlice:
     path: str
     """Path on this machine; empty for a remote file."""
     kind: str
-    """parquet, jsonl, txt or py."""
+    """parquet, arrow, csv, tsv, jsonl, txt or py."""
     version: str
     """Hash or ETag of a remote file, or size and time of change of a local one, which pins the content."""
     start: int = 0
@@ -50,7 +73,7 @@ class FileSlice:
     @property
     def is_range(self) -> bool:
         """Whether start and stop are bytes."""
-        return self.kind == "jsonl" and not self.name.endswith(COMPRESSIONS)
+        return self.kind == "jsonl" and compression_of(self.name) is None
 
     @property
     def label(self) -> str:
@@ -110,13 +133,6 @@ def open_slice(file_slice: FileSlice) -> BinaryIO:
     return path.open("rb")
 
 
-def unpacked(file: Any, name: str) -> Any:
-    """The byte stream of a file, decompressed if its name ends in .gz or .zst; OSError where it is truncated."""
-    if name.endswith(".gz"):
-        return pa.input_stream(file, compression="gzip")
-    return pa.input_stream(file, compression="zstd") if name.endswith(".zst") else file
-
-
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
     """Turn whatever Arrow or the system raises about the file ``where`` into one sentence."""
@@ -129,3 +145,29 @@ def reading(where: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise DamagedInputError(f"{where} cannot be read, it may be damaged or truncated: {reason}") from error
+
+
+# ---- files that are something else -----------------------------------------------------------------------------------
+
+
+def require_no_pointer(whole: FileSlice) -> None:
+    """Raise DamagedInputError for a git-LFS pointer; the hub has none, and large files are not looked at."""
+    is_on_hub = whole.file is not None and whole.file.url.startswith("hf://")
+    if whole.kind == "py" or is_on_hub or whole.size_bytes not in _POINTER_BYTES:
+        return
+    with reading(whole.where), open_slice(whole) as file:
+        head = bytes(file.read(_HEAD_BYTES))
+    if _POINTER.match(head):
+        raise DamagedInputError(f"{whole.where} is {_SIGNS[0][1]}")
+
+
+def explained(file_slice: FileSlice, error: UserError) -> UserError:
+    """The error of a file that cannot be read, or one that says what the file is, where its first bytes tell."""
+    head = b""
+    with contextlib.suppress(UserError, OSError), open_slice(file_slice) as file:
+        head = bytes(file.read(_HEAD_BYTES))
+    is_plain = file_slice.kind not in ("parquet", "arrow") and compression_of(file_slice.name) is None
+    for sign, what in _SIGNS + (_SIGNS_OF_PLAIN_FILES if is_plain else []):
+        if sign.match(head):
+            return DamagedInputError(f"{file_slice.where} is {what}")
+    return error

@@ -175,7 +175,7 @@ def outcome(source: Path) -> str:
 def test_a_footer_that_is_wrong_when_it_is_fetched(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, [*RANDOM_TEXTS])
-    (tmp_path / "b.txt").write_text("the next")
+    (tmp_path / "b.jsonl").write_bytes(json_lines(["the next"]))
     (item,) = as_remote(items_of(tmp_path))
     for content in (b"nonsense", b"", path.read_bytes()[:-10], b"PAR1" + (10**9).to_bytes(4, "little") + b"PAR1"):
         path.write_bytes(content)

@@ -14,6 +14,7 @@ import pytest
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.sources.plan import make_plan, save_plan
 from pipeline.sources.readers import read_item
+from pipeline.sources.selection import KNOWN
 from pipeline.sources.sources import Input, find
 from tests.support.fake_hub import NAME, FakeHub, running_hub
 from tests.support.s3_server import S3
@@ -112,10 +113,11 @@ def test_parquet_column_below_a_nested_one(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     assert mistake(tmp_path / "absent") == f"source {tmp_path}/absent does not exist (looked for {tmp_path}/absent)"
-    assert "no .parquet, .jsonl or .txt" in mistake(f"{tmp_path}/*.parquet")
-    assert f"folder {tmp_path} holds no .parquet" in mistake(tmp_path)
-    (tmp_path / "a.csv").write_text("a,b")
-    assert "a.csv is no .parquet" in mistake(tmp_path / "a.csv")
+    assert f"file matches the source {tmp_path}/*.parquet" in mistake(f"{tmp_path}/*.parquet")
+    assert mistake(tmp_path) == f"no {KNOWN} file matches the source {tmp_path}"
+    (tmp_path / "a.md").write_text("# a")
+    assert "a.md is no .parquet" in mistake(tmp_path / "a.md")
+    assert "what is there is not read: 1 of a format that is not read (such as a.md)" in mistake(tmp_path)
     assert "source ftp://host/a.parquet is none that can be read" in mistake("ftp://host/a.parquet")
     (tmp_path / "a.txt").write_text("")
     assert mistake(tmp_path) == "the source holds no text"
