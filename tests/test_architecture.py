@@ -30,8 +30,9 @@ ROOMS: dict[str, set[str]] = {
     "paths": {"errors", "storage"},
     "config": {"errors", "paths", "redaction", "tokenizer.patterns"},
     "distributed": {"errors"},
-    "remote": {"errors", "storage"},
-    "sources": {"errors", "paths", "remote"},
+    "listing": {"errors"},
+    "remote": {"errors", "storage", "listing"},
+    "sources": {"errors", "paths", "listing", "remote"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
@@ -43,14 +44,14 @@ ROOMS["pretrained"] = {
 }
 ROOMS["generation"] = {"errors", "paths", "config", "tokenizer", "distributed", "pretrained"}
 ROOMS["preprocessing"] = {
-    *("errors", "storage", "paths", "config", "console", "run_files", "sources", "remote", "tokenizer", "dataset"),
-    *("tracking", "cluster"),
+    *("errors", "storage", "paths", "config", "console", "run_files", "listing", "sources", "remote", "tokenizer"),
+    *("dataset", "tracking", "cluster"),
 }
 ROOMS["serving"] = {
     *("errors", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
 }
-ROOMS["evaluation"] = set(ROOMS) - {"sources", "remote", "preprocessing", "serving"}
-ROOMS["training"] = set(ROOMS) - {"sources", "remote", "preprocessing", "serving"}
+ROOMS["evaluation"] = set(ROOMS) - {"listing", "sources", "remote", "preprocessing", "serving"}
+ROOMS["training"] = set(ROOMS) - {"listing", "sources", "remote", "preprocessing", "serving"}
 ROOMS["sweep"] = {
     *("errors", "storage", "paths", "config", "run_files", "distributed", "tracking", "cluster", "training"),
 }

@@ -18,8 +18,8 @@ from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
 from pipeline.dataset.shards import file_bytes
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.listing.selection import Ignored, describe
 from pipeline.sources import plan as plan_module
-from pipeline.sources.selection import Ignored, describe
 from pipeline.sources.sources import Input, Source, find
 from pipeline.sources.work_items import Damage, WorkItem
 from pipeline.storage.folders import TEMPORARY_PREFIX, Folder, in_threads

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.remote import globs, hub_datasets
+from pipeline.listing import globs
 from pipeline.remote import http as remote_http
+from pipeline.remote import hub_datasets
 from pipeline.remote.range_reader import RangeFile
 from pipeline.remote.remote_file import RemoteFile, RemoteTree, redact_url
 from pipeline.remote.retry import Interrupted, RetryState

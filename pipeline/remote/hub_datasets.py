@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.remote import globs
+from pipeline.listing import globs
 from pipeline.remote.hub_client import (
     endpoint,
     final_hub_errors,

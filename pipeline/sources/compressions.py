@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from pipeline.sources.selection import compression_of
+from pipeline.listing.selection import compression_of
 
 _CHUNK_BYTES = 1 << 18  # of the compressed file per read
 _ZSTD_HEADER_BYTES = 18

@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.listing.selection import compression_of
 from pipeline.sources import docstrings, json_lines, tables
 from pipeline.sources.arrow_values import array_of, offsets_of
 from pipeline.sources.column_chunks import DAMAGED, SparseFile, by_slice
 from pipeline.sources.compressions import unpacked
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.selection import compression_of
 from pipeline.sources.work_items import Damage, FileSlice, WorkItem, explained, open_slice, reading
 
 _ARRAY_BYTES = 2_000_000  # of text per array, so that it stays in the processor's cache until it is encoded

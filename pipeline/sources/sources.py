@@ -21,13 +21,13 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.listing.local_files import list_tree, split_source
+from pipeline.listing.selection import KNOWN, Ignored, compression_of, describe, kind_of, mixture, select
 from pipeline.paths import in_bucket, resolve_path
 from pipeline.remote import files as remote_files
 from pipeline.remote.remote_file import RemoteFile, redact_url
 from pipeline.sources import docstrings, tables
-from pipeline.sources.local_files import list_tree, split_source
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.selection import KNOWN, Ignored, compression_of, describe, kind_of, mixture, select
 from pipeline.sources.work_items import (
     Damage,
     FileSlice,

@@ -19,9 +19,9 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.listing.selection import compression_of
 from pipeline.remote import files as remote_files
 from pipeline.remote.remote_file import RemoteFile
-from pipeline.sources.selection import compression_of
 
 _HEAD_BYTES = 512
 _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.listing import globs
 from pipeline.remote import files as remote_files
-from pipeline.remote import globs, hub_datasets
+from pipeline.remote import hub_datasets
 from pipeline.remote.remote_file import RemoteFile
 from tests.support.fake_hub import NAME, FakeHub, running_hub
 from tests.support.file_server import running_files

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.listing.selection import KNOWN
 from pipeline.sources.plan import make_plan, save_plan
 from pipeline.sources.readers import read_item
-from pipeline.sources.selection import KNOWN
 from pipeline.sources.sources import Input, find
 from tests.support.fake_hub import NAME, FakeHub, running_hub
 from tests.support.s3_server import S3

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.remote.globs import Pattern, States
-from pipeline.sources.selection import HIDDEN, LEADS_NOWHERE, NO_FILE, READ_ALREADY, hidden_part, is_mark, kind_of
+from pipeline.listing.globs import Pattern, States
+from pipeline.listing.selection import HIDDEN, LEADS_NOWHERE, NO_FILE, READ_ALREADY, hidden_part, is_mark, kind_of
 
 _MARK_FOLDER, _MARK_FILE = "items", "run.json"
 
@@ -94,6 +94,11 @@ class _Walk:
     def _entry(self, entry: os.DirEntry[str], name: str, states: States) -> Iterator[tuple[str, States]]:
         """Note a file or a link; yields a folder that is to be read."""
         states = self.pattern.step(states, entry.name)
+        if states and not _is_utf8(name):
+            shown = name.encode("utf-8", "backslashreplace").decode()
+            sentence = f"the name of {self.base / shown} is not UTF-8, so no record could name it; rename it"
+            self._report(shown, DamagedInputError(sentence))
+            return
         if entry.name == _MARK_FOLDER and Path(entry.path, _MARK_FILE).is_file():
             self.names.append(f"{name}/{_MARK_FILE}")
         is_wanted = self.pattern.is_match(states)
@@ -134,6 +139,15 @@ class _Walk:
 
     def _pass_over(self, reason: str, name: str) -> None:
         self.found.setdefault(reason, []).append(name)
+
+
+def _is_utf8(name: str) -> bool:
+    """Python reads other bytes of a name as half a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_folder(path: Path) -> bool:

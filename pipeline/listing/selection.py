@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from pipeline.remote.globs import Pattern, is_hidden
+from pipeline.listing.globs import Pattern, is_hidden
 
 SUFFIXES = {
     ".parquet": "parquet",
