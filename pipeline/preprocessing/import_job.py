@@ -122,8 +122,11 @@ class ShardImport:
             UserError: nothing matches, a file is not what it should be, a place cannot be reached, another input.
         """
         record = resume_state.read_run(output)
-        at_commit = record.pinned if record is not None and record.source == self.source else None
-        pinned, files = _list(dict(zip(SPLITS, (at_commit or self.source).split("\n"), strict=True)))
+        sources = dict(self.sources)
+        if record is not None and record.pinned and record.source == resume_state.stored_source(self.source):
+            at_commits = zip(SPLITS, record.pinned.split("\n"), strict=True)
+            sources |= {split: place for split, place in at_commits if place.startswith("hf://")}
+        pinned, files = _list(sources)
         in_threads(self._check_head, files, _HEADS_AT_ONCE)
         inputs = tuple(file.input for file in files)
         resume_state.claim(output, RunRecord(source=self.source, pinned=pinned, settings=self.settings, inputs=inputs))

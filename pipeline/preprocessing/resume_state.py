@@ -19,6 +19,7 @@ from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, Shard
 from pipeline.dataset.shards import file_bytes
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.listing.selection import Ignored, describe
+from pipeline.remote.remote_file import stored_url
 from pipeline.sources import plan as plan_module
 from pipeline.sources.sources import Input, Source, find
 from pipeline.sources.work_items import Damage, WorkItem
@@ -85,6 +86,11 @@ def begin(folder: Folder, source: str, settings: dict[str, Any]) -> tuple[Source
     return found, run
 
 
+def stored_source(source: str) -> str:
+    """A source, or several, a line each, without what may be a secret: as it stands in the records of a folder."""
+    return "\n".join(map(stored_url, source.split("\n")))
+
+
 def find_shards(folder: Folder, *, again: str = "made") -> Manifest | None:
     """The manifest, if all its shards have their size; ``again``: what is done where one has not, for a warning."""
     manifest = Manifest.load(folder)
@@ -126,7 +132,8 @@ def claim(folder: Folder, run: RunRecord) -> None:
         if any(name.endswith(".bin") for name in folder.names()):
             raise UserError(f"output folder {folder} holds shards of unknown origin; choose another --output")
         folder.make()
-        folder.write(_RUN, [_to_json(run)])
+        pinned = None if run.pinned is None else stored_source(run.pinned)
+        folder.write(_RUN, [_to_json(dataclasses.replace(run, source=stored_source(run.source), pinned=pinned))])
     else:
         _require_same_settings(folder, record, run.settings)
         _require_same_inputs(folder, record, list(run.inputs))
@@ -175,7 +182,7 @@ def write_plan(folder: Folder, items: Sequence[WorkItem], damage: Damage, ignore
         folder.write(_DAMAGE, [json.dumps(damage).encode()])
     if ignored:
         folder.write(_IGNORED, [json.dumps([entry.to_dict() for entry in ignored]).encode()])
-    folder.write(_PLAN, [plan_module.save_plan(items)])
+    folder.write(_PLAN, [plan_module.save_plan(plan_module.without_queries(items))])
 
 
 # ---- work items ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pipeline.preprocessing.progress import read_layouts
 from pipeline.preprocessing.resume_state import RunRecord
 from pipeline.preprocessing.stages import EncodeJob
 from pipeline.preprocessing.tokenizer_training import learn
-from pipeline.sources.plan import make_plan
+from pipeline.sources.plan import make_plan, with_address
 from pipeline.sources.sources import Source
 from pipeline.sources.work_items import Damage, WorkItem
 from pipeline.storage.folders import Folder
@@ -153,7 +153,7 @@ def _plan(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkIt
     """The work items that the output folder was begun with, or else new ones, which are noted there."""
     if (items := resume_state.read_plan(output)) is not None:
         logger.info("the plan of %s work items is there from an earlier run", f"{len(items):,}")
-        return items
+        return with_address(items, config.source)
     damage: Damage | None = [] if config.skip_bad_files else None
     items = make_plan(
         read_layouts(source, config.text_column, damage),
@@ -220,7 +220,8 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
     )
     if not manifest.shards:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in manifest.skipped.items()) or "none at all"
-        raise UserError(f"source {run.source} holds no document that could be used ({reasons})")
+        source = resume_state.stored_source(run.source)
+        raise UserError(f"source {source} holds no document that could be used ({reasons})")
     resume_state.remove_others(output, {entry.name for entry in manifest.shards})
     for name in (*output.names(deduplication.HASHES), *output.names(deduplication.DUPLICATES)):
         output.delete(name)

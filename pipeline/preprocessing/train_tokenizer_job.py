@@ -73,7 +73,7 @@ def _track(config: TrainTokenizerConfig, output: Folder, report: TrainingReport,
     assert record is not None
     inputs = json.dumps([entry.manifest_entry() for entry in record.inputs], sort_keys=True)
     data = RunInput(
-        name=Path(config.source).name or config.source,
+        name=Path(resume_state.stored_source(config.source)).name or config.source,
         fingerprint=hashlib.sha256(inputs.encode()).hexdigest(),
         source=config.source,
         context="data",

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote import files as remote_files
-from pipeline.remote.remote_file import RemoteFile
+from pipeline.remote.remote_file import RemoteFile, stored_url
 from pipeline.storage.folders import write_error
 from pipeline.storage.locks import process_lock, try_flock
 
@@ -190,8 +190,13 @@ class _Slot:
 
 
 def _key(file: RemoteFile) -> str:
-    """A name by hash of the content, or else of the address, and by the size of the whole file."""
-    identity = file.version if file.version.startswith(("sha256:", "blob:")) else f"{file.url} {file.version}"
+    """A name by hash of the content, or else of the address, and by the size of the whole file.
+
+    Where an ETag tells the content, the query of an address does not count: a signature that was renewed is in it.
+    """
+    identity = file.version
+    if not identity.startswith(("sha256:", "blob:")):
+        identity = f"{stored_url(file.url) if identity.startswith('etag:') else file.url} {identity}"
     return f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-{file.size_bytes}"
 
 

@@ -45,6 +45,11 @@ class RemoteTree:
         return cls(pattern="", files={file.name: file}, pinned=pinned, is_file=True)
 
 
+def stored_url(url: str) -> str:
+    """A URL as it may lie on a disk: of the web without user, password and query, where signatures are."""
+    return redact_url(url) if url.startswith(("http://", "https://")) else url
+
+
 def redact_url(url: str) -> str:
     """A URL for a message, without commit, user, password and query."""
     if not url.startswith(("http://", "https://")):

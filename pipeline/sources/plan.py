@@ -10,13 +10,13 @@ import bisect
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.remote.remote_file import RemoteFile
+from pipeline.remote.remote_file import RemoteFile, stored_url
 from pipeline.sources import json_lines, tables
 from pipeline.sources.compressions import unpacked
 from pipeline.sources.sources import Layout
@@ -107,6 +107,27 @@ def save_plan(items: Sequence[WorkItem]) -> bytes:
             values += [numbers[file, file_slice.file], *(getattr(file_slice, name) for name in _RANGE_FIELDS)]
         lines.append(_compact(values))
     return "".join(f"{line}\n" for line in lines).encode()
+
+
+def without_queries(items: Sequence[WorkItem]) -> list[WorkItem]:
+    """The same items for a file on disk: addresses of the web without their queries, which may hold a signature."""
+    return [_with_urls(item, stored_url) for item in items]
+
+
+def with_address(items: Sequence[WorkItem], source: str) -> list[WorkItem]:
+    """The same items, read from the web at the address that is given now, whose signature may be a new one."""
+    wanted = stored_url(source)
+    return [_with_urls(item, lambda url: source if stored_url(url) == wanted else url) for item in items]
+
+
+def _with_urls(item: WorkItem, change: Callable[[str], str]) -> WorkItem:
+    slices = tuple(
+        dataclasses.replace(part, file=dataclasses.replace(part.file, url=change(part.file.url)))
+        if part.file is not None and part.file.url.startswith(("http://", "https://"))
+        else part
+        for part in item.slices
+    )
+    return item if slices == item.slices else dataclasses.replace(item, slices=slices)
 
 
 def load_plan(content: bytes) -> list[WorkItem]:
