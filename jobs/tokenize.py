@@ -52,7 +52,7 @@ def _verify(config: TokenizeConfig) -> None:
     if problems:
         raise UserError(
             f"{len(problems):,} things are wrong with {resolve_output(config.output)}; delete the "
-            "shards named and run the command again without --verify"
+            "files named and run the command again without --verify"
         )
     print_table(
         "verify: nothing is wrong",

@@ -17,13 +17,19 @@ def open_data(folder: Folder) -> tuple[Tokenizer, Manifest]:
         UserError: no such data, or shards that another tokenizer made.
     """
     manifest = Manifest.load(folder)
+    return load_tokenizer_of(folder, manifest), manifest
+
+
+def load_tokenizer_of(folder: Folder, manifest: Manifest) -> Tokenizer:
+    """The folder's tokenizer; UserError where it has none, a damaged one, or another than the one of its shards."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(
-            f"the shards in {folder} were made with another tokenizer than its tokenizer.json (fingerprint "
-            f"{manifest.tokenizer_fingerprint[:12]} against {tokenizer.fingerprint[:12]}); tokenize again"
+            f"the shards in {folder} were made with another tokenizer than its {TOKENIZER_NAME} (fingerprint "
+            f"{manifest.tokenizer_fingerprint[:12]} against {tokenizer.fingerprint[:12]}); run the command that made "
+            f"the folder again, which writes {TOKENIZER_NAME} anew"
         )
-    return tokenizer, manifest
+    return tokenizer
 
 
 def load_tokenizer(folder: Folder) -> Tokenizer:

@@ -15,9 +15,10 @@ from pipeline.config.data import ImportShardsConfig, ReadingConfig
 from pipeline.config.settings import to_dict
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
+from pipeline.errors import UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.run_files import SUMMARY_FILE
-from pipeline.storage.folders import Folder
+from pipeline.storage.folders import Folder, LocalFolder
 from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
@@ -49,6 +50,8 @@ def run_job(
         The report, the MLflow run, and whether the job was done already.
     """
     output = resolve_output(config.output)
+    if isinstance(config, ReadingConfig):
+        _require_apart(config.source, output)
     with exclusive_output(output):
         is_there = is_done(output) and output.size(SUMMARY_FILE) is not None
         report = report_type(**json.loads(output.read(SUMMARY_FILE))) if is_there else None
@@ -73,6 +76,15 @@ def run_job(
         track(output, report, tracker)
         tracker.finish("FINISHED")
         return report, run, False
+
+
+def _require_apart(source: str, output: Folder) -> None:
+    """Raise UserError where the source is the very folder that the job is about to write to."""
+    is_same = source.rstrip("/") == str(output)
+    if isinstance(output, LocalFolder) and "://" not in source:
+        is_same = Path(source).expanduser().resolve() == output.path.resolve()
+    if is_same:
+        raise UserError(f"--source and --output are both {output}; choose another --output")
 
 
 def report_json(report: Any) -> bytes:

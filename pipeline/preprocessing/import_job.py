@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.config.data import GPT2_TOKENIZER, ImportShardsConfig
 from pipeline.console import CountProgress
-from pipeline.dataset.dataset import TOKENIZER_NAME, save_tokenizer
+from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer_of, save_tokenizer
 from pipeline.dataset.manifest import IMPORTED, MANIFEST_NAME, SPLITS, Manifest, ShardEntry
 from pipeline.dataset.shards import HEADER_BYTES, has_header, parse_header
 from pipeline.dataset.token_counts import Counts, byte_lengths, count_file, require_width
@@ -113,7 +113,14 @@ class ShardImport:
 
         if not resume_state.is_complete(output, self.source, self.settings, names=names, inputs_now=inputs_now):
             return None
-        return resume_state.find_shards(output, again="imported")
+        manifest = resume_state.find_shards(output, again="imported")
+        try:
+            if manifest:
+                load_tokenizer_of(output, manifest)
+        except UserError as error:
+            logger.warning("%s; it is written anew", error)
+            return None
+        return manifest
 
     def run(self, output: Folder) -> Manifest:
         """Import every file that is not imported yet, and write the manifest behind them.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.data import ReadingConfig, TokenizeConfig, TrainTokenizerConfig
-from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, save_tokenizer
+from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, load_tokenizer_of, save_tokenizer
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.preprocessing import deduplication, ray_dataflow, resume_state, stages
@@ -89,7 +89,19 @@ def finished(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     given = given or given_tokenizer(config)
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
     is_complete = resume_state.is_complete(output, config.source, settings, names=(MANIFEST_NAME, TOKENIZER_NAME))
-    return resume_state.find_shards(output) if is_complete else None
+    manifest = resume_state.find_shards(output) if is_complete else None
+    return manifest if manifest and _has_its_tokenizer(output, manifest) else None
+
+
+def _has_its_tokenizer(output: Folder, manifest: Manifest) -> bool:
+    """Whether tokenizer.json is the one that made the shards; another one is deleted, so that it is made again."""
+    try:
+        load_tokenizer_of(output, manifest)
+    except UserError as error:
+        logger.warning("%s; it is made again now", error)
+        output.delete(TOKENIZER_NAME)
+        return False
+    return True
 
 
 def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None = None) -> DataReport:
@@ -170,17 +182,27 @@ def _prepare_tokenizer(
     config: TokenizeConfig, given: bpe.Tokenizer | None, source: Source, output: Folder
 ) -> bpe.Tokenizer:
     """The tokenizer of the run, in the output folder: given, made by an earlier run, or trained now."""
-    if given:
-        tokenizer = given
-        save_tokenizer(output, tokenizer)
-    elif output.size(TOKENIZER_NAME) is not None:
-        tokenizer = load_tokenizer(output)
-        logger.info("tokenizer %s/%s is there from an earlier run", output, TOKENIZER_NAME)
-    else:
+    tokenizer = given or _earlier_tokenizer(output)
+    if tokenizer is None:
         shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ReadingConfig)}
         tokenizer, _ = learn(TrainTokenizerConfig(**shared), source, output)
         save_tokenizer(output, tokenizer)
+    elif given:
+        save_tokenizer(output, tokenizer)
     bpe.warm_up()  # compiled here once, not in every worker at the same time
+    return tokenizer
+
+
+def _earlier_tokenizer(output: Folder) -> bpe.Tokenizer | None:
+    """The tokenizer that an earlier run trained; None where there is none, or a damaged one."""
+    if output.size(TOKENIZER_NAME) is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(output)
+    except UserError as error:
+        logger.warning("%s; it is trained again", error)
+        return None
+    logger.info("tokenizer %s/%s is there from an earlier run", output, TOKENIZER_NAME)
     return tokenizer
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from pipeline.config.data import TokenizeConfig
 from pipeline.console import CountProgress
 from pipeline.dataset import verification
+from pipeline.dataset.dataset import load_tokenizer_of
 from pipeline.dataset.manifest import Manifest
+from pipeline.errors import UserError
 from pipeline.paths import resolve_output, resolve_path
 from pipeline.preprocessing import tokenization
 from pipeline.preprocessing.data_job import log_data, log_figures, report_json, run_job
@@ -52,8 +54,13 @@ def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:
     """Read the data in --output again; returns their manifest and a sentence for everything that is wrong."""
     output = resolve_output(config.output)
     manifest = Manifest.load(output)
+    problems = []
+    try:
+        load_tokenizer_of(output, manifest)
+    except UserError as error:
+        problems.append(str(error))
     with CountProgress("verify", "shards", len(manifest.shards)) as progress:
-        return manifest, verification.verify(output, progress=progress.add)
+        return manifest, problems + verification.verify(output, progress=progress.add)
 
 
 def _track(config: TokenizeConfig, output: Folder, report: DataReport, tracker: Tracker) -> None:

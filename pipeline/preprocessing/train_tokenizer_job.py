@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import TrainTokenizerConfig
-from pipeline.dataset.dataset import TOKENIZER_NAME, save_tokenizer
+from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, save_tokenizer
 from pipeline.errors import UserError
 from pipeline.preprocessing import resume_state
 from pipeline.preprocessing.data_job import log_figures, log_files, report_json, run_job, tokenizer_input
@@ -25,6 +26,8 @@ from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.tracking.mlflow_run import MLflowRun
 from pipeline.tracking.tracker import RunInput, Tracker
+
+logger = logging.getLogger(__name__)
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> tuple[TrainingReport, MLflowRun, bool]:
@@ -48,7 +51,20 @@ def _is_done(config: TrainTokenizerConfig, output: Folder) -> bool:
     names = (TOKENIZER_NAME, SUMMARY_FILE)
     if resume_state.read_run(output) is None and any(output.size(name) is not None for name in names):
         raise UserError(f"output folder {output} holds files of unknown origin; choose another --output")
-    return resume_state.is_complete(output, config.source, _settings_of(config), names=names)
+    is_complete = resume_state.is_complete(output, config.source, _settings_of(config), names=names)
+    return is_complete and _has_its_tokenizer(output)
+
+
+def _has_its_tokenizer(output: Folder) -> bool:
+    """Whether tokenizer.json is the one that summary.json is about."""
+    try:
+        is_same = load_tokenizer(output).fingerprint == json.loads(output.read(SUMMARY_FILE))["fingerprint"]
+    except UserError as error:
+        logger.warning("%s; it is trained again", error)
+        return False
+    if not is_same:
+        logger.warning("%s/%s is another tokenizer than the one trained; it is trained again", output, TOKENIZER_NAME)
+    return is_same
 
 
 def train_into(config: TrainTokenizerConfig, output: Folder) -> TrainingReport:

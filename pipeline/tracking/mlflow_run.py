@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pipeline.errors import UserError
 from pipeline.redaction import redact
@@ -107,7 +108,13 @@ def recorded_run_id(folder: Folder) -> str | None:
 
 def mlflow_uri(tracking_uri: str | None, working_folder: Path) -> str:
     """The given store, or else that of MLFLOW_TRACKING_URI, or else sqlite in the working folder."""
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{working_folder / 'mlflow.db'}"
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(working_folder / "mlflow.db")
+
+
+def _sqlite_uri(path: Path) -> str:
+    """The address of a sqlite store: SQLAlchemy decodes %, and MLflow, which does not, makes no folder for pysqlite."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+    return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
 def mlflow_client(uri: str) -> Any:
@@ -122,8 +129,9 @@ def mlflow_client(uri: str) -> Any:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns at every attempt
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    scheme, _, path = uri.partition(":///")
+    if scheme in ("sqlite", "sqlite+pysqlite"):
+        Path(unquote(path.partition("?")[0])).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
 
 
