@@ -95,7 +95,7 @@ class _Walk:
         """Note a file or a link; yields a folder that is to be read."""
         states = self.pattern.step(states, entry.name)
         if states and not _is_utf8(name):
-            shown = name.encode("utf-8", "backslashreplace").decode()
+            shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             sentence = f"the name of {self.base / shown} is not UTF-8, so no record could name it; rename it"
             self._report(shown, DamagedInputError(sentence))
             return

@@ -165,6 +165,7 @@ class FileServer(ThreadingHTTPServer):
         self.ranges = True
         self.etags = True
         self.lengths = True
+        self.content_type = ""
         self.required_query = ""
         """Requests with another query are refused, as those of signed addresses whose time is over."""
         self.headers_seen: list[dict[str, str]] = []
@@ -190,6 +191,8 @@ class _Handler(FileHandler):
         if content is None:
             return self.send_body(404, b"no such file", {})
         headers = {"ETag": f'"{digest("md5", content)}"'} if self.server.etags else {}
+        if self.server.content_type:
+            headers["Content-Type"] = self.server.content_type
         if not self.server.lengths:
             return self.send_body(200, content, {**headers, "Transfer-Encoding": "chunked"})
         return self.send_file(path, content, headers, ranges=self.server.ranges)
