@@ -92,7 +92,7 @@ def _list_bucket(source: str) -> RemoteTree:
             with contextlib.suppress(FileNotFoundError):
                 return RemoteTree.of_one(remote_file(obstore.head(store, fixed), fixed.rpartition("/")[0]))
         pages = list(obstore.list(store, fixed or None, chunk_size=1000))
-    files = [remote_file(entry, fixed) for page in pages for entry in page]
+    files = [remote_file(entry, fixed) for page in pages for entry in page if entry["path"] != fixed]
     folders = {parent for file in files for parent in _folders_above(file.name)}
     return RemoteTree(
         pattern=pattern.removeprefix(fixed).strip("/"),

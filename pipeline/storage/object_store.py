@@ -108,7 +108,13 @@ def explain(url: str, error: Exception) -> UserError:
     text = str(error).partition("\n\nDebug source")[0]
     code, status = _error_code(error), http_status(error)
     reason = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:300]
+    odd_key = re.search(r'invalid path: Path "(.*?)" contain', text)
     cases = (
+        (
+            odd_key is not None,
+            f"{place} holds the key {odd_key and odd_key[1]!r}, which has two slashes or another part that is no name, "
+            f"so {url} cannot be listed; rename it, or name a narrower source",
+        ),
         (code == "NoSuchBucket", f"there is no bucket {place}; create it, or correct its name"),
         (_lacks_credentials(text), f"no credentials for {place} were found: {_CREDENTIALS[scheme]}"),
         (_refused(error), f"{place} refuses the credentials ({code or status}): {_CREDENTIALS[scheme]}"),
