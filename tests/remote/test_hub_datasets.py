@@ -116,6 +116,34 @@ def test_files_are_pinned_to_a_commit(fake: FakeHub) -> None:
     assert names(f"hf://datasets/{NAME}/data") == ["data/b.parquet"]
 
 
+@pytest.mark.parametrize(
+    ("place", "commit", "expected"),
+    [
+        ("@refs/convert/parquet/data/b*", COMMIT, ["data/b.parquet"]),
+        ("@~parquet/data/b*", COMMIT, ["data/b.parquet"]),
+        (
+            "@~parquet",
+            COMMIT,
+            ["README.md", "data/a 1#%.parquet", "data/b.parquet", "data/deep/c.jsonl", "more/c.jsonl"],
+        ),
+        ("@refs%2Fconvert%2Fparquet/data/b*", COMMIT, ["data/b.parquet"]),
+        ("@feature/x", "b" * 40, ["x/data/y.jsonl", "x/z.jsonl"]),
+        ("@feature/x/x/data", "b" * 40, ["x/data/y.jsonl"]),
+        ("@feature%2Fx/x/*.jsonl", "b" * 40, ["x/z.jsonl"]),
+        ("@feature/x/y", "c" * 40, ["deep.jsonl"]),
+        ("@feature/x/y/*.jsonl", "c" * 40, ["deep.jsonl"]),
+        (f"@{COMMIT}/more", COMMIT, ["more/c.jsonl"]),
+    ],
+)
+def test_revisions_with_slashes(fake: FakeHub, place: str, commit: str, expected: list[str]) -> None:
+    fake.commits |= {"b" * 40: {"x/data/y.jsonl": b"y", "x/z.jsonl": b"z"}, "c" * 40: {"deep.jsonl": b"d"}}
+    fake.branches = {"feature/x": "b" * 40, "feature/x/y": "c" * 40, "other/branch": COMMIT}
+    pinned, files = remote_files.list_files(f"hf://datasets/{NAME}{place}")
+    assert str(pinned).startswith(f"hf://datasets/{NAME}@{commit}")
+    assert [file.name for file in files] == expected
+    assert names(str(pinned)) == expected
+
+
 def test_only_the_folder_that_is_named_is_listed(fake: FakeHub) -> None:
     names(f"hf://datasets/{NAME}/data/deep/*.jsonl")
     assert f"GET /api/datasets/{NAME}/tree/{COMMIT}/data/deep" in fake.requests
@@ -167,6 +195,7 @@ def test_mistakes(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     source = f"hf://datasets/{NAME}"
     assert "the hub has no such data set, or it is private" in mistake("hf://datasets/someone/absent")
     assert "the hub has no such revision" in mistake(f"{source}@v9")
+    assert "the hub has no such revision" in mistake(f"{source}@v9/data/*.parquet")
     assert "is not of the form hf://datasets/OWNER/NAME" in mistake("hf://datasets/only-a-name")
     fake.listing_faults = [(401, {"X-Error-Message": "Invalid credentials in Authorization header"})]
     assert mistake(source) == f"{source}: the hub refuses it (401); is HF_TOKEN right, and may it read this data set?"

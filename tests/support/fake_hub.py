@@ -26,6 +26,8 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.commits = {"a" * 40: dict(files)}
         self.branch = "a" * 40
+        self.branches: dict[str, str] = {}
+        """Commits of other branches."""
         self.gated = False
         self.failing = False
         self.traffic = Traffic()
@@ -55,7 +57,8 @@ class FakeHub(ThreadingHTTPServer):
         """The commit of a revision."""
         if revision in ("main", "refs/convert/parquet"):
             return self.branch
-        return revision if revision in self.commits else None
+        commit = self.branches.get(revision, revision)
+        return commit if commit in self.commits else None
 
 
 @contextlib.contextmanager
@@ -86,6 +89,10 @@ class _Handler(FileHandler):
         if self.server.listing_faults and path.startswith("/api/datasets/"):
             status, headers = self.server.listing_faults.pop(0)
             return self._send(status, b"{}", headers)
+        if path == f"/api/datasets/{NAME}/refs":
+            refs = {"main": self.server.branch, **self.server.branches}
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit} for n, commit in refs.items()]
+            return self._send_json({"branches": branches, "converts": [], "tags": []})
         if api := re.fullmatch(rf"/api/datasets/{NAME}(?:/(revision|tree|paths-info)/([^/]+)(/.+)?)?", path):
             return self._answer_api(api[1] or "revision", unquote(api[2] or "main"), unquote(api[3] or ""), body)
         if file := re.fullmatch(rf"/datasets/{NAME}/resolve/([^/]+)/(.+)", path):
