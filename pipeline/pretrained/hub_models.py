@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.remote.hub_client import endpoint, final_hub_errors, request_settings, token
 
-_ADDRESS = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/?")
+_ADDRESS = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>.+?))?/?")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = [
     *("*.safetensors", "model.safetensors.index.json"),

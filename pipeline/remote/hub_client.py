@@ -17,7 +17,7 @@ from pipeline.errors import DamagedInputError, UserError
 from pipeline.remote.retry import RETRIED_STATUS, Interrupted, retry_after_seconds
 
 _FILE = re.compile(
-    r"hf://(?P<datasets>datasets/)?(?!datasets/)(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)"
+    r"hf://(?P<datasets>datasets/)?(?!datasets/)(?P<name>[^/@]+/[^/@]+)(?:@(?P<at>[^/]+/.+)|/(?P<path>.+))"
 )
 _REFERENCE = re.compile(r"(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+)(?:/(?P<path>.*))?", re.DOTALL)
 _CHECK = "check the network and HF_ENDPOINT, then run the same command again"
@@ -50,9 +50,9 @@ def fetch_file(address: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     kind = "dataset" if match["datasets"] else "model"
-    settings = request_settings(match["revision"])
+    revision, path = split_revision(match["at"]) if match["at"] else (None, match["path"])
     with final_hub_errors(address, kind="data set" if match["datasets"] else "model"):
-        return Path(hf_hub_download(match["name"], match["path"], repo_type=kind, **settings))
+        return Path(hf_hub_download(match["name"], path, repo_type=kind, **request_settings(revision)))
 
 
 def split_revision(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What used to send people in a circle: output beside input, a signature that was renewed, a tokenizer that was lost."""
+"""What sent people in a circle: output below input, a signature that was renewed, a tokenizer that was lost."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_output_below_the_source(config: TokenizeConfig) -> None:
     other = dataclasses.replace(config, output="texts/other", source="texts")  # an earlier data set lies below, too
     assert tokenize_job.tokenize(other)[0].documents == 200
     before = contents(Path("texts"))
-    with pytest.raises(UserError, match="--source and --output are both .*texts; choose another --output"):
+    with pytest.raises(UserError, match=r"--source and --output are both .*texts; choose another --output"):
         tokenize_job.tokenize(dataclasses.replace(config, output="./texts/"))
     assert contents(Path("texts")) == before
     beside = dataclasses.replace(config, source="texts/*.json*", output="texts")  # what is written matches the pattern
