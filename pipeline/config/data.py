@@ -20,9 +20,10 @@ class ReadingConfig:
     """Settings shared by all jobs that read a source of text."""
 
     source: str = "installed-docs"
-    """The text to read: a file, folder or glob of .parquet, .jsonl or .txt files (plain, .gz or .zst);
-    s3://BUCKET/GLOB, gs://BUCKET/GLOB, https://...; hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the
-    docstrings of the packages on this machine."""
+    """The text to read: a file, folder or glob of .parquet, .arrow, .feather, .csv, .tsv, .jsonl or .txt files, all but
+    the first three also packed (.gz, .zst, .bz2, .xz); s3://BUCKET/GLOB, gs://BUCKET/GLOB, https://...;
+    hf://datasets/OWNER/NAME[@REVISION][/GLOB]; or installed-docs, the docstrings of the packages on this machine. What
+    is not read is counted."""
     output: str
     text_column: str = "text"
     """Column of a parquet file, or key of a JSON line, that holds the text."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,9 +47,12 @@ def split_source(path: Path) -> tuple[Path, str] | None:
     return None if pattern and not glob.has_magic(pattern) else (base, pattern)
 
 
-def list_tree(base: Path, pattern: str) -> Tree:
-    """List a folder; folders themselves come before the links to them, so a folder keeps its own name."""
-    walk = _Walk(base, Pattern.of(pattern))
+def list_tree(base: Path, pattern: str, *, is_read: Callable[[str], object] = kind_of) -> Tree:
+    """List a folder; folders themselves come before the links to them, so a folder keeps its own name.
+
+    is_read: whether a file of this name would be read, so that it must not be missed where a link leads nowhere.
+    """
+    walk = _Walk(base, Pattern.of(pattern), is_read)
     walk.run()
     walk.problems.sort(key=lambda problem: problem[0])
     return Tree(names=walk.names, found=walk.found, problems=walk.problems)
@@ -59,6 +62,7 @@ def list_tree(base: Path, pattern: str) -> Tree:
 class _Walk:
     base: Path
     pattern: Pattern
+    is_read: Callable[[str], object]
     names: list[str] = field(default_factory=list)
     found: dict[str, list[str]] = field(default_factory=dict)
     problems: list[tuple[str, UserError]] = field(default_factory=list)
@@ -125,7 +129,7 @@ class _Walk:
         path = self.base / name
         if isinstance(error, PermissionError) or not path.is_symlink():
             self._report(name, _cannot_be_read(path, error))
-        elif (is_wanted and kind_of(name)) or not path.suffix:
+        elif (is_wanted and self.is_read(name)) or not path.suffix:
             sentence = f"{path} is a link to {path.readlink()}, where nothing is; fetch that again, or delete the link"
             self._report(name, DamagedInputError(sentence))
         elif is_wanted:

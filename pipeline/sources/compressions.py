@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -80,9 +81,12 @@ class _GzipDecompressor:
 
 
 def _zstd() -> tuple[Callable[[], _Decompressor], type[Exception]]:
-    from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
-
-    return lambda: ZstdDecompressor(options={DecompressionParameter.window_log_max: _MAX_WINDOW_LOG}), ZstdError
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    options = {zstd.DecompressionParameter.window_log_max: _MAX_WINDOW_LOG}
+    return lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError
 
 
 _PLAIN: dict[str, tuple[Callable[[], _Decompressor], type[Exception]]] = {

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.listing.globs import Pattern
+from pipeline.listing.local_files import list_tree, split_source
+from pipeline.listing.selection import hidden_part
 from pipeline.remote import files as remote_files
 from pipeline.remote.remote_file import RemoteFile
 from pipeline.sources.sources import Input
@@ -50,7 +54,8 @@ class TokenFile:
 def find_token_files(source: str, flag: str) -> tuple[str | None, list[TokenFile]]:
     """The source pinned to a commit of the hub (None elsewhere), and its files in the order of their names.
 
-    A folder, and a glob that other files match too, stand for the .bin files among them.
+    A folder, and a glob that other files match too, stand for the .bin files among them. Hidden files and links are
+    taken as those of a source of text are.
 
     Args:
         source: an absolute path or glob, or an address that remote/files.py lists.
@@ -60,7 +65,8 @@ def find_token_files(source: str, flag: str) -> tuple[str | None, list[TokenFile
         UserError: nothing matches, or the place cannot be reached.
     """
     if remote_files.is_remote(source):
-        pinned, found = remote_files.list_files(source)
+        tree = remote_files.list_tree(source)
+        pinned, found = tree.pinned, [tree.files[name] for name in _named(tree.files, tree.pattern)]
         commit = f"{pinned.partition('@')[2].partition('/')[0]} " if pinned else ""
         inputs = [Input(name=file.name, version=commit + file.version, size_bytes=file.size_bytes) for file in found]
         files = [TokenFile(input=entry, place=file) for entry, file in zip(inputs, found, strict=True)]
@@ -71,7 +77,7 @@ def find_token_files(source: str, flag: str) -> tuple[str | None, list[TokenFile
         )
     else:
         pinned, files = None, _local_files(source)
-    chosen = files if len(files) == 1 else [file for file in files if file.input.name.endswith(_SUFFIX)]
+    chosen = files if len(files) == 1 else [file for file in files if _is_shard(file.input.name)]
     if not chosen:
         raise UserError(f"no {_SUFFIX} file matches {flag} {source}; correct the pattern")
     return pinned, chosen
@@ -79,14 +85,27 @@ def find_token_files(source: str, flag: str) -> tuple[str | None, list[TokenFile
 
 def _local_files(source: str) -> list[TokenFile]:
     """Files that the path names, or below the folder that it is, or that match it as a glob, sorted."""
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(path.rglob(f"*{_SUFFIX}"))
+    place = split_source(Path(source))
+    if place is None:
+        paths = [Path(source)] if Path(source).is_file() else []
     else:
-        found = [path] if path.is_file() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    paths = [path for path in found if path.is_file() and not path.name.startswith(".")]
-    base = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    return [_local_file(path.relative_to(base).as_posix(), path) for path in paths]
+        base, pattern = place
+        tree = list_tree(base, pattern, is_read=_is_shard)
+        for _, problem in tree.problems:
+            raise problem
+        paths = [base / name for name in _named(tree.names, pattern)]
+    folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return [_local_file(path.relative_to(folder).as_posix(), path) for path in paths]
+
+
+def _named(names: Iterable[str], pattern: str) -> list[str]:
+    """The names that a pattern means, in order, without hidden ones."""
+    wanted = Pattern.of(pattern)
+    return sorted(name for name in names if wanted.matches(name) and hidden_part(name, wanted) is None)
+
+
+def _is_shard(name: str) -> bool:
+    return name.lower().endswith(_SUFFIX)
 
 
 def _local_file(name: str, path: Path) -> TokenFile:
