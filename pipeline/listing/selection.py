@@ -7,6 +7,7 @@ that is not read is counted under a reason, with an example, and nothing is pass
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -155,9 +156,10 @@ def describe(ignored: Iterable[Ignored]) -> str:
 
 def _judge(name: str, pattern: Pattern, outputs: set[str]) -> tuple[str | None, str, str]:
     """Kind; or else None, the reason, and what is counted."""
-    for end in (index for index, letter in enumerate(name) if letter == "/"):
-        if name[:end] in outputs:
-            return None, MADE_BY_JOBS, f"{name[:end]}/"
+    folders = itertools.accumulate(name.split("/")[:-1], lambda above, part: f"{above}/{part}") if outputs else ()
+    for folder in folders:
+        if folder in outputs:
+            return None, MADE_BY_JOBS, f"{folder}/"
     if "" in outputs and _OWN_FILES.fullmatch(name):
         return None, MADE_BY_JOBS, name
     if part := hidden_part(name, pattern):

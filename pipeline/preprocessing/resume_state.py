@@ -18,7 +18,7 @@ from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
 from pipeline.dataset.shards import file_bytes
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.listing.selection import Ignored, describe
+from pipeline.listing.selection import Ignored, describe, kind_of, select
 from pipeline.remote.remote_file import stored_url
 from pipeline.sources import plan as plan_module
 from pipeline.sources.sources import Input, Source, find
@@ -308,7 +308,9 @@ def _show(value: Any) -> str:
 
 def _require_same_inputs(folder: Folder, record: RunRecord, inputs: list[Input]) -> None:
     old, new = {entry.name: entry for entry in record.inputs}, {entry.name: entry for entry in inputs}
-    for name in sorted(old.keys() | new.keys()):
+    kinds = select(old.keys() | new.keys(), "").kinds
+    no_longer_read = {name for name in old.keys() - new.keys() if kind_of(name) and name not in kinds}
+    for name in sorted((old.keys() | new.keys()) - no_longer_read):  # by an earlier rule; the plan has them
         if old.get(name) != new.get(name):
             change = "is new in" if name not in old else "is missing from" if name not in new else "has changed in"
             raise UserError(

@@ -163,6 +163,8 @@ def require_no_pointer(whole: FileSlice) -> None:
 
 def explained(file_slice: FileSlice, error: UserError) -> UserError:
     """The error of a file that cannot be read, or one that says what the file is, where its first bytes tell."""
+    if file_slice.file is not None and not isinstance(error, DamagedInputError):
+        return error  # of a server, perhaps, which is not asked again
     head = b""
     with contextlib.suppress(UserError, OSError), open_slice(file_slice) as file:
         head = bytes(file.read(_HEAD_BYTES))

@@ -136,3 +136,20 @@ def test_a_signature_that_was_renewed(
     shutil.rmtree(tmp_path / "expected/items")
     for path in (tmp_path / "expected").glob("*.bin"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_folder_begun_by_an_earlier_rule_goes_on(config: TokenizeConfig) -> None:
+    """What was planned is read, also where a new folder would pass it over."""
+    Path("texts/_b.jsonl").write_bytes(json_lines(["read once"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.listing.globs.is_hidden", lambda part: part.startswith("."))
+        patch.setattr("pipeline.listing.selection.is_hidden", lambda part: part.startswith("."))
+        tokenize_job.tokenize(config)
+    made = {name: value for name, value in contents(Path("out")).items() if name.endswith(".bin")}
+    assert tokenize_job.tokenize(config)[2]
+    Path("out/train_000000.bin").unlink()
+    tokenize_job.tokenize(config)
+    assert {name: value for name, value in contents(Path("out")).items() if name.endswith(".bin")} == made
+    Path("texts/c.JSONL").write_bytes(json_lines(["new"]))
+    with pytest.raises(UserError, match=r"c\.JSONL is new in the source"):
+        tokenize_job.tokenize(config)
