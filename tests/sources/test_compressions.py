@@ -29,7 +29,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 CONTENT = b"".join(b"line %d\n" % number for number in range(50_000))
 
 
-def unpack(content: bytes, suffix: str, chunk: int = -1) -> bytes:
+def unpack(content: bytes, suffix: str, chunk: int | None = None) -> bytes:
     file = unpacked(io.BytesIO(content), f"a.txt{suffix.upper()}")
     return b"".join(iter(lambda: file.read(chunk), b""))
 
@@ -41,9 +41,9 @@ def long_window(content: bytes, window_log: int) -> bytes:
     return bytes(packer.compress(content) + packer.flush())
 
 
-@pytest.mark.parametrize("chunk", [-1, 1, 4096])
+@pytest.mark.parametrize("chunk", [None, 1, 4096])
 @pytest.mark.parametrize("suffix", PACK)
-def test_members_one_after_another(suffix: str, chunk: int) -> None:
+def test_members_one_after_another(suffix: str, chunk: int | None) -> None:
     parts = [CONTENT[:2_000], b"", CONTENT[2_000:9_000]]
     assert unpack(b"".join(map(PACK[suffix], parts)), suffix, chunk) == b"".join(parts)
 
