@@ -85,7 +85,7 @@ def _zstd() -> tuple[Callable[[], _Decompressor], type[Exception]]:
         from compression import zstd
     else:
         from backports import zstd
-    options = {zstd.DecompressionParameter.window_log_max: _MAX_WINDOW_LOG}
+    options = {int(zstd.DecompressionParameter.window_log_max): _MAX_WINDOW_LOG}
     return lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError
 
 

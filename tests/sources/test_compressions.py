@@ -36,7 +36,7 @@ def unpack(content: bytes, suffix: str, chunk: int | None = None) -> bytes:
 
 def long_window(content: bytes, window_log: int) -> bytes:
     """A zstd stream, so without the size of its content, with a window of 2**window_log bytes."""
-    options = {zstd_module.CompressionParameter.window_log: window_log}
+    options = {int(zstd_module.CompressionParameter.window_log): window_log}
     packer = zstd_module.ZstdCompressor(options=options)
     return bytes(packer.compress(content) + packer.flush())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
-from pipeline.errors import DamagedInputError
+from pipeline.errors import DamagedInputError, UserError
 from pipeline.sources.plan import make_plan
 from pipeline.sources.sources import find
 from tests.support.texts import TEXTS, mistake, read, read_items
@@ -52,11 +53,9 @@ def test_rows_without_text_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_bad_values(tmp_path: Path, content: bytes, sentence: str) -> None:
-    import re
-
     (tmp_path / "a.csv").write_bytes(content)
-    kind = DamagedInputError if b"text" in content else None
-    assert re.search(sentence, mistake(tmp_path, **({"kind": kind} if kind else {})))
+    kind = DamagedInputError if b"text" in content else UserError
+    assert re.search(sentence, mistake(tmp_path, kind=kind))
 
 
 @pytest.mark.parametrize(

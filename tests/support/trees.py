@@ -10,6 +10,7 @@ import json
 import lzma
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.support.texts import zstd
 
 TABLES = (".parquet", ".arrow", ".feather", ".csv", ".tsv")
 LINES = (".jsonl", ".ndjson", ".json")
-PACKED = {
+PACKED: dict[str, Callable[[bytes], bytes]] = {
     "": lambda content: content,
     ".gz": gzip.compress,
     ".zst": zstd,
