@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -165,10 +167,31 @@ def load_weights(path: Path, model: Transformer) -> None:
 def read_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Read ``state``'s tensors in place from a checkpoint that was verified, each rank its part. Collective."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of dcp; it is intended here
+    storage = _storage(path, read_description(as_folder(path)))
     try:
-        dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+        dcp.load(dict(state), storage_reader=storage, no_dist=not dist.is_initialized())
     except (OSError, dcp.CheckpointException) as error:  # raised on every rank
         raise UserError(f"checkpoint {path} cannot be read: {root_cause(error)}") from error
+
+
+class _ListedFiles(FileSystem):
+    """A folder in which torch.distributed.checkpoint sees the files that checkpoint.json names, and no others.
+
+    It takes the tensors of every safetensors file that it sees, so a file that was put beside would replace weights.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [os.path.join(path, name) for name in self.names]  # noqa: PTH118
+
+
+def _storage(path: Path, description: Description) -> HuggingFaceStorageReader:
+    storage = HuggingFaceStorageReader(str(path))
+    storage.fs = _ListedFiles([file.name for file in description.files])
+    return storage
 
 
 def _newest_step(folder: Folder, workers: ProcessGroup) -> int:

@@ -143,7 +143,12 @@ class TokenStream:
         return index, position - (self._ends[index - 1] if index else 0)
 
     def read(self, start: int, length: int) -> Tokens:
-        """Tokens ``[start, start + length)`` in a new array (uint16, or uint32 above 65,536 ids)."""
+        """Tokens ``[start, start + length)`` in a new array (uint16, or uint32 above 65,536 ids).
+
+        Raises:
+            UserError: a shard is missing or damaged, or an id is not below the vocabulary's size. The ids are looked at
+                here, in every window, because a shard whose sha256 is right may hold them, too.
+        """
         stop = start + length
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens [{start:,}, {stop:,}) lie outside a stream of {len(self):,}")
@@ -156,7 +161,19 @@ class TokenStream:
             end = min(stop, shard_end)
             tokens[position - start : end - start] = shard[position - shard_start : end - shard_start]
             position, index = end, index + 1
+        if length and int(tokens.max()) >= self.vocab_size:
+            raise self._wrong_id(start, tokens)
         return tokens
+
+    def _wrong_id(self, start: int, tokens: Tokens) -> UserError:
+        """The error message for the first id of ``tokens``, read from ``start`` on, that the vocabulary has not."""
+        first = int(np.argmax(tokens >= self.vocab_size))
+        index, place = self.locate(start + first)
+        name = f"{self.files.folder}/{self.files.entries[index].name}" if self.files else f"number {index}"
+        return UserError(
+            f"shard {name} holds the id {int(tokens[first]):,} at token {place:,}, but ids are below "
+            f"{self.vocab_size:,}; {_AGAIN}"
+        )
 
 
 class ShardFiles:
