@@ -10,19 +10,21 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
 from model.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.storage.json_files import FileName, WrongJsonError, parse_json
 from pipeline.storage.node_copy import FileEntry
 from pipeline.versions import commit
 
 FORMAT_VERSION = 2
 DESCRIPTION_FILE = "checkpoint.json"
 TOKENIZER_FILE = "tokenizer.json"
+MOST_BYTES = 8 << 20  # some 150 for each of 24 files of every rank of the recipe
 
 
 class DamagedError(Exception):
@@ -89,25 +91,29 @@ def from_bytes(content: bytes, address: str) -> Description:
         UserError: another version of this project wrote it.
     """
     try:
-        values = json.loads(content)
-        checksum = values.pop("sha256", None)
-        version = values.get("format_version")
-    except (ValueError, AttributeError, RecursionError) as error:
+        values = parse_json(content, dict[str, Any], most_bytes=MOST_BYTES)
+    except WrongJsonError as error:
         raise DamagedError(f"cannot be read ({error})") from error
+    checksum, version = values.pop("sha256", None), values.get("format_version")
     if checksum is not None and checksum != _checksum(values):
         raise DamagedError("has another content than was written (sha256)")
     if version not in (1, FORMAT_VERSION):
-        raise UserError(f"checkpoint {address} has format version {version}; this program reads 1 to {FORMAT_VERSION}")
+        shown = repr(version)[:20]
+        raise UserError(f"checkpoint {address} has format version {shown}; this program reads 1 to {FORMAT_VERSION}")
     if checksum is None and version != 1:
         raise DamagedError("has lost its own sha256")
+    schema: type[_File1 | _File2] = _File2 if version == FORMAT_VERSION else _File1
     try:
-        files = tuple(_entry(name, value, version) for name, value in values["files"].items())
-        # Fields with a default are newer than the format; older checkpoints do not have them.
-        names = [field.name for field in fields(CheckpointInfo) if field.name in values or field.default is MISSING]
-        info = CheckpointInfo(**{name: values[name] for name in names})
-        return Description(info=info, files=files, versions=values["versions"], content=content)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        file = parse_json(content, schema, most_bytes=MOST_BYTES)
+        # What does not make a network is no checkpoint either.
+        info = CheckpointInfo(**{field.name: getattr(file, field.name) for field in fields(CheckpointInfo)})
+        _ = info.model_config
+    except (WrongJsonError, TypeError, ValueError) as error:
         raise DamagedError(f"lacks what belongs there ({error})") from error
+    if not any(name.endswith(".safetensors") for name in file.files):
+        raise DamagedError("names no file with tensors")
+    files = tuple(_entry(name, value) for name, value in file.files.items())
+    return Description(info=info, files=files, versions=file.versions, content=content)
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
@@ -115,7 +121,29 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _entry(name: str, value: Any, version: int) -> FileEntry:
-    if version == 1:
-        return FileEntry(name=name, num_bytes=int(value), sha256=None)
-    return FileEntry(name=name, num_bytes=int(value["bytes"]), sha256=str(value["sha256"]))
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File1(CheckpointInfo):
+    """Format version 1. Fields with a default are newer than the format; older checkpoints do not have them."""
+
+    files: dict[FileName, int]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File2(CheckpointInfo):
+    """Format version 2."""
+
+    files: dict[FileName, _Size]
+    versions: dict[str, str]
+
+
+def _entry(name: str, value: int | _Size) -> FileEntry:
+    if isinstance(value, int):
+        return FileEntry(name=name, num_bytes=value, sha256=None)
+    return FileEntry(name=name, num_bytes=value.bytes, sha256=value.sha256)

@@ -249,7 +249,8 @@ def _quarantine(folder: Folder, step: int, damage: str) -> UserError | None:
 
 def _read_description(directory: Folder) -> Description:
     """Read checkpoint.json; errors as in ``from_bytes``, and FileNotFoundError where there is none."""
-    return checkpoint_metadata.from_bytes(directory.read(DESCRIPTION_FILE), str(directory))
+    content = directory.read_range(DESCRIPTION_FILE, 0, checkpoint_metadata.MOST_BYTES + 1)
+    return checkpoint_metadata.from_bytes(content, str(directory))
 
 
 def _damaged(directory: Folder, damage: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer.bpe import Tokenizer
@@ -28,6 +28,11 @@ def load_tokenizer_of(folder: Folder, manifest: Manifest) -> Tokenizer:
             f"the shards in {folder} were made with another tokenizer than its {TOKENIZER_NAME} (fingerprint "
             f"{manifest.tokenizer_fingerprint[:12]} against {tokenizer.fingerprint[:12]}); run the command that made "
             f"the folder again, which writes {TOKENIZER_NAME} anew"
+        )
+    if tokenizer.vocab_size != manifest.vocab_size:
+        raise UserError(
+            f"{folder}/{MANIFEST_NAME} says {manifest.vocab_size:,} ids, but its {TOKENIZER_NAME} has "
+            f"{tokenizer.vocab_size:,}; run the command that made the folder again"
         )
     return tokenizer
 

@@ -12,10 +12,13 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, FailFast, Field
 
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder
+from pipeline.storage.json_files import FileName, WrongJsonError, parse_json
 
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
@@ -23,13 +26,14 @@ SPLIT_HASH = "xxh3_64"  # the hash of its text decides the split of a document: 
 IMPORTED = "imported"
 """The setting of shards that others cut, as jobs/import_shards.py takes them: one may begin inside a document."""
 _FORMAT = 1
+_MOST_BYTES = 1 << 30  # some 350 a shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     """The entry of one shard in the manifest."""
 
-    name: str
+    name: FileName
     """File name in the manifest's folder."""
     split: str
     """train or val."""
@@ -60,17 +64,17 @@ class Manifest:
     """The token that every document starts with; in imported shards it may end them instead."""
     settings: dict[str, Any]
     """The settings that the shards depend on, besides input and tokenizer."""
-    inputs: tuple[dict[str, Any], ...]
+    inputs: Annotated[tuple[dict[str, Any], ...], FailFast()]
     """Name and version of everything that was read."""
-    shards: tuple[ShardEntry, ...]
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
     """In reading order: train and val shards of work item 0, then of item 1, ...."""
     skipped: dict[str, int]
     """Reason -> documents that were left out."""
-    damaged: tuple[dict[str, str], ...] = ()
+    damaged: Annotated[tuple[dict[str, str], ...], FailFast()] = ()
     """Name and reason of inputs of which something could not be read and was left out (--skip_bad_files)."""
-    ignored: tuple[dict[str, Any], ...] = ()
+    ignored: Annotated[tuple[dict[str, Any], ...], FailFast()] = ()
     """Files that lay in the source and were not read: reason, number of files, an example."""
-    document_lengths: tuple[int, ...] = ()
+    document_lengths: Annotated[tuple[int, ...], FailFast()] = ()
     """How many documents have 2**i to 2**(i + 1) - 1 bytes; empty where they were not counted."""
 
     @classmethod
@@ -79,20 +83,22 @@ class Manifest:
         folder = as_folder(folder)
         path = f"{folder}/{MANIFEST_NAME}"
         try:
-            values = json.loads(folder.read(MANIFEST_NAME))
-            if values.pop("format") != _FORMAT:
+            content = folder.read_range(MANIFEST_NAME, 0, _MOST_BYTES + 1)
+            if parse_json(content, _Format, most_bytes=_MOST_BYTES).format != _FORMAT:
                 raise UserError(f"{path} was written by another version of this project; tokenize again")
-            totals = values.pop("totals")
-            shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
-            names = ("inputs", "damaged", "ignored", "document_lengths")
-            lists = {name: tuple(values.pop(name, ())) for name in names}
-            manifest = cls(**{**values, **lists, "shards": shards})
+            file = parse_json(content, _ManifestFile, most_bytes=_MOST_BYTES)
         except FileNotFoundError:
             raise UserError(f"data folder {folder} {_why_unfinished(folder)}; {_mend(folder)}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except WrongJsonError as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run jobs/tokenize.py again") from error
-        if totals != manifest.totals():
+        manifest = cls(**{field.name: getattr(file, field.name) for field in dataclasses.fields(cls)})
+        if file.written_totals != manifest.totals():
             raise UserError(f"{path} is damaged: its totals are not those of its shards; {_mend(folder)}")
+        if not 0 <= manifest.eot_id < manifest.vocab_size <= 2**32:
+            raise UserError(
+                f"{path} is damaged: it has {manifest.vocab_size:,} ids, and documents begin with the id "
+                f"{manifest.eot_id:,}; {_mend(folder)}"
+            )
         return manifest
 
     def save(self, folder: Folder | Path) -> None:
@@ -135,6 +141,23 @@ class Manifest:
 
     def _total(self, split: str, name: str) -> int:
         return sum(getattr(entry, name) for entry in self.shards if entry.split == split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """What every version of the file has."""
+
+    format: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ManifestFile(Manifest):
+    """The file's content, and nothing else: the fingerprint is that of the file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format: int
+    written_totals: Annotated[dict[str, dict[str, int]], Field(alias="totals")]
 
 
 def _to_json(value: Any) -> str:

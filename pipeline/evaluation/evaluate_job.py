@@ -7,6 +7,7 @@ up to rounding. They are written to a JSON file and, for a checkpoint of a run, 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -31,10 +32,12 @@ from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
 from pipeline.run_files import SCORES_FILE
 from pipeline.storage.folders import Folder, open_folder
-from pipeline.storage.json_files import read_json
+from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.mlflow_run import find_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +166,13 @@ def _saved_scores(
     config: EvaluateConfig, run_folder: Folder, checkpoint: str, manifest: Manifest | None
 ) -> Scores | None:
     """The scores in evaluation.json, if they are of this checkpoint and of the same part of this data."""
-    values = read_json(run_folder, SCORES_FILE)
-    if values is None:
+    try:
+        scores = read_json(run_folder, SCORES_FILE, Scores, mend="the model is evaluated again")
+    except DamagedFileError as error:
+        logger.warning("%s", error)
         return None
-    values.pop("perplexity", None)
-    scores = Scores(**values)
+    if scores is None:
+        return None
     same = (scores.checkpoint, scores.manifest_fingerprint) == (checkpoint, manifest.fingerprint if manifest else None)
     if manifest is not None:
         targets = manifest.tokens("val") - 1

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.storage.folders import Folder, LocalFolder
+from pipeline.storage.json_files import read_json
 from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
@@ -53,8 +54,8 @@ def run_job(
     if isinstance(config, ReadingConfig):
         _require_apart(config.source, output)
     with exclusive_output(output):
-        is_there = is_done(output) and output.size(SUMMARY_FILE) is not None
-        report = report_type(**json.loads(output.read(SUMMARY_FILE))) if is_there else None
+        mend = "delete it and run the same command again"
+        report = read_json(output, SUMMARY_FILE, report_type, mend=mend) if is_done(output) else None
         output.make()
         run = open_run(
             tracking_uri=config.tracking_uri,

@@ -47,6 +47,7 @@ from pipeline.storage.folders import (
     write_atomically,
     write_error,
 )
+from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from pipeline.tracking.mlflow_run import MLflowRun
 from pipeline.tracking.tracker import Tracker
@@ -229,12 +230,14 @@ class _FileImport:
     def read_record(self, name: str, file: TokenFile) -> ShardEntry | None:
         """The entry of a file that was imported before and is still there."""
         try:
-            record = json.loads(self.output.read(f"items/{name}.json"))
-            entry = ShardEntry(**record["entry"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            record = read_json(self.output, f"items/{name}.json", _ImportRecord, mend="it is imported again")
+        except DamagedFileError as error:
+            logger.warning("%s", error)
             return None
-        is_whole = resume_state.is_whole(self.output, entry, len(self.lengths))
-        if record["input"] != dataclasses.asdict(file.input) or not is_whole:
+        if record is None or record.input != file.input:
+            return None
+        entry = record.entry
+        if not resume_state.is_whole(self.output, entry, len(self.lengths)):
             return None
         self.progress(file.size_bytes)
         return entry
@@ -259,6 +262,14 @@ class _FileImport:
             source=file.input.name.partition(": ")[2],
             headerless=self.job.headerless,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImportRecord:
+    """The content of items/NAME.json: an imported file and what became of it."""
+
+    input: Input
+    entry: ShardEntry
 
 
 def import_shards(config: ImportShardsConfig) -> tuple[ImportReport, MLflowRun, bool]:

@@ -12,7 +12,9 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import FailFast
 
 from pipeline.config.data import TokenizeConfig
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
@@ -24,6 +26,7 @@ from pipeline.sources import plan as plan_module
 from pipeline.sources.sources import Input, Source, find
 from pipeline.sources.work_items import Damage, WorkItem
 from pipeline.storage.folders import TEMPORARY_PREFIX, Folder, in_threads
+from pipeline.storage.json_files import DamagedFileError, read_json
 
 MAX_ATTEMPTS = 3
 _ITEMS = "items"
@@ -31,6 +34,7 @@ _RUN = f"{_ITEMS}/run.json"
 _PLAN = f"{_ITEMS}/plan.jsonl"
 _DAMAGE = f"{_ITEMS}/damaged.json"
 _IGNORED = f"{_ITEMS}/ignored.json"
+_MOST_BYTES_OF_INPUTS = 256 << 20  # some 200 a file of the source
 _REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ class ItemRecord:
     """Hash of what was read, of the settings and of the tokenizer."""
     is_last: bool
     """Whether the item ends with this part."""
-    shards: tuple[ShardEntry, ...]
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
     skipped: dict[str, int]
     """Reason -> documents that were left out."""
     damaged: tuple[dict[str, str], ...]
@@ -62,7 +66,7 @@ class RunRecord:
     pinned: str | None
     """The source at a fixed revision of the hub; None where there is no such thing."""
     settings: dict[str, Any]
-    inputs: tuple[Input, ...]
+    inputs: Annotated[tuple[Input, ...], FailFast()]
 
 
 def settings_of(config: TokenizeConfig, tokenizer_fingerprint: str | None) -> dict[str, Any]:
@@ -143,13 +147,9 @@ def claim(folder: Folder, run: RunRecord) -> None:
 
 def read_run(folder: Folder) -> RunRecord | None:
     """The input and the settings of a folder; None where nothing was begun in it."""
-    try:
-        values = json.loads(folder.read(_RUN))
-        return RunRecord(**{**values, "inputs": tuple(Input(**entry) for entry in values["inputs"])})
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/{_RUN} is damaged; delete {folder} and run the job again") from error
+    return read_json(
+        folder, _RUN, RunRecord, mend=f"delete {folder} and run the job again", most_bytes=_MOST_BYTES_OF_INPUTS
+    )
 
 
 def read_plan(folder: Folder) -> list[WorkItem] | None:
@@ -162,18 +162,13 @@ def read_plan(folder: Folder) -> list[WorkItem] | None:
 
 def read_plan_damage(folder: Folder) -> Damage:
     """Files that are not in the plan because they cannot be read."""
-    try:
-        return list(json.loads(folder.read(_DAMAGE)))
-    except FileNotFoundError:
-        return []
+    return read_json(folder, _DAMAGE, list[dict[str, str]], mend=f"delete {folder} and run the job again") or []
 
 
 def read_ignored(folder: Folder) -> tuple[dict[str, Any], ...]:
     """What lay in the source and is not read, by reason, as it was when the plan was made."""
-    try:
-        return tuple(json.loads(folder.read(_IGNORED)))
-    except FileNotFoundError:
-        return ()
+    mend = f"delete {folder} and run the job again"
+    return tuple(read_json(folder, _IGNORED, list[dict[str, Any]], mend=mend) or ())
 
 
 def write_plan(folder: Folder, items: Sequence[WorkItem], damage: Damage, ignored: Sequence[Ignored]) -> None:
@@ -199,8 +194,8 @@ def begin_attempt(
     """
     path = _attempts_name(name)
     try:
-        attempts = [tuple(entry) for entry in json.loads(folder.read(path))]
-    except (FileNotFoundError, ValueError, TypeError):
+        attempts = read_json(folder, path, list[tuple[str, str]], mend="it is begun anew") or []
+    except DamagedFileError:  # half-written
         attempts = []
     if attempts:
         alive = alive_nodes()
@@ -228,10 +223,14 @@ def read_item_records(folder: Folder, index: int, key: str, vocab_size: int) -> 
     records: list[ItemRecord] = []
     while not records or not records[-1].is_last:
         try:
-            record = _item_from_json(folder.read(_item_name(index, len(records))))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            record = read_json(folder, _item_name(index, len(records)), ItemRecord, mend="it is done again")
+        except DamagedFileError:  # half-written
             return None
-        if record.key != key or not all(is_whole(folder, entry, vocab_size) for entry in record.shards):
+        if (
+            record is None
+            or record.key != key
+            or not all(is_whole(folder, entry, vocab_size) for entry in record.shards)
+        ):
             return None
         records.append(record)
     return records
@@ -253,12 +252,6 @@ def remove_others(folder: Folder, names: set[str]) -> None:
     for name in folder.names():
         if name.endswith(".bin") and "/" not in name and name not in names:
             folder.delete(name)
-
-
-def _item_from_json(content: bytes) -> ItemRecord:
-    values = json.loads(content)
-    values["shards"] = [ShardEntry(**entry) for entry in values["shards"]]
-    return ItemRecord(**{**values, **{name: tuple(values[name]) for name in ("shards", "damaged", "lengths")}})
 
 
 def is_whole(folder: Folder, entry: ShardEntry, vocab_size: int) -> bool:

@@ -27,7 +27,7 @@ from pipeline.pretrained.resolve import ModelSource
 from pipeline.redaction import redact
 from pipeline.run_files import CURVES_FILE, SCORES_FILE
 from pipeline.storage.folders import Folder, as_folder
-from pipeline.storage.json_files import read_json
+from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.mlflow_run import recorded_run_id
 from pipeline.tracking.report import draw_curves
@@ -186,11 +186,15 @@ def _read_manifest(data: Folder, info: CheckpointInfo) -> Manifest | None:
 
 
 def _read_scores(folder: Folder, checkpoint: str) -> dict[str, Any]:
-    scores = read_json(folder, SCORES_FILE)
+    try:
+        scores = read_json(folder, SCORES_FILE, dict[str, str | int | float | None], mend="delete it")
+    except DamagedFileError as error:
+        logger.warning("the model card says nothing of scores: %s", error)
+        return {}
     if scores is None:
         logger.info("no scores in the model card; jobs/evaluate.py before the export puts them there")
         return {}
-    return dict(scores) if scores.get("checkpoint") == checkpoint else {}
+    return scores if scores.get("checkpoint") == checkpoint else {}
 
 
 def _inputs(run: Run) -> Sequence[dict[str, Any]]:

@@ -276,9 +276,13 @@ def _is_temporary(name: str) -> bool:
     return name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether ``name``, which may have slashes, is that of a file within a folder: names come from files of others."""
+    return {"", ".", ".."}.isdisjoint(name.split("/")) and "\0" not in name
+
+
 def _checked(name: str) -> str:
-    """``name``, if it stays within its folder: names come from files that others may have written."""
-    if not name or name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")):
+    if not is_file_name(name):
         raise UserError(f"{name!r} is no name of a file in a folder")
     return name
 

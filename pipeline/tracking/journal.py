@@ -7,17 +7,8 @@ or a failure of the machine cut off is dropped. An object in a bucket cannot be 
 bucket is a file on this node that ``mirror`` copies there, and lines that are lost with a node are logged again when
 their steps are repeated.
 
-An entry is a dictionary with ``kind`` and ``time`` (milliseconds since 1970) and, by kind:
-
-    start        a process begins to write
-    params tags  values
-    inputs       values: the fields of tracker.RunInput
-    metrics      step, values
-    sample       step, prompt, text
-    checkpoint   step, path, values, best
-    file         path: of this node
-    page         name: a file of the run's folder
-    status       status
+An entry is a dictionary with ``kind`` and ``time`` (milliseconds since 1970), and what journal_entries.py names for its
+kind.
 """
 
 from __future__ import annotations
@@ -39,9 +30,12 @@ from typing import Any, BinaryIO, TypeAlias
 from pipeline.errors import UserError
 from pipeline.run_files import JOURNAL_FILE, JOURNAL_SENT_FILE
 from pipeline.storage.folders import Folder, LocalFolder, node_cache
+from pipeline.storage.json_files import DamagedFileError, WrongJsonError, parse_json, read_json
+from pipeline.tracking.journal_entries import AnyEntry, Sent
 
 logger = logging.getLogger(__name__)
 
+_MOST_BYTES = 4 << 20  # of a line
 _MOST_HELD = 100_000  # entries kept in memory while the disk accepts none
 
 Entry: TypeAlias = dict[str, Any]
@@ -175,16 +169,25 @@ def weight(entry: Entry) -> int:
 def read_entries(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[Entry, int]]:
     """The entries in bytes ``[start, stop)``, each with the position of its end; damaged lines are left out."""
     file.seek(start)
-    position = start
+    position, damaged = start, 0
     while position < stop:
-        line = file.readline()
+        line = file.readline(_MOST_BYTES)
         position += len(line)
+        while len(line) == _MOST_BYTES and not line.endswith(b"\n"):  # so long a line is none of ours
+            line = b"{" + file.readline(_MOST_BYTES - 1)
+            position += len(line) - 1
         if not line.endswith(b"\n"):
             return
         try:
-            entry = json.loads(line)
-        except ValueError:
-            logger.warning("the journal's line before byte %d is damaged and left out", position)
+            entry = parse_json(line, AnyEntry)
+        except WrongJsonError as error:
+            damaged += 1
+            if damaged == 1:
+                logger.warning(
+                    "the journal's line before byte %d is damaged and left out, and so is each like it (%s)",
+                    position,
+                    error,
+                )
             continue
         yield entry, position
 
@@ -208,10 +211,10 @@ def _local_folder(folder: Folder | None) -> LocalFolder:
 def _sent_bytes(folder: Folder, run_id: str) -> int:
     """Number of bytes that the MLflow run has received, by the record in ``folder``; 0 for any other run."""
     try:
-        sent = json.loads(_read_or_empty(folder, JOURNAL_SENT_FILE))
-    except ValueError:  # empty, or cut off
+        sent = read_json(folder, JOURNAL_SENT_FILE, Sent, mend="the store is asked")
+    except DamagedFileError:  # empty, or cut off
         return 0
-    return int(sent["num_bytes"]) if sent.get("run_id") == run_id else 0
+    return sent["num_bytes"] if sent is not None and sent["run_id"] == run_id else 0
 
 
 def _read_or_empty(folder: Folder, name: str) -> bytes:

@@ -102,8 +102,8 @@ def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) 
 
 def recorded_run_id(folder: Folder) -> str | None:
     """Id of the MLflow run recorded in ``folder``, or None; whether the store knows the run is not checked."""
-    run_id: str | None = read_json(folder, MLFLOW_RUN_FILE, {}).get("run_id")
-    return run_id
+    recorded = _read_record(folder)
+    return recorded.run_id if recorded else None
 
 
 def mlflow_uri(tracking_uri: str | None, working_folder: Path) -> str:
@@ -167,10 +167,23 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
 
 def _recorded_run(folder: Folder, uri: str) -> MLflowRun | None:
     """The run recorded in ``folder`` for this store; older records have no experiment_id."""
-    recorded = read_json(folder, MLFLOW_RUN_FILE, {})
-    if recorded.get("tracking_uri") != redact(uri):
+    recorded = _read_record(folder)
+    if recorded is None or recorded.tracking_uri != redact(uri):
         return None
-    return MLflowRun(tracking_uri=uri, experiment_id=recorded.get("experiment_id", ""), run_id=recorded["run_id"])
+    return replace(recorded, tracking_uri=uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record(MLflowRun):
+    """The content of mlflow_run.json."""
+
+    experiment_id: str = ""
+
+
+def _read_record(folder: Folder) -> MLflowRun | None:
+    mend = "delete it, and the run goes on as a new one of MLflow"
+    record = read_json(folder, MLFLOW_RUN_FILE, _Record, mend=mend)
+    return MLflowRun(**asdict(record)) if record else None
 
 
 def _known_run(client: Any, recorded: MLflowRun) -> Any | None:

@@ -240,6 +240,8 @@ class JournalUploader:
                 raise
             what = json.dumps(batch[0])[:200]
             logger.warning("MLflow refuses an entry (%s), which is left out: %s", first_line(error), what)
+        except (UserError, LookupError, ValueError) as error:
+            logger.warning("an entry of the journal is left out (%s): %s", error, json.dumps(batch[0])[:200])
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.folders import Folder
+from pipeline.errors import UserError
+from pipeline.storage.folders import Folder, LocalFolder
 from pipeline.tracking.journal import Entry
 from pipeline.tracking.mlflow_run import MLflowRun
 
@@ -59,7 +60,7 @@ class MLflowWriter:
             "inputs": self._write_inputs,
             "sample": self._write_sample,
             "checkpoint": self._write_checkpoint,
-            "file": lambda entry: self.client.log_artifact(self.run.run_id, entry["path"]),
+            "file": self._write_file,
             "page": self._write_page,
             "status": self._write_status,
         }[kind]
@@ -226,8 +227,16 @@ class MLflowWriter:
                 raise
             return self.client.create_registered_model(name, description=_DESCRIPTION)
 
+    def _write_file(self, entry: Entry) -> None:
+        path = Path(entry["path"])
+        if self.folder is not None:  # without one the journal is this process's own
+            _require_inside(self.folder, path)
+        self.client.log_artifact(self.run.run_id, str(path))
+
     def _write_page(self, entry: Entry) -> None:
         assert self.folder is not None
+        if isinstance(self.folder, LocalFolder):
+            _require_inside(self.folder, self.folder.path / entry["name"])
         with tempfile.TemporaryDirectory() as temporary:
             folder, _, name = entry["name"].rpartition("/")
             path = Path(temporary) / name
@@ -243,3 +252,10 @@ class MLflowWriter:
         tags = [RunTag(name, str(value)[:_MAX_TAG_CHARACTERS]) for name, value in values.items()]
         for start in range(0, len(tags), 100):  # MLflow's limit of tags per request
             self.client.log_batch(self.run.run_id, tags=tags[start : start + 100])
+
+
+def _require_inside(folder: Folder, path: Path) -> None:
+    """UserError unless ``path``, links followed, lies in the run's folder: a foreign journal could name any file."""
+    inside = isinstance(folder, LocalFolder) and path.resolve().is_relative_to(folder.path.resolve())
+    if not inside:
+        raise UserError(f"the journal of {folder} names the file {path}, which is none of its folder")

@@ -10,19 +10,23 @@ import base64
 import datetime
 import functools
 import io
+import logging
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
+from typing_extensions import TypedDict
 
 from pipeline.console import format_seconds
 from pipeline.run_files import CHECKPOINTS_FOLDER, CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import Folder
-from pipeline.storage.json_files import read_json
+from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tracking.journal import Entry
 from pipeline.tracking.run_history import RunHistory
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _NO_RECIPE = {
@@ -44,13 +48,40 @@ _MOST_SAMPLES = 5
 Rows = list[tuple[str, str]]
 
 
+class _Scores(TypedDict, total=False):
+    """What the page shows of evaluation.json."""
+
+    val_loss: float | None
+    val_tokens: int | None
+    hellaswag_acc_norm: float | None
+    hellaswag_acc: float | None
+    hellaswag_questions: int | None
+
+
+class _Summary(_Scores, total=False):
+    """What it shows of summary.json."""
+
+    parameters: int
+    tokens_seen: int
+    steps: int
+    first_loss: float
+    last_loss: float
+    best_step: int | None
+    best_val_loss: float | None
+    checkpoint: str
+    peak_memory_gib: float
+
+
+FiguresT = TypeVar("FiguresT", _Scores, _Summary)
+
+
 def write_pages(folder: Folder, entries: Iterable[Entry]) -> list[str]:
     """Write curves.png and report.html of the run in ``folder``, from its journal's entries; returns their names."""
     history = RunHistory.from_journal(entries)
     curves = draw_curves(history)
     if curves is not None:
         folder.write(CURVES_FILE, [curves])
-    summary, scores = _read_json(folder, SUMMARY_FILE), _read_json(folder, SCORES_FILE)
+    summary, scores = _read_or_empty(folder, SUMMARY_FILE, _Summary), _read_or_empty(folder, SCORES_FILE, _Scores)
     folder.write(REPORT_FILE, [render(folder, history, summary, scores, curves).encode("utf-8", "replace")])
     return [REPORT_FILE] if curves is None else [CURVES_FILE, REPORT_FILE]
 
@@ -124,21 +155,26 @@ def draw_curves(history: RunHistory) -> bytes | None:
 
 def _result(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:
     rows: Rows = []
-    if summary:
+    if _has(summary, "first_loss", "last_loss"):
         rows.append(("train loss", f"{summary['first_loss']:.4f} → {summary['last_loss']:.4f} nats per token"))
+    if _has(summary, "val_loss", "val_tokens"):
         rows.append(("val loss", f"{summary['val_loss']:.4f} on {summary['val_tokens']:,} tokens"))
-    if summary.get("best_step") is not None:
+    if _has(summary, "best_step", "best_val_loss"):
         rows.append(("best checkpoint", f"step {summary['best_step']:,}, val loss {summary['best_val_loss']:.4f}"))
-    if scores.get("val_loss") is not None:
+    if _has(scores, "val_loss", "val_tokens"):
         rows.append(("whole val set", f"{scores['val_loss']:.4f} on {scores['val_tokens']:,} tokens"))
     hellaswag = scores if scores.get("hellaswag_acc_norm") is not None else summary
-    if hellaswag.get("hellaswag_acc_norm") is not None:
+    if _has(hellaswag, "hellaswag_acc_norm", "hellaswag_acc", "hellaswag_questions"):
         text = (
             f"{hellaswag['hellaswag_acc_norm']:.4f} acc_norm, {hellaswag['hellaswag_acc']:.4f} acc, on "
             f"{hellaswag['hellaswag_questions']:,} questions (guessing: 0.25)"
         )
         rows.append(("HellaSwag", text))
     return rows
+
+
+def _has(values: Mapping[str, Any], *names: str) -> bool:
+    return all(values.get(name) is not None for name in names)
 
 
 def _input(item: Mapping[str, Any]) -> tuple[str, str]:
@@ -165,7 +201,7 @@ def _speed(history: RunHistory, summary: Mapping[str, Any]) -> Rows:
         rows.append(("interruptions", str(len(history.periods) - 1)))
         rows.append(("worker hours", f"{history.worker_hours:,.2f}"))
     price = history.params.get("price_per_hour")
-    if price is not None:
+    if isinstance(price, int | float):
         rows.append(("cost", f"${history.worker_hours * price:,.2f} at ${price:,.2f} per worker and hour"))
     if summary.get("peak_memory_gib"):
         rows.append(("peak memory", f"{summary['peak_memory_gib']:.1f} GiB on rank 0"))
@@ -177,10 +213,10 @@ def _median(history: RunHistory, name: str) -> float | None:
     return statistics.median(points.values()) if points else None
 
 
-def _read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """The content of a JSON file; empty where it is missing or cannot be parsed."""
+def _read_or_empty(folder: Folder, name: str, schema: type[FiguresT]) -> Mapping[str, Any]:
+    """The figures in a JSON file of the run; empty where it is missing or damaged."""
     try:
-        values = read_json(folder, name)
-    except ValueError:
+        return read_json(folder, name, schema, mend="the report goes without it") or {}
+    except DamagedFileError as error:
+        logger.warning("%s", error)
         return {}
-    return values if isinstance(values, dict) else {}

@@ -53,7 +53,8 @@ class RunHistory:
         begin, _, workers = self.periods[-1]
         if kind == "tags":
             self.tags.update(entry["values"])
-            workers = int(entry["values"].get("workers", workers))
+            known = str(entry["values"].get("workers", ""))
+            workers = int(known) if known.isascii() and known.isdigit() and len(known) < 10 else workers
         self.periods[-1] = (begin, seconds, workers)
         if kind == "params":
             self.params.update(entry["values"])

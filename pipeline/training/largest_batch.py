@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -157,11 +157,22 @@ def _key(config: PretrainConfig, model: Transformer, workers: ProcessGroup) -> d
 
 def _known_size(output: Folder, key: Mapping[str, Any]) -> int:
     """The saved size for ``key``, or 0."""
-    sizes = read_json(output, BATCH_SIZES_FILE, [])
-    return next((entry["batch_size"] for entry in sizes if entry["found_for"] == key), 0)
+    return next((entry.batch_size for entry in _read_sizes(output) if entry.found_for == key), 0)
 
 
 def _save_size(output: Folder, key: Mapping[str, Any], batch_size: int) -> None:
-    sizes = read_json(output, BATCH_SIZES_FILE, [])
+    sizes = [*_read_sizes(output), _FoundSize(batch_size=batch_size, found_for=dict(key))]
     output.make()
-    write_json(output, BATCH_SIZES_FILE, [*sizes, {"batch_size": batch_size, "found_for": dict(key)}], indent=2)
+    write_json(output, BATCH_SIZES_FILE, list(map(asdict, sizes)), indent=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FoundSize:
+    """An entry of the file."""
+
+    batch_size: int
+    found_for: dict[str, Any]
+
+
+def _read_sizes(output: Folder) -> list[_FoundSize]:
+    return read_json(output, BATCH_SIZES_FILE, list[_FoundSize], mend="delete it; the size is searched again") or []

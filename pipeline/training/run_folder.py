@@ -65,8 +65,7 @@ class Best:
 
 def read_best(output: Folder) -> Best | None:
     """The best checkpoint of the run in ``output``; None before the first validation."""
-    found = read_json(output, BEST_FILE)
-    return None if found is None else Best(**found)
+    return read_json(output, BEST_FILE, Best, mend="delete it; the next validation writes it again")
 
 
 def write_best(output: Folder, best: Best) -> None:
@@ -108,9 +107,9 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
         return None
     place, info = newest
     check_resumable(place, info, config, manifest)
-    found = read_json(output, SUMMARY_FILE)
-    is_done = found is not None and min(info.step, found["steps"]) >= config.train_steps
-    return RunSummary(**found) if is_done else None
+    found = read_json(output, SUMMARY_FILE, RunSummary, mend="delete it and run the same command again")
+    is_done = found is not None and min(info.step, found.steps) >= config.train_steps
+    return found if is_done else None
 
 
 def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:
