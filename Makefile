@@ -62,7 +62,8 @@ bench-data: setup
 
 ui: setup
 	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C stops it)"
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" \
+	  $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1  # a command line shows its passwords to every user
 
 # what `ray up` copies to every node: the token of the cluster, and the environment of its jobs (docs/cluster.md)
 cluster-files:

@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.config.command_line import resolve
 from pipeline.config.settings import to_dict
+from pipeline.console import log_plainly, plain
 from pipeline.errors import RunStopped, UserError
 
 ConfigT = TypeVar("ConfigT")
@@ -48,14 +49,14 @@ def run(
 
 def guarded(job: Callable[[], None], *, resume: str) -> None:
     """Run ``job`` with progress lines on; end the process with one sentence where a user can mend the cause."""
-    logging.basicConfig(format="%(message)s")
+    log_plainly()
     logging.getLogger("pipeline").setLevel(logging.INFO)
     try:
         job()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain(str(error))}")
     except RunStopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(plain(str(stopped)), file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; the same command {resume}")

@@ -5,11 +5,51 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import unicodedata
+
+from pipeline.redaction import redact
 
 LOG_SECONDS = 5.0
 """Seconds between two log lines of one piece of work."""
 
+MOST_CHARACTERS = 2000
+"""Of a message."""
+_MOST_READ = 100_000
+_MOST_LINES = 1000
+
 logger = logging.getLogger(__name__)
+
+
+class PlainFormatter(logging.Formatter):
+    """Log lines as ``plain`` makes them; a table has several. A traceback stands as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return "\n".join(map(plain, super().formatMessage(record).split("\n")[:_MOST_LINES]))
+
+
+def log_plainly() -> None:
+    """Let this process log lines of text alone, as ``plain`` makes them, unless it logs somewhere already."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+
+
+def plain(message: str) -> str:
+    """A message for a terminal or a log: names and values of foreign files in it give no orders and flood nothing.
+
+    Control characters, invisible ones and line ends are written as escapes, the middle of a long message is left out,
+    and addresses lose their secrets (redaction.py).
+    """
+    text = "".join(map(_visible, redact(message[:_MOST_READ])))
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def _visible(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return character.encode("unicode_escape").decode("ascii") if hidden else character
 
 
 def format_seconds(seconds: float) -> str:

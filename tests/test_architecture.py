@@ -22,7 +22,7 @@ MOST_FILES = 14
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "versions": set(),
-    "console": set(),
+    "console": {"redaction"},
     "run_files": set(),
     "redaction": set(),
     "storage": {"errors"},
@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
-    "cluster": {"errors", "storage", "paths", "config", "distributed"},
+    "cluster": {"errors", "storage", "paths", "config", "console", "distributed"},
 }
 ROOMS["pretrained"] = {
     *("errors", "storage", "paths", "redaction", "tokenizer", "checkpoints", "tracking", "run_files"),

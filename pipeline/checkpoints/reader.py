@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -172,6 +174,24 @@ def read_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         dcp.load(dict(state), storage_reader=storage, no_dist=not dist.is_initialized())
     except (OSError, dcp.CheckpointException) as error:  # raised on every rank
         raise UserError(f"checkpoint {path} cannot be read: {root_cause(error)}") from error
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and whole shape of every tensor of the checkpoint at ``path``, by the headers of its files.
+
+    Raises:
+        UserError: a header is damaged, or a part of a tensor is missing or is there twice.
+    """
+    try:
+        tensors = _storage(path, read_description(as_folder(path))).read_metadata().state_dict_metadata
+        shapes = {name: tuple(tensor.size) for name, tensor in tensors.items()}
+        parts = {name: sum(math.prod(chunk.sizes) for chunk in tensor.chunks) for name, tensor in tensors.items()}
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from error
+    for name, shape in shapes.items():
+        if parts[name] != math.prod(shape):
+            raise UserError(f"checkpoint {path} does not hold all of the tensor {name}, or some of it twice")
+    return shapes
 
 
 class _ListedFiles(FileSystem):

@@ -23,6 +23,7 @@ import psutil
 
 from pipeline.cluster import ray_cluster
 from pipeline.config.training import worker_range
+from pipeline.console import log_plainly
 from pipeline.distributed.process_group import backend_name
 from pipeline.distributed.signals import call_in_thread, stop_on_signals
 from pipeline.errors import RunStopped, UserError
@@ -286,5 +287,5 @@ def choose_gpu(group: GroupSettings) -> bool:
 
 def show_progress(is_rank_zero: bool) -> None:
     """Send the progress lines of rank 0 to the terminal of the driver; other ranks log warnings only."""
-    logging.basicConfig(format="%(message)s")
+    log_plainly()
     logging.getLogger("pipeline").setLevel(logging.INFO if is_rank_zero else logging.WARNING)

@@ -17,6 +17,7 @@ transformers, lm-evaluation-harness and llama.cpp's converter read the folder (t
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ CONFIG_FILE = "config.json"
 NOTE_FILE = "gpt25.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+
+MOST_CONTEXT = 1 << 20
+"""Tokens that a model may see at once; no tensor tells how many, and generation keeps a table of them."""
 
 _TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES = {
@@ -84,7 +88,7 @@ def read_config(path: Path) -> ModelConfig:
     values = read_json(path / CONFIG_FILE)
     config = read_model_config(path / CONFIG_FILE, values)
     with open_tensors(path) as files:
-        _refuse_larger(path, config, files)
+        refuse_larger(path / CONFIG_FILE, config, files.shapes)
         _find_tensors(files, config, values)
         if _is_gpt25(values):
             gpt25_layout.check_copies(files, gpt25_layout.TensorNames(files, config), config)
@@ -219,15 +223,25 @@ def _find_tensors(files: TensorFiles, config: ModelConfig, values: dict[str, Any
     return {name: names[name] for name in shapes}
 
 
-def _refuse_larger(path: Path, config: ModelConfig, files: TensorFiles) -> None:
-    """Raise a UserError for a config far beyond its files, before so much as the shapes of its network are built."""
-    limits = dict.fromkeys(("vocab_size", "d_model", "d_ff"), files.most_elements) | {"num_layers": len(files.shapes)}
+def refuse_larger(file: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a UserError for a config far beyond its weights, before so much as the shapes of its network are built.
+
+    Args:
+        file: where the config comes from, for messages.
+        shapes: name and shape of each tensor, by the headers of the files.
+    """
+    most_elements = max(map(math.prod, shapes.values()), default=0)
+    limits = dict.fromkeys(("vocab_size", "d_model", "d_ff"), most_elements) | {"num_layers": len(shapes)}
     for name, most in limits.items():
         if (asked := getattr(config, name)) > most:
             raise UserError(
-                f"{path / CONFIG_FILE} describes a network with {name} {asked:,}, for which the weights beside it are "
-                "far too small; fetch the folder again"
+                f"{file} describes a network with {name} {asked:,}, for which the weights beside it are far too small; "
+                "fetch the folder again"
             )
+    if config.context_length > MOST_CONTEXT:
+        raise UserError(
+            f"{file} describes a network with context_length {config.context_length:,}; the most is {MOST_CONTEXT:,}"
+        )
 
 
 def _real_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,6 @@ class TensorFiles:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in slices.items()}
         """Shape of every tensor, from the headers."""
         self._types = {name: part.get_dtype() for name, part in slices.items()}
-
-    @property
-    def most_elements(self) -> int:
-        """Number of elements of the largest tensor."""
-        return max(map(math.prod, self.shapes.values()), default=0)
 
     def check(self, needed: Mapping[str, tuple[int, ...]], *, others: Collection[str], advice: str) -> None:
         """Raise a UserError unless the tensors are those ``needed`` (name -> shape) and, at most, some ``others``."""

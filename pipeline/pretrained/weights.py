@@ -16,7 +16,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.transformer import Transformer
 from pipeline.checkpoints import reader as checkpoint_reader
-from pipeline.checkpoints.metadata import TOKENIZER_FILE
+from pipeline.checkpoints.metadata import DESCRIPTION_FILE, TOKENIZER_FILE
 from pipeline.errors import UserError
 from pipeline.pretrained import huggingface
 from pipeline.tokenizer.bpe import Tokenizer
@@ -29,7 +29,21 @@ def read_model_config(path: Path) -> ModelConfig:
     """The shape of the model in a Hugging Face folder or in a checkpoint; UserError for a network that is not ours."""
     if huggingface.is_exported(path):
         return huggingface.read_config(path)
-    return checkpoint_reader.read_info(path).model_config
+    config = checkpoint_reader.read_info(path).model_config
+    found = {
+        name.removeprefix("model."): shape
+        for name, shape in checkpoint_reader.read_shapes(path).items()
+        if name.startswith("model.")
+    }
+    huggingface.refuse_larger(path / DESCRIPTION_FILE, config, found)
+    needed = huggingface.weight_shapes(config)
+    wrong = next((name for name in {**needed, **found} if needed.get(name) != found.get(name)), None)
+    if wrong is not None:
+        raise UserError(
+            f"checkpoint {path} is damaged: its {DESCRIPTION_FILE} asks for {wrong} of shape {needed.get(wrong)}, its "
+            f"files hold {found.get(wrong)}; use an older one"
+        )
+    return config
 
 
 def read_progress(path: Path) -> dict[str, Any]:

@@ -53,8 +53,10 @@ def process_lock(path: Path) -> Iterator[None]:
 def exclusive_output(output: Folder) -> Iterator[None]:
     """Hold an output folder against other jobs, which would remove this job's unfinished files.
 
-    The lock is seen by the jobs of this user on this machine, where the drivers of submitted jobs run, too. Raises
-    UserError where another job holds the folder and does not end within ten seconds.
+    The lock of a folder on a disk, .NAME.lock, lies beside it, where every job sees it that writes there, whatever its
+    home, cache or user; that of a bucket, or of a folder beside which nothing can be written, lies in the cache, where
+    the jobs of one user on one machine see it. Raises UserError where another job holds the folder and does not end
+    within ten seconds.
     """
     try:
         file = _wait(output)
@@ -65,19 +67,18 @@ def exclusive_output(output: Folder) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another user's, in a folder like /tmp
+            Path(file.name).unlink(missing_ok=True)
         file.close()
 
 
 def _wait(output: Folder) -> IO[str]:
-    place = os.path.realpath(output.path) if isinstance(output, LocalFolder) else str(output)
-    path = node_cache("outputs") / f"{hashlib.sha256(place.encode()).hexdigest()[:20]}.lock"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = _lock_path(output)
     deadline = time.monotonic() + _WAIT_SECONDS
     while (file := _try_to_hold(path)) is None:
         job = "another job"
-        with contextlib.suppress(FileNotFoundError):
-            job = f"another job (process {path.read_text()})"
+        with contextlib.suppress(OSError, ValueError):
+            job = f"another job (process {int(path.read_text())})"
         if time.monotonic() > deadline:
             raise UserError(
                 f"{job} is writing to {output}; wait until it has ended, or stop it, or choose another --output"
@@ -87,18 +88,43 @@ def _wait(output: Folder) -> IO[str]:
     return file
 
 
+def _lock_path(output: Folder) -> Path:
+    """Where the lock of an output lies, in a folder that exists."""
+    place = os.path.realpath(output.path) if isinstance(output, LocalFolder) else str(output)
+    if isinstance(output, LocalFolder) and place != os.sep:
+        beside = Path(place).with_name(f".{Path(place).name}.lock")
+        with contextlib.suppress(OSError):
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            _open_lock(beside).close()
+            return beside
+    path = node_cache("outputs") / f"{hashlib.sha256(place.encode()).hexdigest()[:20]}.lock"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """Open a lock file, which is made; one of another user may be readable only, and a link is never followed."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644), "r+", closefd=True)
+    except PermissionError:
+        return os.fdopen(os.open(path, os.O_RDONLY | flags))
+
+
 def _try_to_hold(path: Path) -> IO[str] | None:
     """The lock file, held, with the id of this process in it; None where another process holds it."""
     while True:
-        file = path.open("a")
+        file = _open_lock(path)
         if not try_flock(file):
             file.close()
             return None
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                file.truncate(0)
-                file.write(str(os.getpid()))
-                file.flush()
+            status = os.fstat(file.fileno())
+            if os.path.samestat(path.lstat(), status):
+                if status.st_uid == os.geteuid() and status.st_nlink == 1 and file.writable():
+                    file.truncate(0)
+                    file.write(str(os.getpid()))
+                    file.flush()
                 return file
         file.close()  # its last holder removed the file after it was opened here
 

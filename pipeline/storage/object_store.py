@@ -69,7 +69,7 @@ def parse_url(url: str) -> tuple[str, str, str]:
     if match is None:
         raise UserError(f"{url} is neither a path nor a URL of the form s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
     if not _BUCKET_NAME.fullmatch(match["bucket"]):
-        raise UserError(f"{url} names no bucket: {match['bucket']!r} is not the name of one")
+        raise UserError(f"{url} names no bucket: what stands behind {match['scheme']}:// is not the name of one")
     return match["scheme"], match["bucket"], match["key"] or ""
 
 

@@ -9,8 +9,9 @@ nothing of other files but their arguments. Nothing is compiled or written at im
 Processes that find a kernel missing at the same time wait for the one that compiles it.
 
 The folder: $GPT25_KERNEL_CACHE, else $XDG_CACHE_HOME/gpt-2.5, else ~/.cache/gpt-2.5; in it ``numba-<hash>``. numba
-keeps pickles there, so it must be a folder that only the user can write to. Where none can be written, kernels are
-compiled in every process and a warning says so.
+keeps pickles there, so both are used only where they and the files are this user's and nobody else can write to them;
+otherwise a folder of this user's in the temporary folder is used, under the same condition, or one of this process
+alone, and a warning says so. Where none can be written, kernels are compiled in every process and a warning says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import fcntl
 import hashlib
 import logging
 import os
+import stat
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +58,42 @@ def cache_root() -> Path:
         return Path.home() / ".cache" / "gpt-2.5"
     except RuntimeError as error:  # a user without an entry in the password file, as in some containers
         raise OSError("no home folder; set GPT25_KERNEL_CACHE to a folder for compiled kernels") from error
+
+
+def is_private(folder: Path) -> bool:
+    """Whether nobody but this user (and root) can put or change anything in a folder, or it does not exist yet."""
+    try:
+        found = [(folder, folder.lstat()), *((Path(entry), entry.stat()) for entry in os.scandir(folder))]
+    except FileNotFoundError:
+        return True
+    me = os.geteuid()
+    closed = not found[0][1].st_mode & 0o077
+    return stat.S_ISDIR(found[0][1].st_mode) and all(
+        status.st_uid == me and ((closed and number > 0) or not status.st_mode & 0o022)
+        for number, (_, status) in enumerate(found)
+    )
+
+
+def private_folder(root: Path, name: str) -> Path:
+    """The folder ``name`` in ``root`` if both are private, else in a folder that is."""
+    if _is_own(root) and is_private(root / name):
+        return root / name
+    own = Path(tempfile.gettempdir()) / f"gpt-2.5-kernels-{os.geteuid()}"
+    with contextlib.suppress(OSError):
+        own.mkdir(mode=0o700, exist_ok=True)
+    if not (_is_own(own) and own.is_dir() and is_private(own / name)):
+        own = Path(tempfile.mkdtemp(prefix="gpt-2.5-kernels-"))
+    logger.warning("others can write to %s, so its compiled kernels are not used; they are kept in %s", root, own)
+    return own / name
+
+
+def _is_own(root: Path) -> bool:
+    """Whether a folder is this user's and only this user can give names in it, or it does not exist yet."""
+    try:
+        status = root.stat()
+    except OSError:
+        return True
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def stamp(machine: object) -> str:
@@ -95,7 +134,7 @@ class StampedCache(_Cache):
 
     def _open(self, target_context: Any) -> FunctionCache:
         if self._opened is None:
-            _Locator.folder = cache_root() / f"numba-{stamp(target_context.codegen().magic_tuple())}"
+            _Locator.folder = private_folder(cache_root(), f"numba-{stamp(target_context.codegen().magic_tuple())}")
             self._opened = _FolderCache(self._function)
         return self._opened
 
