@@ -1,0 +1,51 @@
+"""Messages: what foreign names and values put into them gives a terminal no orders and floods no log."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.console import MOST_CHARACTERS, PlainFormatter, plain
+
+ROOT = Path(__file__).resolve().parents[1]
+ATTACK = "\x1b]0;owned\x07 \x1b[2Jhttps://me:SECRET@host/x\r\n\u202egpj.exe \u200b" + "A" * 100_000
+
+
+@given(st.text())
+def test_a_message_is_bounded_and_printable(text: str) -> None:
+    shown = plain(text * 50)
+    assert len(shown) <= MOST_CHARACTERS + 5
+    assert all(character.isprintable() or character == "\u3000" or character.isspace() for character in shown)
+    assert not {"\n", "\r", "\x1b", "\u202e"} & set(shown)
+
+
+def test_a_plain_message_stays_as_it_is() -> None:
+    for text in ("shard data/żółw.bin is missing; put it back", "日本語 ½ 🙂", "hf://datasets/o/n@abc/x.parquet"):
+        assert plain(text) == text
+
+
+def test_an_attack() -> None:
+    shown = plain(ATTACK)
+    assert shown.startswith(r"\x1b]0;owned\x07 \x1b[2Jhttps://host/x\r\n\u202egpj.exe \u200bAAA")
+    assert len(shown) <= MOST_CHARACTERS + 5
+
+
+def test_a_log_line_is_a_line_and_a_table_keeps_its_lines() -> None:
+    record = logging.LogRecord("pipeline", logging.INFO, "x.py", 1, "%s\n%s", ("a\x1b", "b" * 9999), None)
+    first, second = PlainFormatter("%(message)s").format(record).split("\n")
+    assert first == r"a\x1b" and len(second) <= MOST_CHARACTERS + 5
+
+
+def test_a_job_prints_its_error_so() -> None:
+    name = "x\x1b[31m\u202e" + "y" * 5000 + "https://me:SECRET@host"
+    done = subprocess.run(
+        [sys.executable, "jobs/tokenize.py", "--config", name], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and r"\x1b[31m\u202e" in done.stderr
+    assert "\x1b" not in done.stderr and "SECRET" not in done.stderr and len(done.stderr) < 2100
