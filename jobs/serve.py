@@ -17,8 +17,7 @@ from pipeline.config.inference import ServeConfig
 def main(config: ServeConfig) -> None:
     from pipeline.serving import serve_job
 
-    address = serve_job.start(config)
-    try:
+    with serve_job.serving(config) as address:
         print_table(
             "serve: ready",
             [
@@ -31,8 +30,6 @@ def main(config: ServeConfig) -> None:
         )
         sys.stdout.flush()
         serve_job.wait()
-    finally:
-        serve_job.stop()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 A request gives the same tokens alone and in a batch, now or later: its random numbers are its own, and the network
 computes each sequence by itself (up to float32 rounding, which differs with the number of sequences by about 1e-7 of
 a logit). Tokens are read back once a step, for all sequences together.
+
+Rows are shared between groups, one for each request of a client: a text whose group has had few tokens takes the row of
+one whose group has had many, which waits and is read again later. Groups are compared by levels that double, as in a
+multi-level feedback queue (Corbato et al. 1962, An Experimental Time-Sharing System): few interruptions for long texts.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -20,6 +25,9 @@ from model.generation import check_sampling, sample_token
 
 PROMPT_TOKENS_AT_ONCE = 2048
 """Prompt tokens in one forward pass, padding included: sequences that are being decoded wait for it."""
+
+FIRST_LEVEL_TOKENS = 16
+"""Tokens of a group below which nobody may interrupt it; every further level is twice as long."""
 
 Reason = Literal["stop", "length"]
 
@@ -55,42 +63,72 @@ class Step:
     """stop: at stop_id; length: after max_new_tokens."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Text:
     key: Hashable
     request: Request
     window: list[int]
     """Tokens that the network sees, the newest last."""
     generator: torch.Generator
+    group: _Group
+    number: int
+    """Texts are numbered as they come."""
     num_new: int = 0
 
 
+@dataclass(kw_only=True, eq=False)
+class _Group:
+    name: Hashable
+    waiting: deque[_Text] = field(default_factory=deque)
+    num_texts: int = 0
+    """Texts that are not finished."""
+    num_tokens: int = 0
+    """Tokens that its texts have got so far."""
+
+    @property
+    def level(self) -> int:
+        return (self.num_tokens // FIRST_LEVEL_TOKENS).bit_length()
+
+
 class Batch:
-    """Decodes up to ``max_texts`` requests at a time; the others wait, first come, first served."""
+    """Decodes up to ``max_texts`` requests at a time; the others wait, first come, first served within a group.
+
+    Of two groups, the one that has had far fewer tokens may take rows of the other, up to half of all rows.
+    """
 
     def __init__(self, decoder: Decoder, *, max_texts: int) -> None:
         self.decoder = decoder
         self.max_texts = max_texts
-        self._waiting: deque[_Text] = deque()
         self._active: list[_Text] = []  # in the decoder's rows
+        self._groups: dict[Hashable, _Group] = {}
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         """Requests that are not finished."""
-        return len(self._waiting) + len(self._active)
+        return sum(group.num_texts for group in self._groups.values())
 
-    def add(self, key: Hashable, request: Request) -> None:
-        """Queue a request; ``key`` names it in the results of step."""
+    def add(self, key: Hashable, request: Request, *, group: Hashable = None) -> None:
+        """Queue a request; ``key`` names it in the results of step, ``group`` the ones it shares its rows with."""
         window = list(request.tokens)[-self.decoder.config.context_length :]
         generator = torch.Generator().manual_seed(request.seed)
-        self._waiting.append(_Text(key=key, request=request, window=window, generator=generator))
+        found = self._groups.setdefault(group, _Group(name=group))
+        found.num_texts += 1
+        number = next(self._numbers)
+        found.waiting.append(
+            _Text(key=key, request=request, window=window, generator=generator, group=found, number=number)
+        )
 
     def cancel(self, key: Hashable) -> None:
         """Remove a request, waiting or being decoded; nothing happens where it is finished already."""
-        self._waiting = deque(text for text in self._waiting if text.key != key)
         for row, text in enumerate(self._active):
             if text.key == key:
                 self._remove(row)
+                self._forget(text)
                 return
+        for group in list(self._groups.values()):
+            for text in [text for text in group.waiting if text.key == key]:
+                group.waiting.remove(text)
+                self._forget(text)
 
     def step(self) -> list[Step]:
         """One more token for every sequence being decoded, the first for new ones; empty when all are finished."""
@@ -104,8 +142,7 @@ class Batch:
                 drawn = _draw(self.decoder.step(tokens), self._active)
             done += self._extend(self._active, drawn)
             self._remove_finished(done)
-        if self._waiting and len(self._active) < self.max_texts:
-            taken = self._take()
+        if taken := self._take():
             windows = [text.window for text in taken]
             if _are_greedy(taken):
                 drawn = self.decoder.add_greedy(windows).tolist()
@@ -118,31 +155,59 @@ class Batch:
         return done
 
     def _take(self) -> list[_Text]:
-        """The next waiting texts that fit; at least one."""
+        """The next waiting texts for which there is a row, free or to be taken from a longer group."""
         longest = 0
         taken: list[_Text] = []
-        while self._waiting and len(self._active) + len(taken) < self.max_texts:
-            longest = max(longest, len(self._waiting[0].window))
+        while waiting := [group for group in self._groups.values() if group.waiting]:
+            victim = None
+            group = min(waiting, key=lambda group: group.waiting[0].number)
+            if len(self._active) + len(taken) >= self.max_texts:
+                group = min(waiting, key=lambda group: (group.level, group.waiting[0].number))
+                if (victim := self._victim(group.level)) is None:
+                    break
+            longest = max(longest, len(group.waiting[0].window))
             if taken and longest * (len(taken) + 1) > PROMPT_TOKENS_AT_ONCE:
                 break
-            taken.append(self._waiting.popleft())
+            taken.append(group.waiting.popleft())
+            if victim is not None:
+                self._interrupt(victim)
         return taken
 
-    def _turn_full_windows(self) -> None:
-        """A full window continues with its newer half, read as a new prompt: see generation.generate_tokens."""
+    def _victim(self, level: int) -> int | None:
+        """The row that a text of a group at ``level`` may take; None where longer groups have at most half of them."""
+        rows = [row for row, text in enumerate(self._active) if text.group.level > level]
+        if len(rows) <= self.max_texts // 2:
+            return None
+        return max(rows, key=lambda row: (self._active[row].group.level, self._active[row].number))
+
+    def _interrupt(self, row: int) -> None:
+        """Let a text wait, the first of its group; its window is read again when it goes on.
+
+        A full window continues with its newer half: see generation.generate_tokens.
+        """
+        text = self._active[row]
         length = self.decoder.config.context_length
+        if len(text.window) > length:
+            text.window = text.window[-max(1, length // 2) :]
+        self._remove(row)
+        text.group.waiting.appendleft(text)
+
+    def _forget(self, text: _Text) -> None:
+        text.group.num_texts -= 1
+        if not text.group.num_texts:
+            del self._groups[text.group.name]
+
+    def _turn_full_windows(self) -> None:
         for row in reversed(range(len(self._active))):
-            text = self._active[row]
-            if len(text.window) > length:
-                text.window = text.window[-max(1, length // 2) :]
-                self._remove(row)
-                self._waiting.appendleft(text)
+            if len(self._active[row].window) > self.decoder.config.context_length:
+                self._interrupt(row)
 
     def _extend(self, texts: Sequence[_Text], tokens: Sequence[int]) -> list[Step]:
         """Append its new token to each sequence."""
         steps = []
         for text, token in zip(texts, tokens, strict=True):
             text.num_new += 1
+            text.group.num_tokens += 1
             if token == text.request.stop_id:
                 steps.append(Step(key=text.key, token=None, finished="stop"))
                 continue
@@ -154,8 +219,9 @@ class Batch:
     def _remove_finished(self, steps: Sequence[Step]) -> None:
         finished = {step.key for step in steps if step.finished}
         for row in reversed(range(len(self._active))):
-            if self._active[row].key in finished:
+            if (text := self._active[row]).key in finished:
                 self._remove(row)
+                self._forget(text)
 
     def _remove(self, row: int) -> None:
         self.decoder.remove(row)

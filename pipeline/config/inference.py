@@ -115,7 +115,8 @@ class ServeConfig:
     model_name: str | None = None
     """Name of the model in requests. If not given, the last part of --checkpoint."""
     host: str = "127.0.0.1"
-    """Address to listen on; anything but a loopback address needs GPT25_SERVE_TOKEN."""
+    """Address to listen on. Any but a loopback address needs GPT25_SERVE_TOKEN, and a web server with TLS in front:
+    texts and token travel as they are."""
     port: int = 8000
     """TCP port to listen on; 0 takes a free one."""
     num_replicas: int = 1
@@ -127,7 +128,11 @@ class ServeConfig:
     max_batch_size: int = 16
     """Number of sequences that one replica decodes at a time."""
     max_waiting: int = 256
-    """Number of requests that one replica holds, running ones included; further ones are answered with 429."""
+    """Number of requests for each replica, running ones included; further ones are answered with 429."""
+    max_connections: int = 500
+    """Number of connections at a time; one more ends the oldest that has not sent its whole request."""
+    head_seconds: float = 10.0
+    """Seconds in which a request's head must arrive, and in which a client must read some of its answer."""
     max_prompt_tokens: int | None = None
     """Largest number of tokens in one prompt. If not given, the context length of the model."""
     max_tokens: int = 1024
@@ -144,6 +149,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         whole = ("num_replicas", "max_batch_size", "max_waiting", "max_prompt_tokens", "max_tokens", "max_texts")
         require_positive(self, *whole, "max_body_bytes", "request_seconds")
+        require_positive(self, "max_connections", "head_seconds")
         require(0 <= self.port < 2**16, f"port is {self.port}; it must lie between 0 and 65535")
 
     @property

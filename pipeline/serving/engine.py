@@ -1,7 +1,8 @@
 """One thread that decodes sequences in a batch, and asynchronous streams of their text: between web server and network.
 
 Requests enter the running batch at the next token and leave it when they are finished, so that none waits for another
-one's text to end. A stream that is closed early, by a client that disconnected, frees its place.
+one's text to end: where all places are taken, a new request takes one from those that have had the most (Batch). A
+stream that is closed early, by a client that disconnected, frees its place.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Engine:
         self._batch = batch
         self._tokenizer = tokenizer
         self._condition = threading.Condition()
-        self._added: list[tuple[int, Request]] = []
+        self._added: list[tuple[int, int, Request]] = []
         self._cancelled: list[int] = []
         self._owners: dict[int, tuple[asyncio.AbstractEventLoop, Any, int]] = {}
         self._keys = itertools.count()
@@ -104,7 +105,7 @@ class Engine:
             keys = [next(self._keys) for _ in requests]
             for index, (key, request) in enumerate(zip(keys, requests, strict=True)):
                 self._owners[key] = (loop, queue, index)
-                self._added.append((key, request))
+                self._added.append((key, keys[0], request))
             self._condition.notify()
         return keys
 
@@ -133,8 +134,8 @@ class Engine:
                 self._condition.wait()
             added, self._added = self._added, []
             cancelled, self._cancelled = self._cancelled, []
-        for key, request in added:
-            self._batch.add(key, request)
+        for key, group, request in added:
+            self._batch.add(key, request, group=group)
         for key in cancelled:
             self._batch.cancel(key)
         return not self._is_closed

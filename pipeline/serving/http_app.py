@@ -1,8 +1,7 @@
 """The web application around one Engine: completions, models, health, a page to try prompts. ASGI, by Starlette.
 
-Everything that a request can use is bounded: bytes, seconds, prompts, tokens, requests at a time. A faulty request is
-answered with a status of 4xx and a sentence in OpenAI's form. Only the hash of the access token is known here; it is
-compared in constant time.
+Everything that a request can use is bounded: seconds, prompts, tokens here; bytes, requests at a time and who may ask
+at the gate (gate.py). A faulty request is answered with a status of 4xx and a sentence in OpenAI's form.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import hmac
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -29,72 +26,53 @@ from starlette.routing import Route
 from model.batching import Reason
 from pipeline.config.inference import ServeConfig
 from pipeline.serving.engine import Engine, EngineError, TokenDelta
-from pipeline.serving.openai_protocol import Answer, Completion, Limits, RequestError, parse, to_json
+from pipeline.serving.openai_protocol import (
+    Answer,
+    Completion,
+    Limits,
+    RequestError,
+    error_response,
+    json_response,
+    parse,
+    to_json,
+)
 from pipeline.tokenizer.bpe import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
-_LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 
 class WebApp:
-    """Answers requests from one Engine; ``app`` is what a web server runs.
+    """Answers requests from one Engine; ``app`` is what stands behind the gate."""
 
-    Args:
-        token_sha256: SHA-256 of the access token, hexadecimal; None where no token is needed.
-    """
-
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, limits: Limits, config: ServeConfig, *, token_sha256: str | None
-    ) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, config: ServeConfig) -> None:
         self._engine, self._tokenizer, self._limits, self._config = engine, tokenizer, limits, config
-        self._token_sha256 = token_sha256
-        self._num_requests = 0
         self._started = int(time.time())
         routes = [
             Route("/", self._guarded(self._page)),
             Route("/healthz", self._guarded(self._health)),
-            Route("/v1/models", self._guarded(self._models, needs_token=True)),
-            Route("/v1/models/{name:path}", self._guarded(self._model, needs_token=True)),
-            Route("/v1/completions", self._guarded(self._completions, needs_token=True), methods=["POST"]),
+            Route("/v1/models", self._guarded(self._models)),
+            Route("/v1/models/{name:path}", self._guarded(self._model)),
+            Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
         ]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
-    def _guarded(self, answer: Callable[[Request], Any], *, needs_token: bool = False) -> Callable[[Request], Any]:
-        """``answer`` with the checks before it; its errors become answers."""
+    def _guarded(self, answer: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        """``answer``, whose errors become answers."""
 
         async def guarded(request: Request) -> Response:
             try:
-                self._check_host(request)
-                if needs_token:
-                    self._check_token(request)
                 response: Response = await answer(request)
             except RequestError as error:
-                return _error_response(error)
+                return error_response(error)
             except EngineError as error:
-                return _error_response(RequestError(str(error), status=503))
+                return error_response(RequestError(str(error), status=503))
             except ClientDisconnect:
                 return Response(status_code=499)  # the client is gone
             return response
 
         return guarded
-
-    def _check_host(self, request: Request) -> None:
-        """Refuse another host name where only this machine can connect: prevents DNS rebinding by a web page."""
-        host = request.headers.get("host", "")
-        if self._config.is_local and not _LOCAL_HOST.fullmatch(host):
-            raise RequestError(f"this server answers to localhost, not to {host[:100]!r}", status=403)
-
-    def _check_token(self, request: Request) -> None:
-        expected = self._token_sha256
-        if expected is None:
-            return
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        found = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        if not hmac.compare_digest(found, expected) or scheme.lower() != "bearer":
-            message = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
-            raise RequestError(message, status=401, code="invalid_api_key")
 
     async def _page(self, request: Request) -> Response:
         headers = {"Content-Security-Policy": self._page_policy, "X-Content-Type-Options": "nosniff"}
@@ -102,60 +80,29 @@ class WebApp:
 
     async def _health(self, request: Request) -> Response:
         self._engine.check()
-        return _json({"status": "ok", "model": self._limits.model_name, "texts": self._engine.num_texts})
+        return json_response({"status": "ok", "model": self._limits.model_name, "texts": self._engine.num_texts})
 
     async def _models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_entry]})
+        return json_response({"object": "list", "data": [self._model_entry]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self._limits.model_name:
             message = f"model {name[:100]!r} is not served here; the model is {self._limits.model_name!r}"
             raise RequestError(message, status=404, code="model_not_found")
-        return _json(self._model_entry)
+        return json_response(self._model_entry)
 
     async def _completions(self, request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("the body must be JSON; send Content-Type: application/json", status=415)
-        if self._num_requests >= self._config.max_waiting:
-            message = f"the server has {self._num_requests} requests already; try again in a moment"
-            raise RequestError(message, status=429, code="rate_limit_exceeded")
         deadline = time.monotonic() + self._config.request_seconds
-        self._num_requests += 1
-        is_handed_on = False
-        try:
-            completion = parse(await self._body(request), self._limits, self._tokenizer)
-            answer = Answer(completion, self._limits.model_name)
-            if not completion.stream:
-                return await self._whole(request, completion, answer, deadline)
-            events = self._events(completion, answer, deadline)
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            is_handed_on = True
-            return _Stream(self._end_request, events, media_type="text/event-stream", headers=headers)
-        finally:
-            if not is_handed_on:
-                self._end_request()
-
-    def _end_request(self) -> None:
-        self._num_requests -= 1
-
-    async def _body(self, request: Request) -> bytes:
-        """The whole body; RequestError where it is too large or too slow."""
-        most = self._config.max_body_bytes
-        too_large = RequestError(f"the body has more than {most:,} bytes", status=413)
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared[:20]) > most:
-            raise too_large
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._config.request_seconds / 10):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > most:
-                        raise too_large
-        except TimeoutError:
-            raise RequestError("the body did not arrive in time", status=408) from None
-        return bytes(body)
+        completion = parse(await request.body(), self._limits, self._tokenizer)
+        answer = Answer(completion, self._limits.model_name)
+        if not completion.stream:
+            return await self._whole(request, completion, answer, deadline)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        events = self._events(completion, answer, deadline)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     async def _whole(self, request: Request, completion: Completion, answer: Answer, deadline: float) -> Response:
         texts = list(completion.heads)
@@ -167,7 +114,7 @@ class WebApp:
             num_tokens += delta.num_tokens
             if await request.is_disconnected():
                 raise ClientDisconnect
-        return _json(answer.whole(texts, reasons, num_tokens))
+        return json_response(answer.whole(texts, reasons, num_tokens))
 
     async def _events(self, completion: Completion, answer: Answer, deadline: float) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk for each part of a text, the token counts if requested, [DONE]."""
@@ -224,20 +171,6 @@ class WebApp:
         )
 
 
-class _Stream(StreamingResponse):
-    """Calls ``on_end`` when it has ended, even where the client left before the first byte."""
-
-    def __init__(self, on_end: Callable[[], None], *values: Any, **settings: Any) -> None:
-        super().__init__(*values, **settings)
-        self._on_end = on_end
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._on_end()
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and wrong methods, in the same shape."""
     status = error.status_code if isinstance(error, HTTPException) else 500
@@ -245,16 +178,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: "there is nothing at this path; see /v1/models and /v1/completions",
         405: "this path takes another method",
     }
-    return _error_response(RequestError(reasons.get(status, "the request was refused"), status=status))
-
-
-def _error_response(error: RequestError) -> Response:
-    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
-    return _json(error.body, status=error.status, headers=headers)
-
-
-def _json(values: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(values), status_code=status, media_type="application/json", headers=headers)
+    return error_response(RequestError(reasons.get(status, "the request was refused"), status=status))
 
 
 def _event(data: bytes) -> bytes:

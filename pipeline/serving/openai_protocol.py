@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import Response
 
 from model.batching import Reason, Request
 from pipeline.errors import UserError
@@ -172,6 +173,15 @@ class Answer:
 def to_json(values: Mapping[str, Any]) -> bytes:
     """JSON in ASCII, because a prompt may hold half a surrogate pair, which UTF-8 cannot encode."""
     return json.dumps(values, separators=(",", ":")).encode("ascii")
+
+
+def json_response(values: Mapping[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(values), status_code=status, media_type="application/json", headers=headers)
+
+
+def error_response(error: RequestError) -> Response:
+    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
+    return json_response(error.body, status=error.status, headers=headers)
 
 
 def _choice(index: int, text: str, reason: Reason | None) -> dict[str, Any]:

@@ -1,17 +1,19 @@
-"""Serve a model over HTTP: Ray Serve runs replicas of the web application, each with its own network.
+"""Serve a model over HTTP: a web server of our own in front, Ray Serve behind it, which runs replicas of the network.
 
-With the default address, loopback, only this machine can connect. Any other address needs an access token, which is
-read from GPT25_SERVE_TOKEN and leaves this process as a hash only.
+Ray Serve's own web server bounds neither size nor time of a request's head, so it is not started: this process
+listens, and hands complete, permitted requests to the replicas. With the default address, loopback, only this machine
+can connect. Any other address needs an access token, which is read from GPT25_SERVE_TOKEN and stays in this process.
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ from typing import Any
 from pipeline.cluster import ray_cluster
 from pipeline.config.inference import ServeConfig
 from pipeline.errors import UserError
+from pipeline.pretrained import weights
 from pipeline.pretrained.resolve import read_tokenizer, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "GPT25_SERVE_TOKEN"
 _APPLICATION = "gpt-2.5"
-_START_SECONDS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,35 +39,32 @@ class Address:
     has_token: bool
 
 
-def start(config: ServeConfig) -> Address:
-    """Start the server and return when it answers; it runs until ``stop``.
+@contextlib.contextmanager
+def serving(config: ServeConfig) -> Iterator[Address]:
+    """A server that answers as long as the block runs; Ray ends with it where it was started here.
 
     Raises:
-        UserError: no such model, a port that is taken, an open address without a token, too few CPUs or GPUs.
+        UserError: no such model, weights that are not finite, a port that is taken, an open address without a token,
+            a token that is too short, too few CPUs or GPUs.
     """
+    from pipeline.serving.gate import Gate
+    from pipeline.serving.web_server import WebServer
+
+    token_sha256 = _take_token(config)
     path = resolve_checkpoint(config.checkpoint)
     read_tokenizer(path)  # a broken one is reported here and not by a replica
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    if not config.is_local and not token:
-        raise UserError(
-            f"host {config.host} lets other machines in; set {TOKEN_VARIABLE} to a token that they have to send, or "
-            "leave --host out"
-        )
-    port = _free_port(config)
+    _require_finite(path)
     name = config.model_name or Path(config.checkpoint.rstrip("/")).name or "model"
-    token_sha256 = hashlib.sha256(token.encode()).hexdigest() if token else None
-    ray_cluster.connect(num_cpus=max(config.num_replicas, os.cpu_count() or 1))
-    _run(replace(config, checkpoint=str(path), model_name=name), token_sha256, port)
-    shown_host = f"[{config.host}]" if ":" in config.host else config.host
-    return Address(url=f"http://{shown_host}:{port}", model_name=name, has_token=bool(token))
-
-
-def stop() -> None:
-    """End the server, and Ray where it was started here."""
-    from ray import serve
-
-    serve.shutdown()
-    ray_cluster.shut_down()
+    with contextlib.ExitStack() as running:
+        server = WebServer(config)  # a port that is taken is reported before anything starts
+        running.callback(server.stop)
+        ray_cluster.connect(num_cpus=max(config.num_replicas, os.cpu_count() or 1))
+        running.callback(_shut_down)
+        replicas = _start_replicas(replace(config, checkpoint=str(path), model_name=name))
+        server.start(Gate(replicas, config, token_sha256=token_sha256))
+        running.callback(server.stop)  # before the replicas go
+        shown_host = f"[{config.host}]" if ":" in config.host else config.host
+        yield Address(url=f"http://{shown_host}:{server.port}", model_name=name, has_token=token_sha256 is not None)
 
 
 def wait() -> None:
@@ -76,65 +75,142 @@ def wait() -> None:
     ended.wait()
 
 
-def _run(config: ServeConfig, token_sha256: str | None, port: int) -> None:
+def _take_token(config: ServeConfig) -> str | None:
+    """The hash of the access token, which is taken out of the environment that replicas would inherit."""
+    from pipeline.serving.gate import token_hash
+
+    token = os.environ.pop(TOKEN_VARIABLE, "")
+    if token:
+        return token_hash(token, TOKEN_VARIABLE)
+    if not config.is_local:
+        raise UserError(
+            f"host {config.host} lets other machines in; set {TOKEN_VARIABLE} to a token that they have to send, or "
+            "leave --host out"
+        )
+    return None
+
+
+def _require_finite(path: Path) -> None:
+    """UserError that names a tensor of the model that has a NaN or an infinity. One tensor is in memory at a time."""
+    for name, tensor in weights.read_weights(path, weights.read_model_config(path)):
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: the weights in {name} are not all finite numbers; serve an earlier checkpoint")
+
+
+def _start_replicas(config: ServeConfig) -> Replicas:
     import ray
     from ray import serve
-    from ray.serve.config import HTTPOptions
 
     use_gpu = config.device != "cpu" and int(ray.cluster_resources().get("GPU", 0)) >= config.num_replicas
     if config.device == "cuda" and not use_gpu:
         raise UserError("--device cuda was asked for, but the cluster has too few GPUs; use --device cpu or auto")
     ray_cluster.require(num_workers=config.num_replicas, gpus=use_gpu)
-
-    def build() -> Any:  # runs in the replica
-        return _WithoutCancelledReads(build_app(config, token_sha256))
-
     deployment = serve.deployment(
         name="completions",
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": int(use_gpu)},
-        max_ongoing_requests=config.max_waiting + 64,  # so that the application itself says when it is full
+        # The gate says when all is full; here there is room for what it lets pass, and for other pages.
+        max_ongoing_requests=config.max_waiting * config.num_replicas + 64,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    )(serve.ingress(build)(Replica))
+    )(Replica)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # hides its progress messages in this process
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options=HTTPOptions(host=config.host, port=port),
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    )
-    serve.run(deployment.bind(), name=_APPLICATION, route_prefix="/")
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    return Replicas(serve.run(deployment.bind(config), name=_APPLICATION, route_prefix=None))
 
 
-class _WithoutCancelledReads:
-    """Turns the error that Ray Serve raises for a client that leaves early into a disconnect, as ASGI has it."""
+def _shut_down() -> None:
+    """End the replicas, and Ray where it was started here."""
+    from ray import serve
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
-        self.state = app.state
+    serve.shutdown()
+    ray_cluster.shut_down()
+
+
+class Replicas:
+    """The replicas of a Ray Serve deployment as one ASGI application; Ray Serve chooses who answers."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle.options(stream=True)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from ray.exceptions import TaskCancelledError
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
-        async def read() -> Any:
-            try:
-                return await receive()
-            except TaskCancelledError:
-                return {"type": "http.disconnect"}
+        from pipeline.serving.openai_protocol import RequestError, error_response
 
-        await self._app(scope, read if scope["type"] == "http" else receive, send)
+        body = (await receive())["body"]
+        names = ("type", "asgi", "http_version", "method", "path", "raw_path", "query_string", "root_path")
+        headers = [(name, value) for name, value in scope["headers"] if name == b"content-type"]
+        answers = self._handle.answer.remote({name: scope[name] for name in names} | {"headers": headers}, body)
+        leaving = asyncio.create_task(_call_when_gone(receive, answers.cancel))
+        has_begun = False
+        try:
+            async for messages in answers:
+                for message in messages:
+                    has_begun = True
+                    await send(message)
+        except (RayError, RayServeException) as error:
+            if leaving.done():
+                return  # the client is gone, and its request was cancelled
+            logger.warning("a replica did not answer: %s", type(error).__name__)
+            if not has_begun:
+                gone = RequestError("the replica ended that was at work; send the request again", status=503)
+                await error_response(gone)(scope, receive, send)
+        finally:
+            leaving.cancel()
+            answers.cancel()
+
+
+async def _call_when_gone(receive: Any, cancel: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    cancel()
 
 
 class Replica:
-    """The class that Ray Serve starts; the web application answers its requests."""
+    """The class that Ray Serve starts: the web application in a process of its own, with its network."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._app = build_app(config)
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica where this raises."""
-        self.app.state.engine.check()  # type: ignore[attr-defined]  # Ray Serve's wrapper has it
+        self._app.state.engine.check()
+
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict[str, Any]]]:
+        """The application's messages to the web server, as many at a time as there are."""
+        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        request: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if not request:
+                await asyncio.Event().wait()  # for ever: a client that leaves cancels this whole call
+            return request.pop()
+
+        async def run() -> None:
+            try:
+                await self._app(scope, receive, messages.put)
+            finally:
+                messages.put_nowait(None)
+
+        task = asyncio.create_task(run())
+        try:
+            is_done = False
+            while not is_done:
+                together = [await messages.get()]
+                while not messages.empty():
+                    together.append(messages.get_nowait())
+                is_done = together[-1] is None
+                if known := [message for message in together if message is not None]:
+                    yield known
+            await task  # raises what the application raised
+        finally:
+            task.cancel()
 
 
-def build_app(config: ServeConfig, token_sha256: str | None) -> Any:
+def build_app(config: ServeConfig) -> Any:
     """The ASGI application of one replica, with its network loaded and its engine running.
 
     The checkpoint of ``config`` is the folder of the model, resolved.
@@ -163,20 +239,6 @@ def build_app(config: ServeConfig, token_sha256: str | None) -> Any:
         max_tokens=config.max_tokens,
         max_texts=config.max_texts,
     )
-    app = WebApp(engine, pretrained.tokenizer, limits, config, token_sha256=token_sha256).app
+    app = WebApp(engine, pretrained.tokenizer, limits, config).app
     app.state.engine = engine
     return app
-
-
-def _free_port(config: ServeConfig) -> int:
-    """The configured port, or a free one for 0; UserError where it is taken."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another --port"
-            ) from error
-        return int(probe.getsockname()[1])

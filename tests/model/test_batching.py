@@ -115,6 +115,68 @@ def test_a_text_that_comes_later_joins_the_others(model: Transformer) -> None:
     assert keys == [{"long", "late"}, {"long", "late"}]
 
 
+GREEDY: dict[str, Any] = {"length": 3, "max_new_tokens": 400, "temperature": 0.9}
+
+
+def greedy_batch(model: Transformer, *, max_texts: int, groups: int, texts: int) -> Batch:
+    batch = Batch(Decoder(model), max_texts=max_texts)
+    for group in range(groups):
+        for number in range(texts):
+            batch.add((group, number), request(GREEDY, 100 * group + number), group=group)
+    return batch
+
+
+def test_a_short_request_takes_a_place_from_long_ones(model: Transformer) -> None:
+    """Long ones hold all places for hundreds of steps. It waits for one of them to have had enough, not for its end."""
+    batch = greedy_batch(model, max_texts=4, groups=20, texts=16)
+    for _ in range(60):
+        batch.step()
+    for number in range(5):
+        batch.add("short", Request(tokens=[5], max_new_tokens=6, seed=number), group=f"client {number}")
+        steps = [any(step.key == "short" for step in batch.step()) for _ in range(6)]
+        assert steps == [True] * 6
+        assert len(batch) == 320
+
+
+def test_interrupted_texts_are_the_texts_that_they_are_alone(model: Transformer) -> None:
+    batch = greedy_batch(model, max_texts=3, groups=4, texts=2)
+    interruptions = 0
+    interrupt = batch._interrupt
+
+    def count(row: int) -> None:
+        nonlocal interruptions
+        interruptions += 1
+        interrupt(row)
+
+    batch._interrupt = count  # type: ignore[method-assign]
+    texts, reasons = finish(batch)
+    turns = 8 * 400 // 24  # of full windows, which are interruptions too
+    assert turns < interruptions < turns + 8 * 6, "a few for each text, as levels double"
+    assert set(reasons.values()) == {"length"} and len(reasons) == 8
+    for group, number in ((0, 0), (3, 1)):
+        alone = Batch(Decoder(model), max_texts=1)
+        alone.add("x", request(GREEDY, 100 * group + number))
+        assert finish(alone)[0]["x"] == texts[group, number]
+    assert batch.decoder.num_texts == 0 and not batch._groups
+
+
+def test_short_requests_without_end_leave_half_of_the_places(model: Transformer) -> None:
+    batch = greedy_batch(model, max_texts=4, groups=1, texts=4)
+    for step in range(250):
+        batch.add(f"short {step}", Request(tokens=[5], max_new_tokens=20, seed=step), group=step + 1)
+        rows = sum(text.group.name == 0 for text in batch._active)
+        assert rows >= 2 or step < 1
+        batch.step()
+
+
+def test_texts_of_one_group_never_interrupt_each_other(model: Transformer) -> None:
+    batch = Batch(Decoder(model), max_texts=2)
+    for number in range(5):
+        batch.add(number, Request(tokens=[number + 1], max_new_tokens=40, seed=number))
+    keys = [[step.key for step in batch.step()] for _ in range(40)]
+    assert keys == [[0, 1]] * 40
+
+
 def test_the_first_look_draws_what_sorting_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     for trial in range(20):

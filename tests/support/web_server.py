@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from pipeline.config.inference import ServeConfig
+from pipeline.serving import web_server
+from pipeline.serving.gate import Gate
 from pipeline.serving.serve_job import build_app
 
 
@@ -58,16 +57,12 @@ class WebServer:
 @contextlib.contextmanager
 def running(checkpoint: Path, *, token_sha256: str | None = None, **settings: Any) -> Iterator[WebServer]:
     """A server that answers as long as the block runs."""
-    config = ServeConfig(device="cpu", checkpoint=str(checkpoint), model_name="tiny", **settings)
-    app = build_app(config, token_sha256)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
+    config = ServeConfig(device="cpu", checkpoint=str(checkpoint), model_name="tiny", port=0, **settings)
+    app = build_app(config)
+    server = web_server.WebServer(config)
+    server.start(Gate(app, config, token_sha256=token_sha256))
     try:
-        yield WebServer(server.servers[0].sockets[0].getsockname()[1], app)
+        yield WebServer(server.port, app)
     finally:
-        server.should_exit = True
-        thread.join(timeout=20)
+        server.stop()
         app.state.engine.close()
