@@ -97,9 +97,9 @@ def test_a_head_that_comes_slowly_ends_its_connection(checkpoint: Path) -> None:
 
 
 def test_a_token_is_asked_for_before_a_body_is_read(checkpoint: Path) -> None:
-    with running(checkpoint, token_sha256="0" * 64, request_seconds=36000) as server:
-        with clients(server, 1, HEAD + b"Content-Length: 1000\r\n\r\n") as (client,):
-            assert b" 401 " in client.recv(1000)
+    sent = HEAD + b"Content-Length: 1000\r\n\r\n"
+    with running(checkpoint, token_sha256="0" * 64, request_seconds=36000) as server, clients(server, 1, sent) as (it,):
+        assert b" 401 " in it.recv(1000)
 
 
 def test_only_completions_have_a_body(patient: WebServer) -> None:
@@ -107,10 +107,11 @@ def test_only_completions_have_a_body(patient: WebServer) -> None:
         assert b" 413 " in client.recv(1000)
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [b"", b"GET / HT", HEAD + b"Content-Length: 1000\r\n\r\n{", HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"],
-)
+HALF_SENT = HEAD + b"Content-Length: 1000\r\n\r\n{"
+HALF_A_CHUNK = HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", HALF_SENT, HALF_A_CHUNK])
 def test_three_hundred_that_never_finish_keep_nobody_out(patient: WebServer, sent: bytes) -> None:
     with clients(patient, 300, sent) as held:
         assert patient.complete(max_tokens=2, prompt="x")["choices"]
