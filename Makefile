@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow coverage chaos check format bench bench-data ui cluster-files clean
+.PHONY: setup demo test test-slow coverage chaos check format bench bench-data ui cluster-files lock clean
 
 setup: $(INSTALLED)
 
@@ -72,6 +72,18 @@ cluster-files:
 	@umask 077; test -s $(HOME)/.ray/auth_token || RAY_AUTH_MODE=token $(BIN)/ray get-auth-token --generate > /dev/null
 	@chmod 600 $(HOME)/.ray/auth_token
 	@echo "~/.ray/auth_token is there; write GPT25_HOME=gs://BUCKET/FOLDER and your tokens into ~/.gpt-2.5.env"
+
+# deploy/requirements.lock: what the nodes of a cluster install, by version and hash
+lock: setup
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lock]'
+	@for version in 3.11 3.12; do \
+	  $(BIN)/uv pip compile --quiet --python-version $$version --python-platform x86_64-manylinux_2_28 --only-binary :all: \
+	    --generate-hashes --no-header --no-annotate --no-emit-index-url --constraint constraints.txt \
+	    --extra gcp --extra s3 pyproject.toml --output-file build/lock-$$version || exit 1; \
+	done
+	@cmp build/lock-3.11 build/lock-3.12  # one file does for both
+	@sed -n '/^#/p' deploy/requirements.lock > build/lock-head
+	@cat build/lock-head build/lock-3.11 > deploy/requirements.lock
 
 clean:
 	rm -rf data/demo runs/demo build *.egg-info .ruff_cache .mypy_cache .hypothesis

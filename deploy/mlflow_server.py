@@ -6,7 +6,7 @@ not disturb it.
 
 Runs are kept in sqlite below ~/gpt-2.5-mlflow, or in the database that MLFLOW_BACKEND_STORE_URI names. Where GPT25_HOME
 is a bucket, artifacts lie there, and so does a copy of the sqlite file, at most two minutes old: a new head goes on
-with it. The file needs nothing of the project, only the packages of constraints.txt.
+with it. The file needs nothing of the project, only the packages of requirements.lock.
 """
 
 from __future__ import annotations
