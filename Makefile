@@ -76,6 +76,7 @@ cluster-files:
 # deploy/requirements.lock: what the nodes of a cluster install, by version and hash
 lock: setup
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lock]'
+	@mkdir -p build
 	@for version in 3.11 3.12; do \
 	  $(BIN)/uv pip compile --quiet --python-version $$version --python-platform x86_64-manylinux_2_28 --only-binary :all: \
 	    --generate-hashes --no-header --no-annotate --no-emit-index-url --constraint constraints.txt \

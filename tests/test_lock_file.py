@@ -1,4 +1,4 @@
-"""deploy/requirements.lock is what pyproject.toml asks for, at the versions of constraints.txt, with hashes; no more."""
+"""deploy/requirements.lock: what pyproject.toml asks for, at the versions of constraints.txt, with hashes, no more."""
 
 from __future__ import annotations
 
