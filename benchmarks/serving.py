@@ -1,0 +1,186 @@
+"""The time of one short request to jobs/serve.py alone and beside clients that take all they can get.
+
+The target is 3 times the time alone, at most. ``python benchmarks/serving.py CHECKPOINT [--repeats N]`` starts the
+server on that model, on loopback, and prints for each kind of bad client the median and the longest time of the short
+request, their ratios to the median alone, and what the server still holds when they have gone: connections and texts.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import contextlib
+import http.client
+import json
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import IO
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SHORT_TOKENS = 16
+START_SECONDS = 600
+
+
+@contextlib.contextmanager
+def server(checkpoint: str) -> Iterator[tuple[int, psutil.Process]]:
+    """The port and the process of a server."""
+    command = [sys.executable, str(ROOT / "jobs/serve.py"), checkpoint, "--port=0", "--device=cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "GPT25_SERVE_TOKEN"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield port_of(process.stdout), psutil.Process(process.pid)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+
+
+def port_of(output: IO[str]) -> int:
+    for line in output:
+        if match := re.search(r"page\s+http://127.0.0.1:(\d+)/", line):
+            return int(match[1])
+    sys.exit("error: the server did not start")
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        content = answer.read()
+        assert answer.status == 200, content
+        return content
+    finally:
+        connection.close()
+
+
+def short_seconds(port: int, repeats: int) -> list[float]:
+    """Seconds of each of some short requests, one after the other."""
+    found = []
+    for seed in range(repeats):
+        body = json.dumps({"prompt": "The", "max_tokens": SHORT_TOKENS, "seed": seed}).encode()
+        start = time.perf_counter()
+        ask(port, "POST", "/v1/completions", body)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def request(**values: object) -> bytes:
+    body = json.dumps({"prompt": "The"} | values).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def idle(client: socket.socket, ended: threading.Event) -> None:
+    ended.wait()
+
+
+def slow_head(client: socket.socket, ended: threading.Event) -> None:
+    client.sendall(b"GET / HTTP/1.1\r\nX: ")
+    while not ended.wait(1):
+        client.sendall(b"x")
+
+
+def big_head(client: socket.socket, ended: threading.Event) -> None:
+    client.sendall(b"GET / HTTP/1.1\r\nX: ")
+    for _ in range(640):  # 40 MB
+        client.sendall(b"x" * 65536)
+
+
+def half_a_body(client: socket.socket, ended: threading.Event) -> None:
+    client.sendall(HEAD + b"Content-Length: 900000\r\n\r\n" + b"x" * 400_000)
+    ended.wait()
+
+
+def unread_stream(client: socket.socket, ended: threading.Event) -> None:
+    client.sendall(request(max_tokens=1024, stream=True))
+    ended.wait()
+
+
+def greedy(client: socket.socket, ended: threading.Event) -> None:
+    client.sendall(request(max_tokens=1024, n=16))
+    client.settimeout(1)
+    while not ended.is_set():
+        with contextlib.suppress(TimeoutError):
+            if not client.recv(65536):
+                return
+
+
+BEHAVIOURS: list[tuple[str, int, Callable[[socket.socket, threading.Event], None]]] = [
+    ("idle connections", 300, idle),
+    ("slow heads", 300, slow_head),
+    ("big heads", 20, big_head),
+    ("half-sent bodies", 300, half_a_body),
+    ("unread streams", 20, unread_stream),
+    ("n=16 x 1,024 tokens", 20, greedy),
+]
+
+
+@contextlib.contextmanager
+def bad_clients(port: int, count: int, behave: Callable[[socket.socket, threading.Event], None]) -> Iterator[None]:
+    """Clients that come again as soon as they lose their connection."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+                behave(client, ended)
+            ended.wait(0.1)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    time.sleep(5)
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(90)
+
+
+def left_over(port: int, process: psutil.Process) -> str:
+    """What the server holds half a minute later, at most: texts, connections, memory of the process that listens."""
+    for _ in range(30):
+        texts = json.loads(ask(port, "GET", "/healthz"))["texts"]
+        connections = sum(it.laddr.port == port and it.status == "ESTABLISHED" for it in process.net_connections("tcp"))
+        if not texts and not connections:
+            break
+        time.sleep(1)
+    return f"{texts} texts, {connections} connections, {process.memory_info().rss / 1e6:.0f} MB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    with server(arguments.checkpoint) as (port, process):
+        short_seconds(port, 3)
+        print(f"{'':24}{'median s':>10}{'longest':>10}{'ratios to alone':>18}   left")
+        for name, count, behave in BEHAVIOURS:
+            alone = statistics.median(short_seconds(port, arguments.repeats))
+            with bad_clients(port, count, behave):
+                found = short_seconds(port, arguments.repeats)
+            median, longest = statistics.median(found), max(found)
+            ratios = f"{median / alone:.2f} {longest / alone:.2f}"
+            left = left_over(port, process)
+            print(
+                f"{count:3} {name:20}{median:10.3f}{longest:10.3f}{ratios:>18}   {left}; alone {alone:.3f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
