@@ -183,7 +183,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         UserError: a header is damaged, or a part of a tensor is missing or is there twice.
     """
     try:
-        tensors = _storage(path, read_description(as_folder(path))).read_metadata().state_dict_metadata
+        tensors: Mapping[str, Any] = (
+            _storage(path, read_description(as_folder(path))).read_metadata().state_dict_metadata
+        )
         shapes = {name: tuple(tensor.size) for name, tensor in tensors.items()}
         parts = {name: sum(math.prod(chunk.sizes) for chunk in tensor.chunks) for name, tensor in tensors.items()}
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:

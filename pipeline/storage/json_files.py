@@ -83,7 +83,7 @@ def write_json(folder: Folder, name: str, values: Any, *, indent: int | None = N
 
 
 @functools.cache
-def _adapter(schema: Hashable) -> TypeAdapter[Any]:
+def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
