@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -183,11 +184,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         UserError: a header is damaged, or a part of a tensor is missing or is there twice.
     """
     try:
-        tensors: Mapping[str, Any] = (
-            _storage(path, read_description(as_folder(path))).read_metadata().state_dict_metadata
-        )
+        found = _storage(path, read_description(as_folder(path))).read_metadata().state_dict_metadata
+        tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
         shapes = {name: tuple(tensor.size) for name, tensor in tensors.items()}
-        parts = {name: sum(math.prod(chunk.sizes) for chunk in tensor.chunks) for name, tensor in tensors.items()}
+        parts = {name: sum(chunk.sizes.numel() for chunk in tensor.chunks) for name, tensor in tensors.items()}
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}") from error
     for name, shape in shapes.items():

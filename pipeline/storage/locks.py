@@ -94,12 +94,16 @@ def _lock_path(output: Folder) -> Path:
     if isinstance(output, LocalFolder) and place != os.sep:
         beside = Path(place).with_name(f".{Path(place).name}.lock")
         with contextlib.suppress(OSError):
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            _open_lock(beside).close()
+            _open_beside(beside)
             return beside
     path = node_cache("outputs") / f"{hashlib.sha256(place.encode()).hexdigest()[:20]}.lock"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+def _open_beside(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _open_lock(path).close()
 
 
 def _open_lock(path: Path) -> IO[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -42,9 +44,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextlib.contextmanager
-def another_job(output: Path | str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HOLD, str(output)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def another_job(output: Path | str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    command, variables = [sys.executable, "-c", HOLD, str(output)], {**os.environ, **environment}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "held\n"
@@ -53,8 +55,9 @@ def another_job(output: Path | str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-@pytest.mark.parametrize("output", ["/data/out", "s3://bucket/out"])
-def test_a_second_job_is_refused(output: str) -> None:
+@pytest.mark.parametrize("place", ["FOLDER/data/out", "s3://bucket/out"])
+def test_a_second_job_is_refused(place: str, tmp_path: Path) -> None:
+    output = place.replace("FOLDER", str(tmp_path))
     folder = open_folder(output)
     with another_job(output) as process:
         with pytest.raises(UserError, match=rf"another job \(process {process.pid}\) is writing to {output};"):
@@ -105,8 +108,55 @@ def test_the_next_job_of_this_process(tmp_path: Path) -> None:
 
 def test_no_lock_can_be_made(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.write_text("no folder")
-    with exclusive_output(open_folder(str(tmp_path / "out"))):
+    with exclusive_output(open_folder(str(cache / "out"))):  # neither beside it nor in the cache
         assert "no lock can be made" in caplog.text
+
+
+def test_jobs_with_other_caches_and_homes_see_each_other(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = {"GPT25_CACHE": str(tmp_path / "other/cache"), "HOME": str(tmp_path / "other")}
+    with another_job(tmp_path / "out", **other) as process:
+        with pytest.raises(UserError, match=rf"another job \(process {process.pid}\)"):
+            exclusive_output(open_folder(tmp_path / "out")).__enter__()
+        assert not (tmp_path / "out").exists()
+    with exclusive_output(open_folder(tmp_path / "out")):
+        assert (tmp_path / ".out.lock").is_file()
+    assert not (tmp_path / ".out.lock").exists()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "precious")
+    with exclusive_output(open_folder(tmp_path / "out")):  # with the lock in the cache
+        pass
+    assert (tmp_path / "precious").read_text() == "content" and (tmp_path / ".out.lock").is_symlink()
+
+
+def test_a_second_name_of_a_file_in_place_of_the_lock_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("content")
+    os.link(tmp_path / "precious", tmp_path / ".out.lock")
+    with exclusive_output(open_folder(tmp_path / "out")):
+        pass
+    assert (tmp_path / "precious").read_text() == "content"
+
+
+def test_a_pipe_in_place_of_the_lock_stops_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".out.lock")
+    with exclusive_output(open_folder(tmp_path / "out")):
+        pass
+
+
+def test_where_nothing_can_be_written_beside_the_cache_holds_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_open_beside", refuse)
+    with exclusive_output(open_folder(tmp_path / "out")):
+        assert not (tmp_path / ".out.lock").exists()
+        assert [path.suffix for path in (tmp_path / "cache/outputs").iterdir()] == [".lock"]
+
+
+def refuse(path: Path) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def test_the_data_of_another_job_are_left_alone(tmp_path: Path) -> None:

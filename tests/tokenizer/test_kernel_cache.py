@@ -94,6 +94,71 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(checkout: Path, tmp_pat
     assert "compiled kernels are not kept" in done.stderr
 
 
+ATTACK = """
+import pickle, sys
+class Attack:
+    def __reduce__(self):
+        return open, (sys.argv[1], "w")
+print(pickle.dumps(Attack()).hex())
+"""
+
+
+def poison(cache: Path, proof: Path) -> None:
+    """Put pickles in the place of all that numba reads; each would make the file ``proof``."""
+    done = subprocess.run([sys.executable, "-c", ATTACK, str(proof)], check=True, capture_output=True, text=True)
+    content = bytes.fromhex(done.stdout)
+    for path in [*cache.rglob("*.nbi"), *cache.rglob("*.nbc")]:
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder of the processes of a test."""
+    (tmp_path / "temporary").mkdir(mode=0o700)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+@pytest.mark.parametrize("place", ["", "numba-*"])
+def test_a_cache_that_others_can_write_to_is_not_used(
+    checkout: Path, tmp_path: Path, temporary: Path, mode: int, place: str
+) -> None:
+    cache = tmp_path / "cache"
+    run(CALL, checkout, cache)
+    poison(cache, tmp_path / "proof")
+    (next(cache.glob(place)) if place else cache).chmod(mode)
+    done = run(CALL, checkout, cache)
+    assert not (tmp_path / "proof").exists()
+    assert done.stdout.split() == ["2", "0", "1"] and "others can write to" in done.stderr
+    assert run(CALL, checkout, cache).stdout.split() == ["2", "1", "0"]  # kept in a private folder
+    (private,) = temporary.iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_others_prepared_in_the_temporary_folder_is_not_used_either(
+    checkout: Path, tmp_path: Path, temporary: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    prepared = temporary / f"gpt-2.5-kernels-{os.geteuid()}"
+    prepared.mkdir()
+    prepared.chmod(0o777)
+    assert run(CALL, checkout, tmp_path / "cache").stdout.split() == ["2", "0", "1"]
+    assert list(prepared.iterdir()) == [] and len(list(temporary.iterdir())) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, which root alone can")
+@pytest.mark.parametrize("place", ["", "numba-*", "numba-*/*.nbc"])
+def test_what_belongs_to_another_user_is_not_used(checkout: Path, tmp_path: Path, temporary: Path, place: str) -> None:
+    cache = tmp_path / "cache"
+    run(CALL, checkout, cache)
+    poison(cache, tmp_path / "proof")
+    os.chown(next(cache.glob(place)) if place else cache, 12345, 12345)
+    assert run(CALL, checkout, cache).stdout.split() == ["2", "0", "1"]
+    assert not (tmp_path / "proof").exists()
+
+
 def test_import_compiles_and_makes_nothing(tmp_path: Path) -> None:
     code = """
 import pipeline.tokenizer.training as training, pipeline.tokenizer.kernels.encode as kernels
