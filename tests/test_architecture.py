@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors", "paths", "redaction", "tokenizer.patterns"},
     "distributed": {"errors"},
     "listing": {"errors"},
-    "remote": {"errors", "storage", "listing"},
+    "remote": {"errors", "redaction", "storage", "listing"},
     "sources": {"errors", "paths", "listing", "remote"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},

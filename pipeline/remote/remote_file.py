@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+
+from pipeline.redaction import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,15 @@ class RemoteTree:
 
 def stored_url(url: str) -> str:
     """A URL as it may lie on a disk: of the web without user, password and query, where signatures are."""
-    return redact_url(url) if url.startswith(("http://", "https://")) else url
+    return redact_url(url) if _is_web(url) else url
 
 
 def redact_url(url: str) -> str:
     """A URL for a message, without commit, user, password and query."""
-    if not url.startswith(("http://", "https://")):
-        return re.sub("@[0-9a-f]{40}(?=/|$)", "", url, count=1)
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if not _is_web(url):
+        return redact(re.sub("@[0-9a-f]{40}(?=/|$)", "", url, count=1))
+    return re.split("[?#]", redact(re.sub(r"\s", "%20", url)), maxsplit=1)[0]
+
+
+def _is_web(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
