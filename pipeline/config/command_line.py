@@ -104,7 +104,7 @@ def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, 
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_PresetLoader)
     except FileNotFoundError:
         raise UserError(f"there is no preset {path}; the project's own lie in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"preset {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict) or not all(isinstance(value, dict) for value in document.values()):
         raise UserError(f"preset {path} must have one section per job ({', '.join(SECTIONS)}), each of keys and values")

@@ -149,7 +149,7 @@ def read_prompts(path: str) -> list[str]:
 def _prompt_of(file: Path, number: int, line: str) -> str:
     try:
         values = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}, line {number} is not valid JSON ({error}); mend the line") from error
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError(f'{file}, line {number} has no text under "prompt"; mend the line')

@@ -152,7 +152,7 @@ def load_plan(content: bytes) -> list[WorkItem]:
                 items.append(WorkItem(index=values[0], slices=slices, text_column=head["text_column"]))
         if head["format"] != _FORMAT or head["items"] != len(items):
             raise ValueError(f"{head['format']}, {len(items)} of {head['items']} items")
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError("the plan is damaged or of another version; choose another --output") from error
     return items
 

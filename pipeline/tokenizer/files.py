@@ -341,7 +341,7 @@ def _unreadable(path: Path | str, error: Exception) -> str:
 def _parse_json(content: bytes, path: Path | str) -> dict[str, Any]:
     try:
         values = json.loads(_decode(content, path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch or write the file again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object; give a tokenizer file")
