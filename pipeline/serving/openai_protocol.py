@@ -1,4 +1,4 @@
-"""OpenAI's completions protocol: requests are checked, answers get its JSON form; independent of network and server.
+"""OpenAI's completions protocol: requests are checked, answers get its JSON form; independent of the network.
 
 A request that cannot be served is a RequestError: a status of 4xx and one sentence, in OpenAI's shape. Fields that this
 server would have to ignore are refused by name, so that nobody mistakes the default for the requested value.

@@ -145,11 +145,14 @@ class Replicas:
         headers = [(name, value) for name, value in scope["headers"] if name == b"content-type"]
         answers = self._handle.answer.remote({name: scope[name] for name in names} | {"headers": headers}, body)
         leaving = asyncio.create_task(_call_when_gone(receive, answers.cancel))
-        has_begun = False
+        has_begun = is_complete = False
         try:
             async for messages in answers:
                 for message in messages:
                     has_begun = True
+                    is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+                    if is_complete:
+                        leaving.cancel()
                     await send(message)
         except (RayError, RayServeException) as error:
             if leaving.done():
@@ -160,7 +163,8 @@ class Replicas:
                 await error_response(gone)(scope, receive, send)
         finally:
             leaving.cancel()
-            answers.cancel()
+            if not is_complete:
+                answers.cancel()
 
 
 async def _call_when_gone(receive: Any, cancel: Any) -> None:

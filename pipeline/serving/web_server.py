@@ -11,6 +11,7 @@ import functools
 import logging
 import socket
 import threading
+import time
 from typing import Any
 
 import uvicorn
@@ -40,7 +41,7 @@ class WebServer:
         self._thread: threading.Thread | None = None
 
     def start(self, app: Any) -> None:
-        """Answer from now on."""
+        """Answer from now on; UserError where another program took the port meanwhile."""
         settings = uvicorn.Config(
             app,
             http=functools.partial(BoundedProtocol, limits=self._config),  # type: ignore[arg-type]  # a class, to uvicorn
@@ -58,6 +59,10 @@ class WebServer:
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="web-server", daemon=True)
         self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise UserError(f"cannot listen on {self._config.host} port {self.port}; choose another --port")
+            time.sleep(0.01)
 
     def stop(self) -> None:
         """End after the requests that are being answered, or after some seconds."""

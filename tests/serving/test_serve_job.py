@@ -40,11 +40,11 @@ class Server:
     process: subprocess.Popen[str]
 
     def memory(self) -> int:
-        """Resident bytes of the replica and of Ray Serve's proxy."""
-        found = 0
+        """Resident bytes of the process that listens and of the replica."""
+        found: int = psutil.Process(self.process.pid).memory_info().rss
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "ServeReplica" in (name := " ".join(process.cmdline())) or "ProxyActor" in name:
+                if "ServeReplica" in " ".join(process.cmdline()):
                     found += process.memory_info().rss
         return found
 
