@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -56,10 +57,17 @@ def checkpoint(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(checkpoint, tmp_path_factory) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, **variables: str) -> Iterator[Server]:
+    """jobs/serve.py with further environment variables; it must end well, without a traceback."""
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), str(checkpoint), "--port", "0", "--device", "cpu"]
     command += ["--model_name", "tiny", "--max_waiting", "300", "--max_tokens", "4000", "--request_seconds", "60"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "GPT25_SERVE_TOKEN")}
-    environment |= {"OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"} | variables
     log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
     process = subprocess.Popen(
         command, cwd=tmp_path_factory.mktemp("home"), env=environment, stdout=subprocess.PIPE, stderr=log, text=True
@@ -164,6 +172,31 @@ def test_an_open_address_needs_a_token(checkpoint: Path, tmp_path: Path) -> None
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert result.returncode == 1 and "set GPT25_SERVE_TOKEN" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_token_stays_in_the_process_that_listens(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    token = secrets.token_hex(16)
+    with running(checkpoint, tmp_path_factory, GPT25_SERVE_TOKEN=token) as server:
+        few = {"prompt": "x", "max_tokens": 2}
+        assert status_of(asyncio.run(exchange(server, request(few)))) == 401
+        assert status_of(asyncio.run(exchange(server, request(few, f"Authorization: Bearer {token}\r\n")))) == 200
+        environments = {}
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                environments[" ".join(process.cmdline())[:100]] = str(process.environ())
+        assert any("ServeReplica" in name for name in environments)
+        assert not [name for name, values in environments.items() if token in values]
+
+
+def test_a_client_that_leaves_frees_its_place_in_the_replica(server: Server) -> None:
+    """Through Ray, whose requests are cancelled: streams, whole answers, and an answer that nobody reads."""
+    for stream in (True, False):
+        raw = request({"prompt": "x", "max_tokens": 4000, "n": 16, "stream": stream})
+        asyncio.run(exchange(server, raw, leave_after=1))
+        wait_until_idle(server)
 
 
 async def exchange(server: Server, raw: bytes, *, leave_after: float | None = None) -> bytes:
