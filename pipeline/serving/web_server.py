@@ -89,9 +89,11 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._end_after(self._limits.head_seconds)
-        if len(self.connections) > self._limits.max_connections:
-            unfinished = [other for other in self.connections if getattr(other, "is_unfinished", False)]
-            min(unfinished, key=lambda other: other.since).transport.abort()  # type: ignore[union-attr]
+        connections: list[Any] = [other for other in self.connections if not other.transport.is_closing()]
+        if len(connections) > self._limits.max_connections:
+            min(
+                (other for other in connections if other.is_unfinished), key=lambda other: other.since
+            ).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._end, self._stalled):

@@ -65,7 +65,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, **variables: str) -> Iterator[Server]:
     """jobs/serve.py with further environment variables; it must end well, without a traceback."""
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), str(checkpoint), "--port", "0", "--device", "cpu"]
-    command += ["--model_name", "tiny", "--max_waiting", "300", "--max_tokens", "4000", "--request_seconds", "60"]
+    command += ["--model_name", "tiny", "--max_waiting", "300", "--max_tokens", "1000000", "--request_seconds", "60"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "GPT25_SERVE_TOKEN")}
     environment |= {"OMP_NUM_THREADS": "1"} | variables
     log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
@@ -194,7 +194,7 @@ def test_the_token_stays_in_the_process_that_listens(
 def test_a_client_that_leaves_frees_its_place_in_the_replica(server: Server) -> None:
     """Through Ray, whose requests are cancelled: streams, whole answers, and an answer that nobody reads."""
     for stream in (True, False):
-        raw = request({"prompt": "x", "max_tokens": 4000, "n": 16, "stream": stream})
+        raw = request({"prompt": "x", "max_tokens": 1_000_000, "n": 16, "stream": stream})
         asyncio.run(exchange(server, raw, leave_after=1))
         wait_until_idle(server)
 
