@@ -206,7 +206,17 @@ def replaced(values: Any, choose: random.Random) -> Any:
         else:
             values[key] = replaced(values[key], choose)
         return values
-    pool = (None, [], {}, [[]], {"": None}, [1] * 2000, json.loads("[" * 300 + "]" * 300), *NUMBERS, *WORDS)
+    pool: tuple[Any, ...] = (
+        None,
+        [],
+        {},
+        [[]],
+        {"": None},
+        [1] * 2000,
+        json.loads("[" * 300 + "]" * 300),
+        *NUMBERS,
+        *WORDS,
+    )
     return choose.choice(pool)
 
 
