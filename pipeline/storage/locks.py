@@ -108,11 +108,11 @@ def _open_beside(path: Path) -> None:
 
 def _open_lock(path: Path) -> IO[str]:
     """Open a lock file, which is made; one of another user may be readable only, and a link is never followed."""
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    more = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644), "r+", closefd=True)
+        return open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | more, 0o644))
     except PermissionError:
-        return os.fdopen(os.open(path, os.O_RDONLY | flags))
+        return open(path, opener=lambda name, _: os.open(name, os.O_RDONLY | more))
 
 
 def _try_to_hold(path: Path) -> IO[str] | None:
