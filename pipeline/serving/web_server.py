@@ -24,6 +24,7 @@ _HEAD_BYTES = 32 * 1024
 _SPARE_SECONDS = 5.0  # from the deadline of a request, which is answered with a sentence, to the end of its connection
 _END_SECONDS = 5
 _BACKLOG = 128
+_SEND_BYTES = 64 * 1024
 
 
 class WebServer:
@@ -137,6 +138,8 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     found = socket.socket(family)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections get it, too: else the kernel keeps up to 4 MB for each client that does not read.
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         found.bind((host, port))
     except OSError as error:
         found.close()
