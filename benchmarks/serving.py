@@ -3,6 +3,7 @@
 The target is 3 times the time alone, at most. ``python benchmarks/serving.py CHECKPOINT [--repeats N]`` starts the
 server on that model, on loopback, and prints for each kind of bad client the median and the longest time of the short
 request, their ratios to the median alone, and what the server still holds when they have gone: connections and texts.
+``--without_ray`` takes web server, gate and engine in one process, without Ray Serve between them.
 """
 
 import os
@@ -34,9 +35,11 @@ START_SECONDS = 600
 
 
 @contextlib.contextmanager
-def server(checkpoint: str) -> Iterator[tuple[int, psutil.Process]]:
+def server(checkpoint: str, *, with_ray: bool) -> Iterator[tuple[int, psutil.Process]]:
     """The port and the process of a server."""
     command = [sys.executable, str(ROOT / "jobs/serve.py"), checkpoint, "--port=0", "--device=cpu"]
+    if not with_ray:
+        command = [sys.executable, __file__, checkpoint, "--serve"]
     environment = {name: value for name, value in os.environ.items() if name != "GPT25_SERVE_TOKEN"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -45,6 +48,20 @@ def server(checkpoint: str) -> Iterator[tuple[int, psutil.Process]]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(120)
+
+
+def serve_without_ray(checkpoint: str) -> None:
+    from pipeline.config.inference import ServeConfig
+    from pipeline.serving import serve_job
+    from pipeline.serving.gate import Gate
+    from pipeline.serving.web_server import WebServer
+
+    config = ServeConfig(checkpoint=checkpoint, model_name="model", port=0, device="cpu")
+    listening = WebServer(config)
+    listening.start(Gate(serve_job.build_app(config), config, token_sha256=None))
+    print(f"page http://127.0.0.1:{listening.port}/", flush=True)
+    serve_job.wait()
+    listening.stop()
 
 
 def port_of(output: IO[str]) -> int:
@@ -165,8 +182,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--without_ray", action="store_true")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    with server(arguments.checkpoint) as (port, process):
+    if arguments.serve:
+        serve_without_ray(arguments.checkpoint)
+        return
+    with server(arguments.checkpoint, with_ray=not arguments.without_ray) as (port, process):
         short_seconds(port, 3)
         print(f"{'':24}{'median s':>10}{'longest':>10}{'ratios to alone':>18}   left")
         for name, count, behave in BEHAVIOURS:
