@@ -97,6 +97,8 @@ def from_bytes(content: bytes, address: str) -> Description:
     checksum, version = values.pop("sha256", None), values.get("format_version")
     if checksum is not None and checksum != _checksum(values):
         raise DamagedError("has another content than was written (sha256)")
+    if version is None:
+        raise DamagedError("has no format version")
     if version not in (1, FORMAT_VERSION):
         shown = repr(version)[:20]
         raise UserError(f"checkpoint {address} has format version {shown}; this program reads 1 to {FORMAT_VERSION}")
