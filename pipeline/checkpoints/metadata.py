@@ -97,7 +97,7 @@ def from_bytes(content: bytes, address: str) -> Description:
     checksum, version = values.pop("sha256", None), values.get("format_version")
     if checksum is not None and checksum != _checksum(values):
         raise DamagedError("has another content than was written (sha256)")
-    if version is None:
+    if "format_version" not in values:
         raise DamagedError("has no format version")
     if version not in (1, FORMAT_VERSION):
         shown = repr(version)[:20]
