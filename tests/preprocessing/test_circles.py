@@ -121,7 +121,7 @@ def test_a_signature_that_was_renewed(
             return dataclasses.replace(config, source=address, item_bytes=200_000, output="out")
 
         first = signed("OLDSECRET")
-        server.traffic.fail(status=403, first_byte=1, times=10**9)  # its time is over when the first items are read
+        server.traffic.fail(status=403, after=1, times=10**9)  # its time is over when the file has been listed
         with pytest.raises(UserError, match="the server refuses it"):
             tokenize_job.tokenize(first)
         server.traffic.forget()
