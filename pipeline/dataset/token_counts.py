@@ -35,8 +35,9 @@ class FileCounts:
 
 def byte_lengths(tokenizer: Tokenizer) -> Counts:
     """(V,) Bytes of text that each token stands for; special tokens are no part of the text and have none."""
-    lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)], dtype=np.int64)
-    lengths[list(tokenizer.special_tokens.values())] = 0
+    lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for token in {*range(tokenizer.vocab_size)} - tokenizer.holes - {*tokenizer.special_tokens.values()}:
+        lengths[token] = len(tokenizer.decode_bytes([token]))
     return lengths
 
 

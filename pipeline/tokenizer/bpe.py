@@ -8,15 +8,15 @@ is a Hugging Face ``tokenizer.json``. References: tiktoken and `tokenizers` give
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import itertools
 import json
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.tokenizer.files import (
-    Vocabulary,
     parse_tokenizer_json,
     read_gpt2,
     read_tokenizer_json,
@@ -33,7 +32,8 @@ from pipeline.tokenizer.files import (
 )
 from pipeline.tokenizer.kernels import encode as encode_kernels
 from pipeline.tokenizer.kernels import hash_table, merge_short
-from pipeline.tokenizer.patterns import MAX_TOKENS, PATTERNS, Pattern
+from pipeline.tokenizer.patterns import PATTERNS, Pattern
+from pipeline.tokenizer.special_tokens import Names, SpecialTokens, safe_parts
 from pipeline.tokenizer.text_buffers import (
     TextBuffer,
     Texts,
@@ -44,7 +44,8 @@ from pipeline.tokenizer.text_buffers import (
     text_buffers,
     utf8,
 )
-from pipeline.tokenizer.workspace import Arrays, PretokenTable, merge_space, new_merges, new_scanner
+from pipeline.tokenizer.vocabulary import Vocabulary, check_vocabulary
+from pipeline.tokenizer.workspace import Arrays, PretokenTable, Workspace, merge_space, new_merges, new_scanner
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_UINT16_TOKENS = 1 << 16
@@ -71,7 +72,7 @@ class Tokenizer:
     """A byte-level BPE tokenizer. Immutable, safe to share between threads, picklable, cheap to create (no compiling).
 
     ``special_tokens`` maps the text of a special token to its id. Text turns into one only in ``encode`` and only where
-    the caller allows it by name.
+    the caller allows it by name, or all of them. An id without a token (a hole, as cl100k_base has them) has no bytes.
     """
 
     def __init__(
@@ -83,7 +84,8 @@ class Tokenizer:
         pattern: Pattern = "gpt2",
         cache_slots: int = CACHE_SLOTS,
     ) -> None:
-        """tokens: bytes of every id. merges: pairs of ids, first learned first. ValueError where they do not fit.
+        """tokens: bytes of every id, b"" for an id without a token. merges: pairs of ids, first learned first. Raises
+        ValueError where they do not fit.
 
         pattern: how text is split into pretokens. cache_slots: a power of two; every thread that encodes has a cache of
         44 bytes a slot. Encoding is slower for texts whose distinct pretokens do not fit into 0.6 of the slots.
@@ -94,8 +96,9 @@ class Tokenizer:
             raise ValueError(f"is to have {cache_slots} cache_slots, not a power of two from {MIN_CACHE_SLOTS} on")
         self._vocabulary = Vocabulary(list(tokens), list(merges), dict(special_tokens), pattern)
         self._cache_slots = cache_slots
-        self._byte_ids, self._merged_ids = _check(self._vocabulary)
-        self._workspaces: list[_Workspace] = []  # as many as threads have been encoding at a time
+        self._eot_id: int | None = None
+        self._byte_ids, self._merged_ids = check_vocabulary(self._vocabulary)
+        self._workspaces: list[Workspace] = []  # as many as threads have been encoding at a time
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -141,7 +144,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Number of ids, special tokens and holes included: the highest id and one."""
         return len(self._vocabulary.tokens)
 
     @property
@@ -156,10 +159,34 @@ class Tokenizer:
 
     @property
     def eot_id(self) -> int:
-        """Id of ``<|endoftext|>``, which opens every document."""
+        """Id of the token that opens every document: ``<|endoftext|>``, or what ``with_eot_id`` said."""
+        if self._eot_id is not None:
+            return self._eot_id
         if END_OF_TEXT not in self._vocabulary.special_tokens:
-            raise UserError(f"the tokenizer has no special token {END_OF_TEXT}; give one that has")
+            raise UserError(
+                f"the tokenizer has no special token {END_OF_TEXT}, but {sorted(self.special_tokens) or 'none'}; name "
+                "the one between documents with --end_of_text_token, or give another tokenizer"
+            )
         return self._vocabulary.special_tokens[END_OF_TEXT]
+
+    @property
+    def end_of_text(self) -> str:
+        """The text of ``eot_id``."""
+        return self.decode([self.eot_id])
+
+    def with_eot_id(self, eot_id: int) -> Tokenizer:
+        """The same tokenizer, with another token between documents; UserError where it has no such id."""
+        if not 0 <= eot_id < self.vocab_size or not self._vocabulary.tokens[eot_id]:
+            raise UserError(f"the tokenizer has no token with the id {eot_id}, which is to stand between documents")
+        same = copy.copy(self)
+        same._eot_id, same._workspaces = eot_id, []
+        return same
+
+    def with_end_of_text(self, name: str) -> Tokenizer:
+        """The same tokenizer, with another special token between documents; UserError where it has none of the name."""
+        if name not in self._vocabulary.special_tokens:
+            raise UserError(f"the tokenizer has no special token {name!r}, but {sorted(self.special_tokens) or 'none'}")
+        return self.with_eot_id(self._vocabulary.special_tokens[name])
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
@@ -177,34 +204,51 @@ class Tokenizer:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    def encode(self, text: str, allowed_special: Collection[str] = frozenset()) -> list[int]:
-        """Ids of a text; the special tokens named in allowed_special are recognized in it, the longest first.
+    def encode(self, text: str, allowed_special: Names = (), disallowed_special: Names = ()) -> list[int]:
+        """Ids of a text. A lone surrogate, which UTF-8 cannot write, counts as U+FFFD.
 
-        A lone surrogate, which UTF-8 cannot write, counts as U+FFFD.
+        allowed_special: special tokens that are recognized, the longest first, or "all". disallowed_special: those that
+        must not occur, or "all" for all that are not allowed: a UserError names the first. By default, as in tiktoken's
+        encode_ordinary, none is recognized and none is an error.
         """
-        if not allowed_special:
+        special = self._special_tokens.choose(allowed_special, disallowed_special)
+        if not special:
             return self.encode_bytes(utf8(text))
-        unknown = sorted(set(allowed_special) - self._vocabulary.special_tokens.keys())
-        if unknown:
-            raise UserError(
-                f"allowed_special names {unknown[0]!r}, but the special tokens are {sorted(self.special_tokens)}"
-            )
-        names = sorted(allowed_special, key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
-            if part in names:
-                ids.append(self._vocabulary.special_tokens[part])
-            else:
-                ids += self.encode_bytes(utf8(part))
+        for part, token_id in special.split(text):
+            ids += self.encode_bytes(utf8(part)) if token_id is None else [token_id]
         return ids
+
+    def encode_iterable(
+        self, texts: Iterable[str], allowed_special: Names = (), disallowed_special: Names = ()
+    ) -> Iterator[int]:
+        """The ids of all texts joined, one by one, as ``encode`` gives them: for files, which yield their lines.
+
+        Takes the memory of some 100 kB of text, or of the longest stretch without a blank behind a letter or digit.
+        """
+        special = self._special_tokens.choose(allowed_special, disallowed_special)
+        for part in safe_parts(texts, special.names):
+            yield from self.encode(part, allowed_special, disallowed_special)
+
+    def count(self, text: str, allowed_special: Names = (), disallowed_special: Names = ()) -> int:
+        """``len(encode(...))``, without a Python object for every id."""
+        special = self._special_tokens.choose(allowed_special, disallowed_special)
+        parts = special.split(text) if special else [(text, None)]
+        return sum(self._ids(utf8(part)).size if token_id is None else 1 for part, token_id in parts)
+
+    def count_batch(self, texts: Texts, *, num_threads: int = 1) -> npt.NDArray[np.int64]:
+        """Number of ids of every document, (n,) int64; ``texts`` as for encode_batch."""
+        return np.diff(self.encode_batch(texts, num_threads=num_threads)[1])
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of bytes that need not be UTF-8.
 
         A byte that is no part of a character counts as one that is neither letter, number nor white space.
         """
-        ids, _ = self._encode([bytes_buffer(data)], 1, len(data), None)
-        return ids.tolist()
+        return self._ids(data).tolist()
+
+    def _ids(self, data: bytes) -> Ids:
+        return self._encode([bytes_buffer(data)], 1, len(data), None)[0]
 
     def encode_batch(self, texts: Texts, *, num_threads: int = 1) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Concatenated ids of documents, and where each begins: document i is ids[offsets[i]:offsets[i + 1]].
@@ -246,6 +290,8 @@ class Tokenizer:
             raise UserError(
                 f"ids from {lowest} to {highest} cannot be decoded; they must be integers below {self.vocab_size}"
             )
+        if self.holes and (hole := min(self.holes.intersection(array.ravel().tolist()), default=None)) is not None:
+            raise UserError(f"the id {hole} cannot be decoded; the tokenizer has no token with this id")
         return b"".join(map(self._vocabulary.tokens.__getitem__, array.ravel().tolist()))
 
     def _encode_parallel(self, texts: Texts, prefix: int | None, num_threads: int) -> tuple[Ids, npt.NDArray[np.int64]]:
@@ -298,7 +344,7 @@ class Tokenizer:
         ids.resize(int(cursor[encode_kernels.WRITTEN]), refcheck=False)
         return ids, id_offsets
 
-    def _new_workspace(self) -> _Workspace:
+    def _new_workspace(self) -> Workspace:
         """An empty cache and working memory for one thread; all threads share the merges."""
         pretokens = PretokenTable(
             min(FIRST_SLOTS, self._cache_slots),
@@ -321,30 +367,20 @@ class Tokenizer:
             ids=ids,
             ranks=ranks,
         )
-        return _Workspace(encoder, pretokens, [*scanner_arrays, batch, *space, *merge_arrays])
+        return Workspace(encoder, pretokens, [*scanner_arrays, batch, *space, *merge_arrays])
+
+    @functools.cached_property
+    def holes(self) -> frozenset[int]:
+        """Ids without a token."""
+        return frozenset(token_id for token_id, token in enumerate(self._vocabulary.tokens) if not token)
+
+    @functools.cached_property
+    def _special_tokens(self) -> SpecialTokens:
+        return SpecialTokens(self._vocabulary.special_tokens)
 
     @functools.cached_property
     def _merges(self) -> tuple[merge_short.Merges, Arrays]:
         return new_merges(self._vocabulary.tokens, self._vocabulary.merges, self._byte_ids, self._merged_ids)
-
-
-class _Workspace(NamedTuple):
-    """Working memory of one thread: addresses for the kernels, and the arrays that they point into."""
-
-    encoder: encode_kernels.Encoder
-    pretokens: PretokenTable
-    arrays: Arrays
-
-    def make_room(self, most_slots: int) -> None:
-        """Grow the cache to most_slots, or empty it where it has as many.
-
-        It grows in one step and early: the few pretokens in it are the frequent ones, and in a table that is almost
-        empty they are stored in the slot that is looked at first.
-        """
-        if self.pretokens.num_slots < most_slots:
-            self.pretokens.grow(most_slots // self.pretokens.num_slots)
-        else:
-            self.pretokens.clear()
 
 
 def warm_up() -> None:
@@ -361,32 +397,3 @@ def pretokenize(data: bytes, pattern: Pattern = "gpt2") -> list[bytes]:
     ends = np.empty(len(data), np.int64)
     count = encode_kernels.pretokenize(buffer.address, len(data), PATTERN_NUMBERS[pattern], scanner, ends)
     return [data[start:stop] for start, stop in itertools.pairwise([0, *ends[:count].tolist()])]
-
-
-def _check(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """Ids of the 256 bytes, and the id that every merge produces; ValueError where the parts do not fit together."""
-    tokens, merges, special_tokens, _ = vocabulary
-    if len(tokens) > MAX_TOKENS:
-        raise ValueError(f"has {len(tokens)} tokens, more than {MAX_TOKENS}")
-    special_ids = set(special_tokens.values())
-    ids = dict(zip(tokens, range(len(tokens)), strict=True))
-    for name, token_id in special_tokens.items():
-        is_there = name and 0 <= token_id < len(tokens) and tokens[token_id] == name.encode()
-        if not is_there or (len(ids) != len(tokens) and tokens.count(name.encode()) > 1):
-            raise ValueError(f"has the special token {name!r} that is empty, an ordinary token too, or not at its id")
-    if len(ids) != len(tokens) or len(special_ids) != len(special_tokens):
-        raise ValueError("gives the same bytes two ids, or two special tokens the same id")
-    for token_id in special_ids:
-        del ids[tokens[token_id]]
-    missing = [byte for byte in range(256) if bytes([byte]) not in ids]
-    if missing:
-        raise ValueError(f"has no token for the byte {missing[0]}")
-    merged_ids = [ids.get(tokens[left] + tokens[right]) for left, right in merges]
-    if None in merged_ids or not special_ids.isdisjoint(itertools.chain.from_iterable(merges)):
-        left, right = next(
-            pair for pair, merged in zip(merges, merged_ids, strict=True) if merged is None or special_ids & {*pair}
-        )
-        raise ValueError(f"merges {tokens[left]!r} and {tokens[right]!r} to something that is not in its vocabulary")
-    if len(set(merges)) != len(merges):
-        raise ValueError("lists a merge twice")
-    return [ids[bytes([byte])] for byte in range(256)], [merged for merged in merged_ids if merged is not None]

@@ -16,13 +16,14 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, AnyStr, NamedTuple
+from typing import Any, AnyStr
 
 import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.storage.folders import write_atomically
-from pipeline.tokenizer.patterns import PATTERNS, Pattern
+from pipeline.tokenizer.patterns import MAX_TOKENS, PATTERNS, Pattern
+from pipeline.tokenizer.vocabulary import Vocabulary
 
 # All spellings that are read: those of patterns.py and equal ones out of tiktoken. The cl100k_base of tiktoken 0.14 is
 # not equal: it tries \s++$ first, so white space at the end of a text is one pretoken, which here ends after its last
@@ -43,15 +44,6 @@ _NO_BYTE = 256
 _CODES = np.array([ord(BYTE_TO_CHARACTER[byte]) for byte in range(256)], "<u2")
 _BYTES = np.full(1 << 16, _NO_BYTE, np.uint16)
 _BYTES[_CODES] = np.arange(256)
-
-
-class Vocabulary(NamedTuple):
-    """Content of a tokenizer file: bytes of every id, pairs of ids to merge in order, special tokens, pattern."""
-
-    tokens: list[bytes]
-    merges: list[tuple[int, int]]
-    special_tokens: dict[str, int]
-    pattern: Pattern = "gpt2"
 
 
 @contextlib.contextmanager
@@ -137,7 +129,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> str:
     }
     # Filled in as text, a line each: with an indent, json takes half a second for them.
     quoted = [json.encoder.encode_basestring(token)[1:-1] for token in shown]
-    vocab = ",\n".join([f'      "{token}": {token_id}' for token_id, token in enumerate(quoted)])
+    vocab = ",\n".join([f'      "{token}": {token_id}' for token_id, token in enumerate(quoted) if token])
     merges = ",\n".join([f'      "{quoted[left]} {quoted[right]}"' for left, right in vocabulary.merges])
     text = json.dumps(content, ensure_ascii=False, indent=2)
     text = text.replace('"vocab": {}', f'"vocab": {{\n{vocab}\n    }}')
@@ -166,16 +158,18 @@ def to_byte_characters(tokens: list[bytes]) -> list[str]:
 def _vocabulary(
     path: Path | str, vocab: dict[str, Any], merges: list[list[str]], special_tokens: dict[str, int]
 ) -> Vocabulary:
-    """Put the parts together; ids must be 0, 1, 2, ... without holes."""
+    """Put the parts together. Ids without a token, as between the special tokens of cl100k_base, get no bytes."""
     ids = dict(vocab)
     for name, token_id in special_tokens.items():
         if ids.setdefault(name, token_id) != token_id:
             raise UserError(
                 f"{path} gives the special token {name!r} the ids {ids[name]} and {token_id}; mend the file"
             )
-    _require_all_ids(path, ids)
-    shown = sorted(ids, key=ids.__getitem__)
-    tokens = _from_byte_characters(path, ["" if name in special_tokens else name for name in shown])
+    _require_distinct_ids(path, ids)
+    shown = [""] * (max(ids.values(), default=-1) + 1)
+    for name, token_id in ids.items():
+        shown[token_id] = "" if name in special_tokens else name
+    tokens = _from_byte_characters(path, shown)
     for name, token_id in special_tokens.items():
         tokens[token_id] = name.encode()
     try:
@@ -186,16 +180,18 @@ def _vocabulary(
     return Vocabulary(tokens, pairs, special_tokens)
 
 
-def _require_all_ids(path: Path | str, ids: dict[str, Any]) -> None:
-    """UserError unless the ids are 0, 1, 2, ... in any order."""
-    if {type(token_id) for token_id in ids.values()} <= {int} and {*ids.values()} == {*range(len(ids))}:
-        return
+def _require_distinct_ids(path: Path | str, ids: dict[str, Any]) -> None:
+    """UserError unless every token has an id of its own, a whole number that a vocabulary can have."""
+    if {type(token_id) for token_id in ids.values()} <= {int}:
+        ends = (min(ids.values(), default=0), max(ids.values(), default=0))
+        if len({*ids.values()}) == len(ids) and 0 <= ends[0] <= ends[1] < MAX_TOKENS:
+            return
     seen: set[int] = set()
     for shown, token_id in ids.items():
-        if type(token_id) is not int or not 0 <= token_id < len(ids) or token_id in seen:
+        if type(token_id) is not int or not 0 <= token_id < MAX_TOKENS or token_id in seen:
             raise UserError(
-                f"{path} gives the token {shown!r} the id {token_id}; "
-                f"its {len(ids)} tokens must have the ids 0 to {len(ids) - 1}"
+                f"{path} gives the token {shown!r} the id {token_id}; its {len(ids)} tokens must have ids of their "
+                f"own, whole numbers from 0 to {MAX_TOKENS - 1}"
             )
         seen.add(token_id)
 

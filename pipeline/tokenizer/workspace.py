@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.tokenizer.kernels.encode import Encoder
 from pipeline.tokenizer.kernels.hash_table import ENTRY_BYTES, KEPT_BYTES, Table, key_masks, rehash
 from pipeline.tokenizer.kernels.memory import BLOCK_BYTES
 from pipeline.tokenizer.kernels.merge_short import (
@@ -179,3 +180,22 @@ class PretokenTable:
             spilled_room=self._spilled.size,
             used=self.used.ctypes.data,
         )
+
+
+class Workspace(NamedTuple):
+    """Working memory of one thread: addresses for the kernels, and the arrays that they point into."""
+
+    encoder: Encoder
+    pretokens: PretokenTable
+    arrays: Arrays
+
+    def make_room(self, most_slots: int) -> None:
+        """Grow the cache to most_slots, or empty it where it has as many.
+
+        It grows in one step and early: the few pretokens in it are the frequent ones, and in a table that is almost
+        empty they are stored in the slot that is looked at first.
+        """
+        if self.pretokens.num_slots < most_slots:
+            self.pretokens.grow(most_slots // self.pretokens.num_slots)
+        else:
+            self.pretokens.clear()

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.tokenizer import files as tokenizer_files
 from pipeline.tokenizer.bpe import Tokenizer
-from pipeline.tokenizer.files import Vocabulary, read_tokenizer_json, write_tokenizer_json
+from pipeline.tokenizer.files import read_tokenizer_json, write_tokenizer_json
 from pipeline.tokenizer.patterns import PATTERNS, Pattern
 from pipeline.tokenizer.training import train_bpe
+from pipeline.tokenizer.vocabulary import Vocabulary
 from tests.support.bpe_references import (
     BOTH,
     EXPRESSIONS,
@@ -276,7 +277,7 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("model", "merges", 0, to="a b c"), "the merge 'a b c'"),
         (change("model", "merges", 0, to="zzz q"), "merges 'zzz'"),
         (change("model", "merges", 0, to="z q"), "not in its vocabulary"),
-        (change("model", "vocab", "a", to=5000), "the id 5000"),
+        (change("model", "vocab", "a", to=2**20), "the id 1048576"),
         (change("model", "vocab", "a", to="7"), "the id 7"),
         (change("model", "vocab", "a b", to=280), "byte characters"),
         (change("added_tokens", 0, "id", to=7), "the ids 279 and 7"),
