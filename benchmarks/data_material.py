@@ -109,7 +109,7 @@ def make_job(config: TokenizeConfig) -> tuple[list[WorkItem], stages.EncodeJob]:
         settings="{}",
         val_fraction=config.val_fraction,
         part_bytes=2 * config.item_bytes,
-        skip_damaged=False,
+        skip=(),
         num_items=len(items),
     )
 

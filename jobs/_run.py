@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from pipeline.config.command_line import resolve
 from pipeline.config.settings import to_dict
 from pipeline.console import log_plainly, plain
 from pipeline.errors import RunStopped, UserError
+from pipeline.paths import shown
 
 ConfigT = TypeVar("ConfigT")
 
@@ -36,6 +38,7 @@ def run(
     """
 
     def job() -> None:
+        _require_utf8()
         config = resolve(config_class, section, sys.argv[1:], program=f"jobs/{section}.py")
         if getattr(config, "dry_run", False):
             rows = describe(config) if describe else []
@@ -45,6 +48,13 @@ def run(
             action(config)
 
     guarded(job, resume=resume)
+
+
+def _require_utf8() -> None:
+    """UserError for arguments and a current folder that are not UTF-8, which no record and no MLflow could hold."""
+    for text, what in [*((argument, "argument") for argument in sys.argv[1:]), (os.getcwd(), "current folder")]:
+        if shown(text) != text and any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise UserError(f"the {what} {shown(text)} is not UTF-8 text; rename the file or folder and try again")
 
 
 def guarded(job: Callable[[], None], *, resume: str) -> None:

@@ -21,12 +21,17 @@ def main(config: PretrainConfig) -> None:
 
     summary, mlflow_run = launch.pretrain(config)
     output = resolve_output(config.output)
+    val_rows = [("val loss", "none (--val_every 0)")]
+    if summary.val_loss is not None:
+        val_rows = [
+            ("val loss", f"{summary.val_loss:.4f} on {summary.val_tokens:,} tokens"),
+            ("perplexity", f"{summary.perplexity:.2f}"),
+        ]
     rows = [
         ("parameters", f"{summary.parameters:,}"),
         ("steps", f"{summary.steps:,} ({summary.tokens_seen:,} tokens)"),
         ("train loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}"),
-        ("val loss", f"{summary.val_loss:.4f} on {summary.val_tokens:,} tokens"),
-        ("perplexity", f"{summary.perplexity:.2f}"),
+        *val_rows,
         ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
         ("peak memory", f"{summary.peak_memory_gib:.2f} GiB on rank 0"),
         ("sample", repr(summary.sample)),

@@ -31,15 +31,28 @@ def main(config: TokenizeConfig) -> None:
         f"tokenize: {'done before' if was_there else 'done'}",
         [
             ("documents", f"{report.documents:,} ({report.text_megabytes:,.1f} MB; skipped: {skipped})"),
+            *(("left out", f"{sentence} (the first {reason})") for reason, sentence in report.first_skipped.items()),
             *(damaged if report.damaged else []),
             *ignored_row(report.ignored),
             ("tokens", f"{report.train_tokens:,} train, {report.val_tokens:,} val"),
+            *_missing(report.train_tokens, report.val_tokens),
             ("vocabulary", f"{report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
             ("speed", f"{report.megabytes_per_second:,.1f} MB/s, {report.seconds:,.0f} s in all"),
             ("output", str(resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
         ],
     )
+
+
+def _missing(train_tokens: int, val_tokens: int) -> list[tuple[str, str]]:
+    """Rows about splits without a document."""
+    rows = []
+    if not train_tokens:
+        rows.append(("note", "all documents are held out: there is nothing to train on; lower --val_fraction"))
+    if not val_tokens:
+        how = "raise --val_fraction or give --val_split tail, or train with --val_every 0"
+        rows.append(("note", f"no document is held out, so jobs/pretrain.py has nothing to validate on: {how}"))
+    return rows
 
 
 def _verify(config: TokenizeConfig) -> None:

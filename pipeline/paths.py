@@ -13,6 +13,11 @@ from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, is_url, open_folder
 
 
+def shown(path: str) -> str:
+    """A path as UTF-8 text, for records and messages: bytes that are none are written as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def submitted() -> bool:
     """Whether this process is the driver of a ``ray job submit``."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

@@ -55,6 +55,8 @@ class CheckpointInfo:
     """Number of ranks that wrote it."""
     skipped_steps: int = 0
     """Number of steps that were skipped because their loss or gradient was not finite (--skip_nonfinite)."""
+    eot_id: int | None = None
+    """Id of the token between documents; None: that of <|endoftext|>."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -76,10 +78,11 @@ class Description:
 def to_bytes(info: CheckpointInfo, files: Sequence[FileEntry]) -> bytes:
     """The content of checkpoint.json."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if (known := commit()) != "unknown":
-        versions["commit"] = known
+    if (revision := commit()) != "unknown":
+        versions["commit"] = revision
     entries = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
-    values = {"format_version": FORMAT_VERSION, **asdict(info), "versions": versions, "files": entries}
+    known = {name: value for name, value in asdict(info).items() if name != "eot_id" or value is not None}
+    values = {"format_version": FORMAT_VERSION, **known, "versions": versions, "files": entries}
     return (json.dumps({**values, "sha256": _checksum(values)}, indent=2) + "\n").encode()
 
 

@@ -170,7 +170,7 @@ def _parse_known(config_class: type[ConfigT], flags: list[str], program: str) ->
         with contextlib.redirect_stderr(messages):
             config, unknown = tyro.cli(
                 config_class,
-                args=_with_plain_numbers(config_class, flags),
+                args=_with_plain_numbers(config_class, _with_separate_names(config_class, flags)),
                 prog=program,
                 return_unknown_args=True,
                 use_underscores=True,
@@ -185,6 +185,22 @@ def _parse_known(config_class: type[ConfigT], flags: list[str], program: str) ->
 def is_whole(config_class: type[Any], name: str) -> bool:
     """Whether the field ``name`` takes whole numbers."""
     return get_type_hints(config_class)[name] in _WHOLE
+
+
+def _with_separate_names(config_class: type[Any], flags: list[str]) -> list[str]:
+    """The same flags, with A,B as two values where a flag takes any number of names."""
+    hints = get_type_hints(config_class)
+    lists = {field.name for field in dataclasses.fields(config_class) if hints[field.name] == tuple[str, ...]}
+    separate, name = [], ""
+    for flag in flags:
+        before, equals, after = flag.partition("=")
+        is_flag = flag.startswith("--")
+        name = before[2:].replace("-", "_") if is_flag else name
+        if name in lists and equals and is_flag:
+            separate += [before, *after.split(",")]
+        else:
+            separate += flag.split(",") if name in lists and not is_flag else [flag]
+    return separate
 
 
 def _with_plain_numbers(config_class: type[Any], flags: list[str]) -> list[str]:

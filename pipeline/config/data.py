@@ -26,14 +26,29 @@ class ReadingConfig:
     is not read is counted."""
     output: str
     text_column: str = "text"
-    """Column of a parquet file, or key of a JSON line, that holds the text."""
+    """Column of a parquet file, or key of a JSON line, that holds the text; data.text is the text in data, and
+    title,text joins the texts of both."""
+    column_separator: str = "\\n\\n"
+    """Text between the texts of several columns that are joined; \\n stands for the end of a line."""
+    document_separator: str | None = None
+    """Text between the documents of a .txt file, such as <|endoftext|>, or \\n\\n for blank lines. If not given, a
+    file is one document."""
+    max_document_bytes: int | None = None
+    """Largest document in bytes of UTF-8; larger ones are counted and left out. If not given, there is no limit."""
     vocab_size: int = 50257
     """Number of ids of the trained tokenizer, including the 256 bytes and the special tokens."""
     sample_bytes: int = 1_000_000_000
     """Bytes of text, spread over the whole source, that the tokenizer is trained on."""
     val_fraction: float
+    val_split: Literal["documents", "tail"] = "documents"
+    """With documents, a hash of its text decides whether a document is held out for validation; with tail, the last
+    part of every document is held out, as nanoGPT does it with one long text."""
     skip_bad_files: bool = False
-    """Continue without the files that cannot be read, and list them, instead of ending the run."""
+    """Continue without the files that cannot be read, and list them, instead of ending the run; also without the
+    records that skip_bad_records leaves out."""
+    skip_bad_records: bool = False
+    """Continue without the lines and rows that hold no text: broken JSON, no such key, no UTF-8. They are counted by
+    reason, and the first of each is named."""
     item_bytes: int = 128_000_000
     """Approximate bytes of text that one work item reads; the memory of a worker grows with it."""
     num_workers: int | None = None
@@ -52,6 +67,9 @@ class ReadingConfig:
     def __post_init__(self) -> None:
         require(0 <= self.val_fraction < 1, f"val_fraction is {self.val_fraction}; it must lie in [0, 1)")
         require_positive(self, "item_bytes", "sample_bytes", "cache_bytes", "num_workers", "download_workers")
+        require_positive(self, "max_document_bytes")
+        require(self.document_separator != "", "document_separator is empty; give the text between documents")
+        require(any(self.text_column.split(",")), f"text_column is {self.text_column!r}; name a column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +79,7 @@ class TokenizeConfig(ReadingConfig):
     output: str = "data/demo"
     """Folder for the shards, their manifest and the tokenizer; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER."""
     val_fraction: float = 0.005
-    """Share of the documents held out for validation, chosen by a hash of their text."""
+    """Share of the documents held out for validation, chosen by a hash of their text (but see val_split)."""
     limit_documents: int | None = None
     """Read only this many rows, lines or files, from the start of the source."""
     limit_bytes: int | None = None
@@ -72,6 +90,8 @@ class TokenizeConfig(ReadingConfig):
     """Write nothing; read the data in --output again and compare it with its manifest."""
     tokenizer: str | None = None
     """A tokenizer.json to encode with. If not given, one is trained on a sample of the source."""
+    end_of_text_token: str | None = None
+    """Special token of the tokenizer that every document starts with. If not given, <|endoftext|>."""
     train_tokenizer: bool = False
     """Train a tokenizer on a sample of the source, which also happens whenever --tokenizer is not given."""
 

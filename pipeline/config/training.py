@@ -23,7 +23,7 @@ else:  # None may be given, and is the default; whoever reads a config finds a n
 _BY_DEPTH: Any = None
 
 _POSITIVE = (
-    *("train_steps", "tokens_per_step", "log_every", "val_every", "val_tokens", "sample_every", "sample_tokens"),
+    *("train_steps", "tokens_per_step", "log_every", "val_tokens", "sample_every", "sample_tokens"),
     *("hellaswag_every", "checkpoint_every", "keep_checkpoints", "collective_timeout", "tokens_per_second"),
     *("depth", "tokens_per_parameter", "vocab_size", "context_length", "grad_accum_steps", "muon_iterations"),
 )
@@ -158,7 +158,8 @@ class PretrainConfig:
     log_every: int = 10
     """Number of steps between two progress lines and metric points."""
     val_every: int = 250
-    """Number of steps between two computations of the validation loss."""
+    """Number of steps between two computations of the validation loss; with 0, there are none, and no val set is
+    needed."""
     val_tokens: int = 10_485_760
     """Number of tokens of the val set to use during training; jobs/evaluate.py uses all."""
     sample_every: int = 1000
@@ -218,6 +219,7 @@ class PretrainConfig:
         )
         price = self.price_per_hour
         require(price is None or price >= 0, f"price_per_hour is {price}; it must not be negative")
+        require(self.val_every >= 0, f"val_every is {self.val_every}; it must not be negative")
         require(self.skip_nonfinite >= 0, f"skip_nonfinite is {self.skip_nonfinite}; it must not be negative")
         self.model_config(vocab_size=257)  # the shape is checked before any data is opened
         self._check_batch()

@@ -34,7 +34,7 @@ def load_tokenizer_of(folder: Folder, manifest: Manifest) -> Tokenizer:
             f"{folder}/{MANIFEST_NAME} says {manifest.vocab_size:,} ids, but its {TOKENIZER_NAME} has "
             f"{tokenizer.vocab_size:,}; run the command that made the folder again"
         )
-    return tokenizer
+    return tokenizer.with_eot_id(manifest.eot_id)
 
 
 def load_tokenizer(folder: Folder) -> Tokenizer:

@@ -72,6 +72,8 @@ class Manifest:
     """Reason -> documents that were left out."""
     damaged: Annotated[tuple[dict[str, str], ...], FailFast()] = ()
     """Name and reason of inputs of which something could not be read and was left out (--skip_bad_files)."""
+    first_skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Reason -> a sentence about the first record that was left out because it holds no text (--skip_bad_records)."""
     ignored: Annotated[tuple[dict[str, Any], ...], FailFast()] = ()
     """Files that lay in the source and were not read: reason, number of files, an example."""
     document_lengths: Annotated[tuple[int, ...], FailFast()] = ()
@@ -106,10 +108,11 @@ class Manifest:
         as_folder(folder).write(MANIFEST_NAME, [self.to_bytes()])
 
     def to_bytes(self) -> bytes:
-        """The file's content: the same bytes for the same manifest; ignored only where it is not empty, as before."""
+        """The file's content: the same for the same manifest; what older ones lack only where it is not empty."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if not self.ignored:
-            del values["ignored"]
+        for name in ("ignored", "first_skipped"):
+            if not values[name]:
+                del values[name]
         values |= {
             "format": _FORMAT,
             "totals": self.totals(),

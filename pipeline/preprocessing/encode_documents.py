@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.dataset.manifest import SPLITS
-from pipeline.sources.arrow_values import values_of
+from pipeline.sources.arrow_values import array_of, offsets_of, values_of
 from pipeline.tokenizer.bpe import Tokenizer
 
+_CUT_BYTES = 1 << 20  # of text that are looked at together
 _SLICE_BYTES = 200_000  # of text, which are copied in the 30 microseconds that one more slice costs the tokenizer
 
 
@@ -40,17 +41,22 @@ class EncodedPart:
         """Split -> token ids, each document preceded by an eot_id; no documents may be added while they are in use."""
         return {split: np.frombuffer(content, self.dtype) for split, content in self._ids.items()}
 
-    def add(self, texts: pa.ChunkedArray, tokenizer: Tokenizer, val_fraction: float) -> None:
+    def add(self, texts: pa.ChunkedArray, tokenizer: Tokenizer, val_fraction: float, val_split: str) -> None:
         """Split and encode documents; the ids grow in place, while the new ones are in the processor's cache."""
         self.lengths = add_counts([self.lengths, length_counts(texts)])
-        for split, part in zip(SPLITS, split_by_hash(texts, val_fraction), strict=True):
+        for split, part in zip(SPLITS, split_texts(texts, val_fraction, val_split), strict=True):
             self.documents[split] += len(part)
             self.text_bytes[split] += text_bytes(part)
             self._ids[split] += encode_documents(tokenizer, part).data
 
 
 def encode_parts(
-    arrays: Iterable[Any], tokenizer: Tokenizer, *, val_fraction: float, part_bytes: int
+    arrays: Iterable[Any],
+    tokenizer: Tokenizer,
+    *,
+    val_fraction: float,
+    part_bytes: int,
+    val_split: str = "documents",
 ) -> Iterator[EncodedPart]:
     """Split and encode the texts of an item, array by array: at least one part, and a new one after ``part_bytes``.
 
@@ -62,7 +68,7 @@ def encode_parts(
         if sum(part.text_bytes.values()) >= part_bytes:
             yield part
             part = EncodedPart(dtype=tokenizer.id_dtype)
-        part.add(pa.chunked_array([array.cast(pa.large_string())]), tokenizer, val_fraction)
+        part.add(pa.chunked_array([array.cast(pa.large_string())]), tokenizer, val_fraction, val_split)
     part.is_last = True
     yield part
 
@@ -95,6 +101,46 @@ def length_counts(texts: pa.ChunkedArray) -> list[int]:
 def add_counts(counts: Iterable[Sequence[int]]) -> list[int]:
     """The sum of counts of different length."""
     return [sum(column) for column in itertools.zip_longest(*counts, fillvalue=0)]
+
+
+def split_texts(texts: pa.ChunkedArray, val_fraction: float, val_split: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """The texts of train and of val, in order; ``val_split``: documents or tail, as in the settings."""
+    split = split_by_position if val_split == "tail" else split_by_hash
+    return split(texts, val_fraction)
+
+
+def split_by_position(texts: pa.ChunkedArray, val_fraction: float) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """The first n * (1 - val_fraction) of the n characters of every document, and the rest.
+
+    As nanoGPT's data/shakespeare/prepare.py does it with one text. A part without a character is left out.
+    """
+    if val_fraction == 0:
+        return texts, texts.slice(0, 0)
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for chunk in filter(len, texts.chunks):
+        content, offsets = chunk.buffers()[2], offsets_of(chunk)
+        chars = pc.utf8_length(chunk).to_numpy()
+        cuts = [
+            _byte_of(content, begin, int(number * (1 - val_fraction)))
+            for begin, number in zip(offsets[:-1].tolist(), chars.tolist(), strict=True)
+        ]
+        for part, begins, ends in ((parts[0], offsets[:-1], cuts), (parts[1], cuts, offsets[1:])):
+            ranges = [(int(begin), int(end)) for begin, end in zip(begins, ends, strict=True) if begin < end]
+            part += [array_of(content, begin, end, chunk.type) for begin, end in ranges]
+    train, val = (pa.chunked_array([pa.concat_arrays(part)] if part else [], texts.type) for part in parts)
+    return train, val
+
+
+def _byte_of(content: Any, begin: int, chars: int) -> int:
+    """Position of the byte behind ``chars`` characters of UTF-8 that begin at ``begin``."""
+    content = np.frombuffer(content, np.uint8)
+    while chars > 0:
+        piece = content[begin : begin + min(chars, _CUT_BYTES)]  # of as many characters at most
+        chars -= int(np.count_nonzero((piece & 0xC0) != 0x80))
+        begin += len(piece)
+    while begin < len(content) and content[begin] & 0xC0 == 0x80:
+        begin += 1  # the last character goes on
+    return begin
 
 
 def split_by_hash(texts: pa.ChunkedArray, val_fraction: float) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

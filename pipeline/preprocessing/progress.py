@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from pipeline.config.data import ReadingConfig
 from pipeline.console import LOG_SECONDS, CountProgress, format_seconds
 from pipeline.sources.sources import Layout, Source
 from pipeline.sources.work_items import Damage, WorkItem
@@ -15,13 +16,14 @@ from pipeline.sources.work_items import Damage, WorkItem
 logger = logging.getLogger(__name__)
 
 
-def read_layouts(source: Source, text_column: str, damage: Damage | None) -> list[Layout]:
+def read_layouts(source: Source, config: ReadingConfig, damage: Damage | None) -> list[Layout]:
     """The layouts of all files, with a progress bar; footers of parquet files are read.
 
     damage: takes a note of every file that cannot be read; None: such a file is an error.
     """
     with CountProgress("plan", "files", len(source.inputs)) as progress:
-        return list(source.layouts(text_column, progress.add, damage))
+        has_separator = config.document_separator is not None
+        return list(source.layouts(config.text_column, progress.add, damage, has_separator=has_separator))
 
 
 class ItemProgress:

@@ -11,12 +11,12 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import FailFast
 
-from pipeline.config.data import TokenizeConfig
+from pipeline.config.data import ReadingConfig, TokenizeConfig
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
 from pipeline.dataset.shards import file_bytes
 from pipeline.errors import DamagedInputError, UserError
@@ -35,6 +35,9 @@ _PLAN = f"{_ITEMS}/plan.jsonl"
 _DAMAGE = f"{_ITEMS}/damaged.json"
 _IGNORED = f"{_ITEMS}/ignored.json"
 _MOST_BYTES_OF_INPUTS = 256 << 20  # some 200 a file of the source
+_LATER_SETTINGS = {
+    *("column_separator", "document_separator", "max_document_bytes", "val_split", "end_of_text_token"),
+}
 _REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ class ItemRecord:
     """Name and reason of inputs that could not be read whole (--skip_bad_files)."""
     lengths: tuple[int, ...]
     """Number of documents of 2**i to 2**(i + 1) - 1 bytes, for every i."""
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    """Reason -> a sentence about the first record that was left out because it holds no text (--skip_bad_records)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +78,15 @@ def settings_of(config: TokenizeConfig, tokenizer_fingerprint: str | None) -> di
     """The settings that shards depend on. ``tokenizer_fingerprint``: of the given tokenizer; None if it is trained."""
     trained = {"sample_bytes": config.sample_bytes, "vocab_size": config.vocab_size}
     names = ("item_bytes", "text_column", "val_fraction", "limit_documents", "limit_bytes", "dedup")
-    values = {name: getattr(config, name) for name in names}
+    values = {name: getattr(config, name) for name in names} | later_settings(config)
     return values | {"split_hash": SPLIT_HASH, "tokenizer": tokenizer_fingerprint or trained}
+
+
+def later_settings(config: ReadingConfig) -> dict[str, Any]:
+    """The settings that came later and are noted only where they are not the default, so that old folders go on."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(config) if entry.name in _LATER_SETTINGS}
+    values = {name: getattr(config, name) for name in sorted(defaults)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def begin(folder: Folder, source: str, settings: dict[str, Any]) -> tuple[Source, RunRecord]:
@@ -275,17 +287,18 @@ def _to_json(record: RunRecord | ItemRecord) -> bytes:
     values = dataclasses.asdict(record)
     if isinstance(record, ItemRecord):
         values["shards"] = [entry.to_dict() for entry in record.shards]
+        values = {name: value for name, value in values.items() if name != "first_skipped" or value}
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _require_same_settings(folder: Folder, record: RunRecord, settings: dict[str, Any]) -> None:
-    if settings.keys() != record.settings.keys():
+    if (settings.keys() ^ record.settings.keys()) - _LATER_SETTINGS:
         raise UserError(
             f"output folder {folder} was begun by another job, or by another version of this one; "
             "choose another --output"
         )
     for name in sorted(settings.keys() | record.settings.keys()):
-        old, new = record.settings.get(name), settings.get(name)
+        old, new = (values.get(name, "left out") for values in (record.settings, settings))
         if old != new:
             raise UserError(
                 f"output folder {folder} was begun with {name} {_show(old)}, not {_show(new)}; "
@@ -294,6 +307,8 @@ def _require_same_settings(folder: Folder, record: RunRecord, settings: dict[str
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, str) and not value.isprintable():
+        return repr(value)
     if isinstance(value, dict):
         return "trained with " + " and ".join(f"{name} {number:,}" for name, number in value.items())
     return f"of fingerprint {value[:16]}..." if isinstance(value, str) and len(value) == 64 else str(value)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 import pyarrow as pa
 
@@ -19,7 +19,7 @@ from pipeline.dataset.manifest import SPLITS, ShardEntry
 from pipeline.dataset.shards import shard_parts, token_dtype
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.preprocessing import deduplication, resume_state
-from pipeline.preprocessing.encode_documents import EncodedPart, encode_parts, in_groups, split_by_hash, text_bytes
+from pipeline.preprocessing.encode_documents import EncodedPart, encode_parts, in_groups, split_texts, text_bytes
 from pipeline.preprocessing.resume_state import ItemRecord
 from pipeline.preprocessing.rows import ItemRow, error_values, stage_of
 from pipeline.remote import files as remote_files
@@ -27,7 +27,7 @@ from pipeline.remote.download_cache import Cache
 from pipeline.sources.column_chunks import fetch_column_chunks, needed_bytes
 from pipeline.sources.plan import load_plan
 from pipeline.sources.readers import read_item
-from pipeline.sources.work_items import FileSlice, WorkItem
+from pipeline.sources.work_items import Damage, FileSlice, WorkItem
 from pipeline.storage.folders import Folder, node_cache, open_folder
 from pipeline.tokenizer import bpe
 from pipeline.tokenizer import training as bpe_training
@@ -36,6 +36,9 @@ from pipeline.tokenizer.patterns import Pattern
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+
+Skip: TypeAlias = Collection[Literal["files", "records"]]
+"""What is left out where it cannot be read, instead of ending the run."""
 
 _WHOLE_FILE_SHARE = 0.5  # of a file; for a smaller share ranges are fetched, which no checksum covers
 _COUNTED_BYTES = 64_000_000  # of text in memory while pre-tokens are counted
@@ -54,10 +57,11 @@ class EncodeJob:
     settings: str
     """JSON of the settings that the shards depend on."""
     val_fraction: float
+    val_split: str = "documents"
+    """What is held out: documents, or the tail of each."""
     part_bytes: int
     """Bytes of text after which a very large item continues in another shard."""
-    skip_damaged: bool
-    """Leave out inputs that cannot be read, and continue."""
+    skip: Skip
     num_items: int
     """Number of work items of the whole plan."""
     partitions: int = 0
@@ -126,40 +130,43 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
         return
     skipped: Counter[str] = Counter()
     damaged: list[dict[str, str]] = []
+    first: dict[str, str] = {}
     number = 0
     try:
         row.raise_error()
         _begin_attempt(folder, "encode", item)
-        arrays = read_item(item, skipped, _fetched_table(row), damaged if job.skip_damaged else None)
+        leave_out = (damaged if "files" in job.skip else None, first if "records" in job.skip else None)
+        arrays = read_item(item, skipped, _fetched_table(row), *leave_out)
         if job.partitions:
             rows = _duplicates(folder, job, item.index)
             skipped["duplicate"] += len(rows)
             arrays = deduplication.without_rows(arrays, rows)
         tokenizer = get_tokenizer(job.tokenizer)
-        for part in encode_parts(arrays, tokenizer, val_fraction=job.val_fraction, part_bytes=job.part_bytes):
-            yield _part_row(row, number, part, skipped, damaged)
+        shares: dict[str, Any] = {"val_fraction": job.val_fraction, "val_split": job.val_split}
+        for part in encode_parts(arrays, tokenizer, part_bytes=job.part_bytes, **shares):
+            yield _part_row(row, number, part, {"skipped": skipped, "damaged": damaged, "first_skipped": first})
             number += 1
     except DamagedInputError as error:
-        if not job.skip_damaged:
+        if "files" not in job.skip:
             raise
         nothing = dict.fromkeys(SPLITS, 0)
         figures = {"part": number, "is_last": True, "documents": nothing, "text_bytes": nothing, "lengths": []}
         reasons = [*damaged, {"name": item.label, "reason": str(error)}]
-        yield ItemRow(item=row.item, figures=figures | {"skipped": skipped, "damaged": reasons})
+        left_out = {"skipped": skipped, "damaged": reasons, "first_skipped": first}
+        yield ItemRow(item=row.item, figures=figures | left_out)
 
 
-def _part_row(
-    row: ItemRow, number: int, part: EncodedPart, skipped: Counter[str], damaged: list[dict[str, str]]
-) -> ItemRow:
+def _part_row(row: ItemRow, number: int, part: EncodedPart, left_out: dict[str, Any]) -> ItemRow:
     figures = {
         "part": number,
         "is_last": part.is_last,
         "documents": part.documents,
         "text_bytes": part.text_bytes,
         "lengths": part.lengths,
-        "skipped": +skipped if part.is_last else {},  # complete only when the last document has been read
-        "damaged": damaged if part.is_last else [],
     }
+    # What was left out is known only when the last document has been read.
+    nothing: dict[str, Any] = {"skipped": {}, "damaged": [], "first_skipped": {}}
+    figures |= left_out | {"skipped": +left_out["skipped"]} if part.is_last else nothing
     arrays = {f"{split}_ids": pa.array(part.ids[split]) for split in SPLITS}
     return ItemRow(item=row.item, figures=figures, arrays=arrays)
 
@@ -194,6 +201,7 @@ def write(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
         shards=tuple(entries),
         skipped=figures["skipped"],
         damaged=tuple(figures["damaged"]),
+        first_skipped=figures["first_skipped"],
         lengths=tuple(figures["lengths"]),
     )
     resume_state.write_item(folder, item.index, figures["part"], record)
@@ -212,14 +220,14 @@ def _sum_up(records: Sequence[ItemRecord]) -> dict[str, Any]:
 
 
 @stage_of(lambda arguments: {"counts": pa.struct(bpe_training.COUNTS_SCHEMA)})
-def count(row: ItemRow, output: str, val_fraction: float, pattern: Pattern, skip_damaged: bool) -> Iterator[ItemRow]:
-    """Texts -> counts of the pre-tokens in the train documents."""
+def count(row: ItemRow, output: str, val: tuple[float, str], pattern: Pattern, skip: Skip) -> Iterator[ItemRow]:
+    """Texts -> counts of the pre-tokens in the train documents; ``val``: val_fraction and val_split."""
     item, folder = row.work_item, open_folder(output)
     skipped: Counter[str] = Counter()
     figures = Counter(documents=0, text_bytes=0)
     counts: list[bpe_training.PretokenCounts] = []
-    for arrays in in_groups(_texts(row, folder, "count", skipped, skip_damaged), _COUNTED_BYTES):
-        train, _ = split_by_hash(pa.chunked_array(arrays, pa.large_string()), val_fraction)
+    for arrays in in_groups(_texts(row, folder, "count", skipped, skip), _COUNTED_BYTES):
+        train, _ = split_texts(pa.chunked_array(arrays, pa.large_string()), *val)
         counts = [bpe_training.merge_counts([*counts, bpe_training.count_pretokens(train, pattern=pattern)])]
         figures.update(documents=len(train), text_bytes=text_bytes(train))
     resume_state.end_attempt(folder, f"count-{item.index:06d}")
@@ -231,25 +239,27 @@ def count(row: ItemRow, output: str, val_fraction: float, pattern: Pattern, skip
     )
 
 
-def _texts(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip_damaged: bool) -> Iterator[pa.Array]:
-    """The texts of an item; with ``skip_damaged`` as far as they can be read."""
+def _texts(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip: Skip) -> Iterator[pa.Array]:
+    """The texts of an item as far as they can be read, where that is wanted."""
     try:
         row.raise_error()
         _begin_attempt(folder, verb, row.work_item)
-        yield from read_item(row.work_item, skipped, _fetched_table(row), [] if skip_damaged else None)
+        damaged: Damage | None = [] if "files" in skip else None
+        first: dict[str, str] | None = {} if "records" in skip else None
+        yield from read_item(row.work_item, skipped, _fetched_table(row), damaged, first)
     except DamagedInputError:
-        if not skip_damaged:
+        if "files" not in skip:
             raise
 
 
 @stage_of(lambda arguments: {})
-def hash_documents(row: ItemRow, output: str, skip_damaged: bool) -> Iterator[ItemRow]:
+def hash_documents(row: ItemRow, output: str, skip: Skip) -> Iterator[ItemRow]:
     """Texts -> a file of their hashes."""
     item, folder = row.work_item, open_folder(output)
     name = deduplication.hashes_name(item.index)
     num_bytes, hashes = 0, bytearray()
     if folder.size(name) is None:
-        for array in _texts(row, folder, "hash", Counter(), skip_damaged):
+        for array in _texts(row, folder, "hash", Counter(), skip):
             num_bytes += text_bytes(array)
             hashes += deduplication.hash_documents(array)
         folder.write(name, [deduplication.hashes_to_bytes(bytes(hashes))])

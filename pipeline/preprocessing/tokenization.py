@@ -21,8 +21,9 @@ from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.preprocessing import deduplication, ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import add_counts
+from pipeline.preprocessing.planning import advise, document_rules, what_to_skip
 from pipeline.preprocessing.progress import read_layouts
-from pipeline.preprocessing.resume_state import RunRecord
+from pipeline.preprocessing.resume_state import ItemRecord, RunRecord
 from pipeline.preprocessing.stages import EncodeJob
 from pipeline.preprocessing.tokenizer_training import learn
 from pipeline.sources.plan import make_plan, with_address
@@ -52,6 +53,8 @@ class DataReport:
     """Text read, encoded and written per second over all workers, in the run that finished the data."""
     seconds: float
     """Duration of that run, including the training of a tokenizer."""
+    first_skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Reason -> the first record that was left out because it holds no text."""
     ignored: Sequence[dict[str, Any]] = ()
     """Files that lay in the source and were not read: reason, number of files, an example."""
     damaged: int = 0
@@ -73,8 +76,17 @@ class DataReport:
 
 
 def given_tokenizer(config: TokenizeConfig) -> bpe.Tokenizer | None:
-    """The tokenizer that the settings name; None where one is trained."""
-    return bpe.Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+    """The tokenizer that the settings name; None where one is trained.
+
+    Raises UserError where it has no token to put between documents.
+    """
+    return _with_end_of_text(config, bpe.Tokenizer.from_file(config.tokenizer)) if config.tokenizer else None
+
+
+def _with_end_of_text(config: TokenizeConfig, tokenizer: bpe.Tokenizer) -> bpe.Tokenizer:
+    if config.end_of_text_token:
+        tokenizer = tokenizer.with_end_of_text(config.end_of_text_token)
+    return tokenizer.with_eot_id(tokenizer.eot_id)  # raises where there is none, before any work
 
 
 def finished(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None = None) -> Manifest | None:
@@ -117,6 +129,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
     source, run = resume_state.begin(output, config.source, settings)
     items = _plan(config, source, output)
+    advise(config, items)
     tokenizer = _prepare_tokenizer(config, given, source, output)
     job = EncodeJob(
         output=str(output),
@@ -125,8 +138,9 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         vocab_size=tokenizer.vocab_size,
         settings=json.dumps(settings, sort_keys=True),
         val_fraction=config.val_fraction,
+        val_split=config.val_split,
         part_bytes=_PARTS_PER_ITEM * config.item_bytes,
-        skip_damaged=config.skip_bad_files,
+        skip=what_to_skip(config),
         num_items=len(items),
         partitions=_find_duplicates(config, items, output) if config.dedup == "exact" else 0,
     )
@@ -149,6 +163,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         val_tokens=manifest.tokens("val"),
         vocab_size=manifest.vocab_size,
         skipped=manifest.skipped,
+        first_skipped=manifest.first_skipped,
         megabytes_per_second=text_bytes / 1e6 / encode_seconds if encode_seconds else 0.0,
         seconds=time.perf_counter() - start,
         ignored=manifest.ignored,
@@ -167,13 +182,20 @@ def _plan(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkIt
         logger.info("the plan of %s work items is there from an earlier run", f"{len(items):,}")
         return with_address(items, config.source)
     damage: Damage | None = [] if config.skip_bad_files else None
-    items = make_plan(
-        read_layouts(source, config.text_column, damage),
-        text_column=config.text_column,
-        item_bytes=config.item_bytes,
-        limit_documents=config.limit_documents,
-        limit_bytes=config.limit_bytes,
-    )
+    try:
+        items = make_plan(
+            read_layouts(source, config, damage),
+            text_column=config.text_column,
+            item_bytes=config.item_bytes,
+            limit_documents=config.limit_documents,
+            limit_bytes=config.limit_bytes,
+            rules=document_rules(config),
+        )
+    except UserError as error:
+        if damage:
+            first = damage[0]["reason"]
+            raise UserError(f"{error}; {len(damage):,} files were left out, the first: {first}") from error
+        raise
     resume_state.write_plan(output, items, damage or [], source.ignored)
     return items
 
@@ -182,10 +204,12 @@ def _prepare_tokenizer(
     config: TokenizeConfig, given: bpe.Tokenizer | None, source: Source, output: Folder
 ) -> bpe.Tokenizer:
     """The tokenizer of the run, in the output folder: given, made by an earlier run, or trained now."""
-    tokenizer = given or _earlier_tokenizer(output)
+    tokenizer = given or _earlier_tokenizer(config, output)
     if tokenizer is None:
         shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ReadingConfig)}
-        tokenizer, _ = learn(TrainTokenizerConfig(**shared), source, output)
+        names = (config.end_of_text_token or bpe.END_OF_TEXT,)
+        tokenizer, _ = learn(TrainTokenizerConfig(**shared, special_tokens=names), source, output)
+        tokenizer = _with_end_of_text(config, tokenizer)
         save_tokenizer(output, tokenizer)
     elif given:
         save_tokenizer(output, tokenizer)
@@ -193,12 +217,12 @@ def _prepare_tokenizer(
     return tokenizer
 
 
-def _earlier_tokenizer(output: Folder) -> bpe.Tokenizer | None:
+def _earlier_tokenizer(config: TokenizeConfig, output: Folder) -> bpe.Tokenizer | None:
     """The tokenizer that an earlier run trained; None where there is none, or a damaged one."""
     if output.size(TOKENIZER_NAME) is None:
         return None
     try:
-        tokenizer = load_tokenizer(output)
+        tokenizer = _with_end_of_text(config, load_tokenizer(output))
     except UserError as error:
         logger.warning("%s; it is trained again", error)
         return None
@@ -209,7 +233,7 @@ def _earlier_tokenizer(output: Folder) -> bpe.Tokenizer | None:
 def _find_duplicates(config: TokenizeConfig, items: Sequence[WorkItem], output: Folder) -> int:
     """Find the documents that are copies of earlier ones; returns the number of files that name them."""
     left = [item for item in items if output.size(deduplication.hashes_name(item.index)) is None]
-    arguments = {"output": str(output), "skip_damaged": config.skip_bad_files}
+    arguments = {"output": str(output), "skip": what_to_skip(config)}
     for _ in ray_dataflow.run_items(left, [(stages.hash_documents, arguments)], config, title="find copies"):
         pass
     sizes = [output.size(deduplication.hashes_name(item.index)) or 0 for item in items]
@@ -217,6 +241,14 @@ def _find_duplicates(config: TokenizeConfig, items: Sequence[WorkItem], output: 
     search = {"output": str(output), "num_items": len(items), "partitions": partitions}
     ray_dataflow.run_rows([str(partition) for partition in range(partitions)], stages.search_duplicates, search, config)
     return partitions
+
+
+def _first_skipped(records: Sequence[ItemRecord]) -> dict[str, str]:
+    """Reason -> the sentence of the first record in reading order, sorted by reason."""
+    first: dict[str, str] = {}
+    for record in records:
+        first = record.first_skipped | first
+    return dict(sorted(first.items()))
 
 
 def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: Folder) -> Manifest:
@@ -236,6 +268,7 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
         inputs=tuple(entry.manifest_entry() for entry in run.inputs),
         shards=tuple(entry for record in records for entry in record.shards),
         skipped=dict(sorted(skipped.items())),
+        first_skipped=_first_skipped(records),
         damaged=(*resume_state.read_plan_damage(output), *(entry for record in records for entry in record.damaged)),
         ignored=resume_state.read_ignored(output),
         document_lengths=tuple(add_counts(record.lengths for record in records)),
@@ -243,7 +276,8 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
     if not manifest.shards:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in manifest.skipped.items()) or "none at all"
         source = resume_state.stored_source(run.source)
-        raise UserError(f"source {source} holds no document that could be used ({reasons})")
+        first = "".join(f"; the first: {sentence}" for sentence in list(manifest.first_skipped.values())[:1])
+        raise UserError(f"source {source} holds no document that could be used ({reasons}){first}")
     resume_state.remove_others(output, {entry.name for entry in manifest.shards})
     for name in (*output.names(deduplication.HASHES), *output.names(deduplication.DUPLICATES)):
         output.delete(name)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipeline.config.data import TrainTokenizerConfig
 from pipeline.console import CountProgress
 from pipeline.preprocessing import ray_dataflow, stages
+from pipeline.preprocessing.planning import document_rules, what_to_skip
 from pipeline.preprocessing.progress import read_layouts
 from pipeline.sources.plan import sample_plan
 from pipeline.sources.sources import Source
@@ -89,13 +90,14 @@ def _count(
 ) -> tuple[bpe_training.PretokenCounts, Counter[str], Counter[str]]:
     """How often each pre-token occurs in the sample; numbers of documents and bytes; skipped documents by reason."""
     items = sample_plan(
-        read_layouts(source, config.text_column, [] if config.skip_bad_files else None),
+        read_layouts(source, config, [] if config.skip_bad_files else None),
         text_column=config.text_column,
         item_bytes=config.item_bytes,
         sample_bytes=config.sample_bytes,
+        rules=document_rules(config),
     )
-    arguments = {"output": str(output), "val_fraction": config.val_fraction, "pattern": config.pattern}
-    arguments["skip_damaged"] = config.skip_bad_files
+    arguments: dict[str, Any] = {"output": str(output), "pattern": config.pattern, "skip": what_to_skip(config)}
+    arguments["val"] = (config.val_fraction, config.val_split)
     figures: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     parts: list[bpe_training.PretokenCounts] = []

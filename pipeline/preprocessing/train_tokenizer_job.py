@@ -81,7 +81,8 @@ def train_into(config: TrainTokenizerConfig, output: Folder) -> TrainingReport:
 def _settings_of(config: TrainTokenizerConfig) -> dict[str, Any]:
     """The settings that a tokenizer depends on, as they are read back from JSON."""
     names = ("vocab_size", "min_frequency", "pattern", "sample_bytes", "text_column", "val_fraction")
-    return {name: getattr(config, name) for name in names} | {"special_tokens": list(config.special_tokens)}
+    values = {name: getattr(config, name) for name in names} | resume_state.later_settings(config)
+    return values | {"special_tokens": list(config.special_tokens)}
 
 
 def _track(config: TrainTokenizerConfig, output: Folder, report: TrainingReport, tracker: Tracker) -> None:

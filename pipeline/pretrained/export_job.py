@@ -22,7 +22,7 @@ from pipeline.paths import resolve_path, working_folder
 from pipeline.pretrained import hub_models, huggingface, model_card, weights
 from pipeline.pretrained.resolve import ModelSource, read_tokenizer, resolve_model
 from pipeline.storage.folders import open_folder
-from pipeline.tokenizer.bpe import END_OF_TEXT, Tokenizer
+from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.mlflow_run import find_run, mlflow_uri
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,9 @@ def _write(config: ExportConfig, source: ModelSource, output: Path, partial: Pat
     files = huggingface.write_weights(partial, tensors, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)
     contents = {
         huggingface.CONFIG_FILE: huggingface.config_values(model_config, dtype=dtype, eot_id=eot_id),
-        huggingface.TOKENIZER_CONFIG_FILE: huggingface.tokenizer_config(END_OF_TEXT, model_config.context_length),
+        huggingface.TOKENIZER_CONFIG_FILE: huggingface.tokenizer_config(
+            tokenizer.end_of_text, model_config.context_length
+        ),
         huggingface.GENERATION_CONFIG_FILE: huggingface.generation_config(eot_id),
         huggingface.NOTE_FILE: _note(run, tokenizer, config.dtype),
     }

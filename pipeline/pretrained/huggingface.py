@@ -95,6 +95,12 @@ def read_config(path: Path) -> ModelConfig:
     return config
 
 
+def read_eot_id(path: Path) -> int | None:
+    """The id that ends a text by the folder's config; None where it names none, or several."""
+    found = read_json(path / CONFIG_FILE).get("eos_token_id")
+    return found if type(found) is int else None
+
+
 def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Our name and the tensor of every weight in the folder ``path``, in the model's order, without padding rows.
 

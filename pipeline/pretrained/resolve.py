@@ -111,7 +111,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
     vocab_size = weights.read_model_config(path).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}; mend it")
-    return tokenizer
+    eot_id = weights.read_eot_id(path)
+    is_known = eot_id in range(tokenizer.vocab_size) and eot_id not in tokenizer.holes
+    return tokenizer.with_eot_id(eot_id) if eot_id is not None and is_known else tokenizer
 
 
 def open_model(path: Path, device: torch.device) -> Pretrained:

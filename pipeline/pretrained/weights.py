@@ -46,6 +46,13 @@ def read_model_config(path: Path) -> ModelConfig:
     return config
 
 
+def read_eot_id(path: Path) -> int | None:
+    """Id of the token between documents, where the folder says that it is another than <|endoftext|>."""
+    if huggingface.is_exported(path):
+        return huggingface.read_eot_id(path)
+    return checkpoint_reader.read_info(path).eot_id
+
+
 def read_progress(path: Path) -> dict[str, Any]:
     """``step`` and ``tokens_seen`` of the training that the weights in ``path`` come from; None where it is unknown."""
     if huggingface.is_exported(path):

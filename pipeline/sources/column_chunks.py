@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError
 from pipeline.remote.range_reader import ReadOnlyFile
-from pipeline.sources import json_lines
+from pipeline.sources import documents, json_lines
 from pipeline.sources.arrow_values import array_of, values_of
 from pipeline.sources.parquet_metadata import text_chunks
 from pipeline.sources.work_items import FileSlice, WorkItem, reading
@@ -68,7 +68,7 @@ def fetch_column_chunks(item: WorkItem, open_file: OpenFile) -> pa.Table:
             continue
         try:
             with reading(file_slice.where), open_file(file_slice) as file:
-                rows += [(number, start, data) for start, data in _fetched_ranges(file_slice, item.text_column, file)]
+                rows += [(number, start, data) for start, data in _fetched_ranges(file_slice, item, file)]
         except DamagedInputError as error:
             rows.append((number, DAMAGED, str(error).encode()))
     data = pa.chunked_array([array_of(data, 0, len(data), pa.large_binary()) for _, _, data in rows], pa.large_binary())
@@ -93,7 +93,7 @@ def needed_bytes(items: Sequence[WorkItem], open_file: OpenFile) -> int:
                 groups = range(file_slice.start, file_slice.stop)
                 with reading(file_slice.where):
                     chunks = text_chunks(footers[file_slice.where], item.text_column, groups)
-                total += sum(chunk.total_compressed_size for chunk in chunks)
+                total += sum(chunk.total_compressed_size for columns in chunks for chunk in columns)
             elif file_slice.file is not None:
                 total += file_slice.stop - file_slice.start if file_slice.is_range else file_slice.file.size_bytes
     return total + sum(footer.serialized_size for footer in footers.values())
@@ -109,9 +109,11 @@ def by_slice(fetched: pa.Table) -> dict[int, list[tuple[int, memoryview]]]:
     return found
 
 
-def _fetched_ranges(file_slice: FileSlice, text_column: str, file: BinaryIO) -> list[FetchedRange]:
+def _fetched_ranges(file_slice: FileSlice, item: WorkItem, file: BinaryIO) -> list[FetchedRange]:
     if file_slice.kind == "parquet":
-        return list(_parquet_ranges(file_slice, text_column, file))
+        return list(_parquet_ranges(file_slice, item.text_column, file))
+    if file_slice.is_range and file_slice.kind == "documents":
+        return _document_ranges(file_slice, documents.Separator(item.rules.document_separator or ""), file)
     if file_slice.is_range:
         return _line_ranges(file_slice, file)
     size_bytes = file_slice.file.size_bytes if file_slice.file else 0
@@ -121,9 +123,8 @@ def _fetched_ranges(file_slice: FileSlice, text_column: str, file: BinaryIO) -> 
 def _parquet_ranges(file_slice: FileSlice, text_column: str, file: BinaryIO) -> Iterator[FetchedRange]:
     tail = _read_tail(file)
     metadata = pq.read_metadata(SparseFile([tail]))
-    ranges = [
-        _chunk_range(chunk) for chunk in text_chunks(metadata, text_column, range(file_slice.start, file_slice.stop))
-    ]
+    chunks = text_chunks(metadata, text_column, range(file_slice.start, file_slice.stop))
+    ranges = [_chunk_range(chunk) for columns in chunks for chunk in columns]
     file_bytes = tail[0] + len(tail[1])
     for start, stop in ranges:
         if not 0 <= start <= stop <= file_bytes:
@@ -179,6 +180,24 @@ def _line_ranges(file_slice: FileSlice, file: BinaryIO) -> list[FetchedRange]:
             if not (chunk := file.read(_GAP_BYTES)):
                 break
             content += chunk[: chunk.find(b"\n") + 1 or None]
+    return [] if max(file_slice.stop - start, len(content)) > _MAX_SLICE_BYTES else [(start, content)]
+
+
+def _document_ranges(file_slice: FileSlice, separator: documents.Separator, file: BinaryIO) -> list[FetchedRange]:
+    """The documents that begin in the range, as one range that starts with the first of them."""
+    start = documents.seek_first_document(file, file_slice.start, file_slice.stop, separator)
+    content, searched = bytearray(), 0
+    if start < file_slice.stop <= start + _MAX_SLICE_BYTES:
+        content = _read(file, start, file_slice.stop)
+        searched = max(0, len(content) - separator.reach)
+        while len(content) <= _MAX_SLICE_BYTES:  # up to a separator that ends behind the range
+            ends = [end for _, end in separator.spans(content, searched) if start + end >= file_slice.stop]
+            if ends and ends[0] < len(content):
+                del content[ends[0] :]
+                break
+            if not (chunk := file.read(_GAP_BYTES)):
+                break
+            content += chunk
     return [] if max(file_slice.stop - start, len(content)) > _MAX_SLICE_BYTES else [(start, content)]
 
 

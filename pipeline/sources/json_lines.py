@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.sources.arrow_values import array_of
+from pipeline.sources.text_columns import text_in
+from pipeline.sources.work_items import NO_KEY, NOT_JSON, NOT_TEXT, NOT_UTF8, ExpansionError, RecordError
 
 _CHUNK_BYTES = 1 << 20  # per read
 _GIANT_BYTES = 16_000_000  # a longer line is not parsed by json.loads as a whole
@@ -47,10 +49,11 @@ def seek_first_line(file: Any, start: int, stop: int) -> int:
     return stop
 
 
-def read_lines(file: Any, position: int, stop: int | None) -> Iterator[tuple[int, Line]]:
+def read_lines(file: Any, position: int, stop: int | None, limit: int = 1 << 62) -> Iterator[tuple[int, Line]]:
     """(position, line without its end) of every line that begins before ``stop``; ``file`` is at ``position``.
 
-    A line that spans chunks is a bytearray of its own, which the caller may change.
+    A line that spans chunks is a bytearray of its own, which the caller may change. Raises ExpansionError for one that
+    is longer than ``limit``.
     """
     rest = bytearray()
     while stop is None or position < stop:
@@ -69,6 +72,8 @@ def read_lines(file: Any, position: int, stop: int | None) -> Iterator[tuple[int
             yield position, _without_mark(line) if position == 0 else line
             position = next_position
         rest += last
+        if len(rest) > limit:
+            raise ExpansionError(f"has a line of more than {limit / 1e6:,.0f} MB")
     if rest and (stop is None or position < stop):
         yield position, _without_mark(rest) if position == 0 else rest
 
@@ -101,20 +106,21 @@ def count_records(file: Any, limit: int, stop: int | None = None) -> tuple[int, 
     return records, end
 
 
-def text_of(line: Line, key: str) -> bytes | pa.Array | None:
+def text_of(line: Line, key: str, separator: str = "\n\n") -> bytes | pa.Array | None:
     """The text under ``key``, UTF-8; that of a giant line as an array of one value in the memory of ``line``.
 
-    Raises ValueError where the line is no JSON object or no UTF-8, LookupError where it has no text under ``key``. The
-    message is the rest of a sentence that begins with the line.
+    ``key`` may lie in others, or be several, whose texts are joined by ``separator`` (text_columns.py). Half a
+    surrogate pair, which UTF-8 cannot write, becomes U+FFFD, as in Tokenizer.encode. Raises RecordError where the line
+    is no JSON object, no UTF-8, or has no text under ``key``.
     """
     if len(line) > _GIANT_BYTES:
-        return _giant_text(bytearray(line) if isinstance(line, bytes) else line, key)
+        return _giant_text(bytearray(line) if isinstance(line, bytes) else line, key, separator)
     try:
-        text = _value(_parse(line.decode("utf-8")), key)
+        text = _value(_parse(line.decode("utf-8")), key, separator)
     except UnicodeDecodeError as error:
         raise _not_utf8(line, error.start) from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"is no JSON object ({error}); one object per line is expected") from error
+        raise _not_json(str(error)) from error
     return None if text is None else _encode(text)
 
 
@@ -129,57 +135,76 @@ def _without_mark(line: Line) -> Line:
 def _parse(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
+    except json.JSONDecodeError:
+        raise
     except RecursionError as error:
-        raise ValueError(f"is no JSON object ({error}); one object per line is expected") from error
+        raise _not_json(str(error)) from error
+    except ValueError:  # a number of thousands of digits, which Python does not convert
+        values = json.loads(text, parse_int=lambda digits: 0)
     if not isinstance(values, dict):
-        raise ValueError(f"holds a JSON {type(values).__name__}; one object per line is expected")
+        raise RecordError(f"holds a JSON {type(values).__name__}; one object per line is expected", NOT_JSON)
     return values
 
 
-def _value(values: dict[str, Any], key: str) -> str | None:
-    if key not in values:
-        raise LookupError(f"has no key {key!r}, only {', '.join(values)}; name one with --text_column")
-    text = values[key]
-    if text is not None and not isinstance(text, str):
-        raise LookupError(f"has a {type(text).__name__} under {key!r}, not text; name another key with --text_column")
-    return text
+def _value(values: dict[str, Any], key: str, separator: str) -> str | None:
+    try:
+        return text_in(values, key, separator)
+    except KeyError as error:
+        raise RecordError(error.args[0], NO_KEY) from error
+    except TypeError as error:
+        raise RecordError(error.args[0], NOT_TEXT) from error
 
 
 def _encode(text: str) -> bytes:
     try:
         return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("is not UTF-8 text: it spells half a surrogate pair") from error
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
-def _not_utf8(line: Line, position: int) -> ValueError:
-    return ValueError(f"is not UTF-8 text: byte {position} is {line[position]:#04x}")
+def _not_json(reason: str) -> RecordError:
+    return RecordError(f"is no JSON object ({reason}); one object per line is expected", NOT_JSON)
+
+
+def _not_utf8(line: Line, position: int) -> RecordError:
+    return RecordError(f"is not UTF-8 text: byte {position} is {line[position]:#04x}", NOT_UTF8)
 
 
 # ---- giant lines -----------------------------------------------------------------------------------------------------
 
 
-def _giant_text(line: bytearray, key: str) -> pa.Array | None:
+def _giant_text(line: bytearray, key: str, separator: str) -> bytes | pa.Array | None:
     """As ``text_of``: json.loads parses the line without its long strings, which are unescaped in place."""
     mark = secrets.token_hex(16)  # replaces a long string, followed by its number; too random to occur in a line
     rest, literals = _take_out_literals(line, mark)
     try:
-        text = _value(_parse(rest.decode("utf-8")), key)
+        text = _value(_parse(rest.decode("utf-8")), key, f"{mark},")
     except UnicodeDecodeError as error:
-        raise ValueError("is not UTF-8 text") from error
+        raise RecordError("is not UTF-8 text", NOT_UTF8) from error
     except json.JSONDecodeError as error:  # without its position, which is that in the rest
-        raise ValueError(f"is no JSON object ({error.msg}); one object per line is expected") from error
-    wanted = int(text.removeprefix(mark)) if text and text.startswith(mark) else None
-    end = 0
+        raise _not_json(error.msg) from error
+    parts = [] if text is None else text.split(f"{mark},")
+    ends = {int(part.removeprefix(mark)): 0 for part in parts if part.startswith(mark)}
     for number, (begin, stop) in enumerate(literals):
-        if number == wanted:
-            end = _unescape_in_place(line, begin, stop)
+        if number in ends:
+            ends[number] = _unescape_in_place(line, begin, stop)
         else:
             for _ in _unescaped(line, begin, stop):  # only checked: the line is damaged if one of its strings is
                 pass
-    if wanted is None:
-        return None if text is None else _encode(text)
-    return array_of(line, literals[wanted][0], end, pa.large_string())
+    if len(parts) == 1 and ends:
+        ((number, end),) = ends.items()
+        return array_of(line, literals[number][0], end, pa.large_string())
+    contents = [
+        bytes(line[literals[number][0] : ends[number]]) if (number := _number(part, mark)) >= 0 else _encode(part)
+        for part in parts
+    ]
+    texts = contents if len(contents) == 1 else [content for content in contents if content.strip()]
+    return None if text is None else _encode(separator).join(texts)
+
+
+def _number(part: str, mark: str) -> int:
+    """The number of the long string that ``part`` stands for, or -1."""
+    return int(part.removeprefix(mark)) if part.startswith(mark) else -1
 
 
 def _take_out_literals(line: bytearray, mark: str) -> tuple[bytes, list[tuple[int, int]]]:
@@ -198,7 +223,7 @@ def _take_out_literals(line: bytearray, mark: str) -> tuple[bytes, list[tuple[in
                 copied = position
             begin = 0
     if begin:
-        raise ValueError("is no JSON object (a string without end); one object per line is expected")
+        raise _not_json("a string without end")
     parts.append(line[copied:])
     return b"".join(parts), literals
 
@@ -233,7 +258,7 @@ def _unescaped(line: bytearray, begin: int, end: int) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise _not_utf8(line, begin + error.start) from error
         except json.JSONDecodeError as error:
-            raise ValueError(f"is no JSON object ({error.msg}); one object per line is expected") from error
+            raise _not_json(error.msg) from error
         if high:  # becomes one character with the second half, if that follows
             halves = (high + text[0]).encode("utf-16", "surrogatepass")
             text = halves.decode("utf-16", "surrogatepass") + text[1:]

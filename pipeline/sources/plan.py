@@ -17,10 +17,10 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.remote.remote_file import RemoteFile, stored_url
-from pipeline.sources import json_lines, tables
+from pipeline.sources import documents, json_lines, tables
 from pipeline.sources.compressions import unpacked
 from pipeline.sources.sources import Layout
-from pipeline.sources.work_items import FileSlice, WorkItem, open_slice, reading
+from pipeline.sources.work_items import AS_THEY_ARE, DocumentRules, FileSlice, WorkItem, open_slice, reading
 
 _FORMAT = "gpt-2.5 plan 1"
 _FILE_FIELDS = ("name", "path", "kind", "version")  # of a slice, the same for all slices of a file
@@ -35,6 +35,7 @@ def make_plan(
     item_bytes: int,
     limit_documents: int | None = None,
     limit_bytes: int | None = None,
+    rules: DocumentRules = AS_THEY_ARE,
 ) -> list[WorkItem]:
     """The work items of a source, in order.
 
@@ -45,16 +46,23 @@ def make_plan(
     Raises UserError where there is no text at all, DamagedInputError for lines that cannot be counted.
     """
     groups = _Groups(item_bytes)
-    for layout in _limited(layouts, limit_documents, limit_bytes):
+    for layout in _limited(layouts, limit_documents, limit_bytes, rules):
         if int(layout.sizes.sum()) > item_bytes and len(layout.sizes) > 1:
             for part in _parts(layout, _divide(layout.sizes.tolist(), item_bytes)):
                 groups.add([part])
         elif len(layout.sizes):
             groups.add_file(*_parts(layout, [0, len(layout.sizes)]))
-    return groups.items(text_column)
+    return groups.items(text_column, rules)
 
 
-def sample_plan(layouts: Iterable[Layout], *, text_column: str, item_bytes: int, sample_bytes: int) -> list[WorkItem]:
+def sample_plan(
+    layouts: Iterable[Layout],
+    *,
+    text_column: str,
+    item_bytes: int,
+    sample_bytes: int,
+    rules: DocumentRules = AS_THEY_ARE,
+) -> list[WorkItem]:
     """Row groups, ranges and files at even distances over the whole source, ``sample_bytes`` together at most.
 
     At least one; all of it, as ``make_plan`` does, where it is no more. Takes 24 bytes of memory per row group.
@@ -62,7 +70,7 @@ def sample_plan(layouts: Iterable[Layout], *, text_column: str, item_bytes: int,
     layouts = [layout for layout in layouts if len(layout.sizes)]
     total_bytes = sum(int(layout.sizes.sum()) for layout in layouts)
     if total_bytes <= sample_bytes:
-        return make_plan(layouts, text_column=text_column, item_bytes=item_bytes)
+        return make_plan(layouts, text_column=text_column, item_bytes=item_bytes, rules=rules)
     groups = _Groups(item_bytes)
     for layout, units in _spread(layouts, total_bytes, sample_bytes):
         if len(units) == len(layout.sizes) and int(layout.sizes.sum()) <= item_bytes:
@@ -71,7 +79,7 @@ def sample_plan(layouts: Iterable[Layout], *, text_column: str, item_bytes: int,
         edges = _fill(list(itertools.accumulate(layout.sizes[units].tolist(), initial=0)), item_bytes)
         for begin, end in itertools.pairwise(edges):
             groups.add([part for run in _runs(units[begin:end]) for part in _parts(layout, run)])
-    return groups.items(text_column)
+    return groups.items(text_column, rules)
 
 
 def fetch_units(items: Iterable[WorkItem]) -> list[list[WorkItem]]:
@@ -91,10 +99,12 @@ def fetch_units(items: Iterable[WorkItem]) -> list[list[WorkItem]]:
 
 def save_plan(items: Sequence[WorkItem]) -> bytes:
     """The plan as lines of JSON: a head, a line for every file where it is first read, and a line for every item."""
-    text_columns = {item.text_column for item in items}
-    if len(text_columns) > 1:
+    text_columns, rules = {item.text_column for item in items}, {item.rules for item in items}
+    if len(text_columns) > 1 or len(rules) > 1:
         raise ValueError(f"items of one plan have one text column, not {', '.join(sorted(text_columns))}")
-    lines = [_compact({"format": _FORMAT, "text_column": "".join(text_columns), "items": len(items)})]
+    head = {"format": _FORMAT, "text_column": "".join(text_columns), "items": len(items)}
+    changes = [each.changes() for each in rules if each != AS_THEY_ARE]
+    lines = [_compact(head | ({"rules": changes[0]} if changes else {}))]
     numbers: dict[Any, int] = {}
     for item in items:
         values = [item.index]
@@ -138,6 +148,7 @@ def load_plan(content: bytes) -> list[WorkItem]:
     lines = content.splitlines()
     try:
         head = json.loads(lines[0])
+        rules = DocumentRules(**head.get("rules", {}))
         for line in lines[1:]:
             values = json.loads(line)
             if isinstance(values, dict):
@@ -149,10 +160,11 @@ def load_plan(content: bytes) -> list[WorkItem]:
                     FileSlice(**files[values[at]], **dict(zip(_RANGE_FIELDS, values[at + 1 : at + 5], strict=True)))
                     for at in range(1, len(values), 5)
                 )
-                items.append(WorkItem(index=values[0], slices=slices, text_column=head["text_column"]))
+                item = WorkItem(index=values[0], slices=slices, text_column=head["text_column"], rules=rules)
+                items.append(item)
         if head["format"] != _FORMAT or head["items"] != len(items):
             raise ValueError(f"{head['format']}, {len(items)} of {head['items']} items")
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError) as error:
         raise UserError("the plan is damaged or of another version; choose another --output") from error
     return items
 
@@ -183,12 +195,13 @@ class _Groups:
         self._files.append(file)
         self._free_bytes -= file.size_bytes
 
-    def items(self, text_column: str) -> list[WorkItem]:
+    def items(self, text_column: str, rules: DocumentRules) -> list[WorkItem]:
         self._close()
         if not any(file_slice.size_bytes for group in self._groups for file_slice in group):
             raise UserError("the source holds no text")
         return [
-            WorkItem(index=index, slices=group, text_column=text_column) for index, group in enumerate(self._groups)
+            WorkItem(index=index, slices=group, text_column=text_column, rules=rules)
+            for index, group in enumerate(self._groups)
         ]
 
     def _close(self) -> None:
@@ -251,7 +264,9 @@ def _parts(layout: Layout, edges: Sequence[int]) -> Iterator[FileSlice]:
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
 
-def _limited(layouts: Iterable[Layout], limit_documents: int | None, limit_bytes: int | None) -> Iterator[Layout]:
+def _limited(
+    layouts: Iterable[Layout], limit_documents: int | None, limit_bytes: int | None, rules: DocumentRules
+) -> Iterator[Layout]:
     """The layouts up to the limits, the last one cut; where a limit cuts records, ``whole.max_documents`` is set."""
     for layout in layouts:
         if limit_bytes is not None:
@@ -259,7 +274,7 @@ def _limited(layouts: Iterable[Layout], limit_documents: int | None, limit_bytes
             limit_bytes -= int(layout.sizes.sum())
             layout = _first_units(layout, units)  # noqa: PLW2901
         if limit_documents is not None:
-            layout, records = _first_records(layout, limit_documents)  # noqa: PLW2901
+            layout, records = _first_records(layout, limit_documents, rules)  # noqa: PLW2901
             limit_documents -= records
         yield layout
         if (limit_bytes is not None and limit_bytes <= 0) or limit_documents == 0:
@@ -275,10 +290,10 @@ def _first_units(layout: Layout, units: int) -> Layout:
     )
 
 
-def _first_records(layout: Layout, limit: int) -> tuple[Layout, int]:
+def _first_records(layout: Layout, limit: int, rules: DocumentRules) -> tuple[Layout, int]:
     """The layout of the first ``limit`` records, and their number."""
     if layout.documents is None:
-        return _first_lines(layout, limit)
+        return _first_lines(layout, limit, rules)
     ends = np.cumsum(layout.documents)
     records = int(ends[-1]) if len(ends) else 0
     if records <= limit:
@@ -293,13 +308,22 @@ def _first_records(layout: Layout, limit: int) -> tuple[Layout, int]:
     return layout, limit
 
 
-def _first_lines(layout: Layout, limit: int) -> tuple[Layout, int]:
-    """The same for lines and rows: a plain file of lines is cut behind the last one, others get ``max_documents``."""
+def _first_lines(layout: Layout, limit: int, rules: DocumentRules) -> tuple[Layout, int]:
+    """The same for lines, rows, and documents between separators.
+
+    A plain file of lines or documents is cut behind the last one, others get ``max_documents``.
+    """
     whole = layout.whole
     stop = end = int(layout.bounds[-1])
-    if whole.kind == "jsonl":
+    if whole.kind in ("jsonl", "documents"):
+        stop_at = stop if whole.is_range else None
         with reading(whole.where), open_slice(whole) as file:
-            records, end = json_lines.count_records(unpacked(file, whole.name), limit, stop if whole.is_range else None)
+            content = unpacked(file, whole.name)
+            if whole.kind == "jsonl":
+                records, end = json_lines.count_records(content, limit, stop_at)
+            else:
+                separator = documents.Separator(rules.document_separator or "")
+                records, end = documents.count_documents(content, limit, stop_at, separator)
     else:
         records = tables.count_rows(whole, limit)
     if records < limit:

@@ -7,6 +7,7 @@ and left out. Memory is bounded by ``_ARRAY_BYTES`` and the largest document, no
 from __future__ import annotations
 
 import codecs
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,12 +19,27 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.listing.selection import compression_of
-from pipeline.sources import docstrings, json_lines, tables
+from pipeline.sources import docstrings, documents, json_lines, tables
 from pipeline.sources.arrow_values import array_of, offsets_of
 from pipeline.sources.column_chunks import DAMAGED, SparseFile, by_slice
 from pipeline.sources.compressions import unpacked
 from pipeline.sources.parquet_metadata import text_chunks
-from pipeline.sources.work_items import Damage, FileSlice, WorkItem, explained, open_slice, reading
+from pipeline.sources.text_columns import Column, find_columns, joined_texts
+from pipeline.sources.work_items import (
+    NOT_UTF8,
+    TOO_LARGE,
+    Damage,
+    DocumentRules,
+    ExpansionError,
+    FileSlice,
+    LeftOut,
+    RecordError,
+    WorkItem,
+    explained,
+    open_slice,
+    reading,
+    stored_bytes,
+)
 
 _ARRAY_BYTES = 2_000_000  # of text per array, so that it stays in the processor's cache until it is encoded
 _ROWS = 4096  # largest number of parquet rows per batch
@@ -31,37 +47,48 @@ _DICTIONARY_ROWS = 64  # the same for dictionaries, where any row may be the lon
 _DICTIONARY_BYTES = 64_000_000  # largest batch of such rows, if the dictionary is one text that does not compress
 _PAGE_BYTES = 1 << 20  # of a column chunk per read
 _CHUNK_BYTES = 1 << 20  # of a compressed text file per read
+_GIANT_CELL_BYTES = 64_000_000
+
+MOST_EXPANSION = 100  # of one record; text has 3 to 10
+EXPANDED_BYTES = 256_000_000  # of one record, which are read however far it expands
 
 FetchedRanges = list[tuple[int, memoryview]]
 
 
 def read_item(
-    item: WorkItem, skipped: Counter[str], fetched: pa.Table | None = None, damaged: Damage | None = None
+    item: WorkItem,
+    skipped: Counter[str],
+    fetched: pa.Table | None = None,
+    damaged: Damage | None = None,
+    first_bad: dict[str, str] | None = None,
 ) -> Iterator[pa.Array]:
     """The texts of an item, in order, as large_string arrays of at most about 2 MB without nulls or blank texts.
 
     A larger document has an array to itself. What is left out is counted in ``skipped`` by reason. ``fetched``: what
     ``fetch_column_chunks`` made of the remote files; a slice that is not in it is read from its file. ``damaged`` takes
-    a note of every slice that cannot be read whole; the part behind the first damage is left out.
+    a note of every slice that cannot be read whole; the part behind the first damage is left out. ``first_bad`` takes a
+    sentence about the first record without text for every reason; such records are counted and left out.
 
     Raises:
-        DamagedInputError: where ``damaged`` is not given.
-        UserError: no text under the name of the item's text column; an unreachable file.
+        DamagedInputError: where ``damaged`` is not given; for a record that is none where ``first_bad`` is not given.
+        UserError: no text under the name of the item's text column, where ``first_bad`` is not given; an unreachable
+            file.
     """
-    arrays = _slices(item, skipped, fetched, damaged)
+    left_out = LeftOut(counts=skipped, first=first_bad)
+    arrays = _slices(item, left_out, fetched, damaged)
     for array in _joined(part for whole in arrays for part in _divided(whole)):
         texts = _without_blanks(array, skipped)
+        if item.rules.max_document_bytes is not None:
+            texts = _without_large(texts, item.rules.max_document_bytes, skipped)
         if len(texts):
             yield texts
 
 
-def _slices(
-    item: WorkItem, skipped: Counter[str], fetched: pa.Table | None, damaged: Damage | None
-) -> Iterator[pa.Array]:
+def _slices(item: WorkItem, left_out: LeftOut, fetched: pa.Table | None, damaged: Damage | None) -> Iterator[pa.Array]:
     ranges = {} if fetched is None else by_slice(fetched)
     for number, file_slice in enumerate(item.slices):
         try:
-            yield from _slice(file_slice, item.text_column, skipped, ranges.get(number, []))
+            yield from _slice(file_slice, item, left_out, ranges.get(number, []))
         except UserError as error:
             mended = explained(file_slice, error)
             if damaged is None or not isinstance(mended, DamagedInputError):
@@ -69,25 +96,25 @@ def _slices(
             damaged.append({"name": file_slice.label, "reason": str(mended)})
 
 
-def _slice(
-    file_slice: FileSlice, text_column: str, skipped: Counter[str], fetched: FetchedRanges
-) -> Iterator[pa.Array]:
+def _slice(file_slice: FileSlice, item: WorkItem, left_out: LeftOut, fetched: FetchedRanges) -> Iterator[pa.Array]:
     if fetched and fetched[0][0] == DAMAGED:
         raise DamagedInputError(bytes(fetched[0][1]).decode())
+    start = fetched[0][0] if fetched else None
     with reading(file_slice.where), _open(file_slice, fetched) as file:
         if file_slice.kind == "parquet":
-            yield from _parquet(file_slice, text_column, file)
+            yield from _parquet(file_slice, item, file, left_out)
         elif file_slice.kind == "jsonl":
-            yield from _json(file_slice, text_column, file, skipped, fetched[0][0] if fetched else None)
+            yield from _batches(_json_texts(file_slice, item, file, left_out, start))
+        elif file_slice.kind == "documents":
+            yield from _batches(_document_texts(file_slice, item.rules, file, left_out, start))
         elif file_slice.kind in ("csv", "tsv"):
-            yield from _batches(_csv_texts(file_slice, text_column, file, skipped))
+            yield from _batches(_csv_texts(file_slice, item, file, left_out.counts))
         elif file_slice.kind == "arrow":
-            for texts in tables.arrow_texts(file_slice, text_column, file):
-                yield texts.cast(pa.large_string())
+            yield from tables.arrow_texts(file_slice, item, file)
         elif file_slice.kind == "txt":
-            yield _text(unpacked(file, file_slice.name), file_slice)
+            yield from _text(file, file_slice, item.rules.max_document_bytes, left_out)
         else:
-            yield from _module(file_slice, file, skipped)
+            yield from _module(file_slice, file, left_out.counts)
 
 
 def _open(file_slice: FileSlice, fetched: FetchedRanges) -> Any:
@@ -96,27 +123,41 @@ def _open(file_slice: FileSlice, fetched: FetchedRanges) -> Any:
     return SparseFile(fetched) if file_slice.kind == "parquet" else pa.BufferReader(fetched[0][1])
 
 
-# ---- kinds of files --------------------------------------------------------------------------------------------------
+# ---- parquet ---------------------------------------------------------------------------------------------------------
 
 
-def _parquet(file_slice: FileSlice, text_column: str, file: Any) -> Iterator[pa.Array]:
+def _parquet(file_slice: FileSlice, item: WorkItem, file: Any, left_out: LeftOut) -> Iterator[pa.Array]:
     left = file_slice.max_documents
     # pre_buffer, which is the default, would read whole column chunks ahead
     options = {"buffer_size": _PAGE_BYTES, "pre_buffer": False, "page_checksum_verification": True}
     with pq.ParquetFile(file, **options) as parquet:
+        columns = _columns(file_slice, item, parquet.metadata)
         first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(file_slice.start))
         groups = range(file_slice.start, file_slice.stop)
-        for group, chunk in zip(groups, text_chunks(parquet.metadata, text_column, groups), strict=True):
+        for group, chunks in zip(groups, text_chunks(parquet.metadata, item.text_column, groups), strict=True):
             row = first_row
-            for batch in parquet.iter_batches(_rows_at_a_time(chunk), [group], [text_column], use_threads=False):
-                texts: Any = batch.column(0)[:left]
-                texts = texts.cast(pa.large_string())  # from strings with 32-bit offsets, dictionaries, views
-                _require_utf8(texts, file_slice, row)
-                yield texts
+            for chunk in chunks:
+                _require_modest_cells(chunk, f"row group {group} of {file_slice.where}")
+            rows = min(map(_rows_at_a_time, chunks))
+            for batch in _row_batches(parquet, rows, group, [column.leaf for column in columns]):
+                texts: Any = joined_texts(batch.slice(0, left), columns, item.rules.column_separator)
+                yield _checked_utf8(texts, file_slice, row, left_out)
                 row += len(texts)
                 if left is not None and (left := left - len(texts)) == 0:
                     return
             first_row += parquet.metadata.row_group(group).num_rows
+
+
+def _columns(file_slice: FileSlice, item: WorkItem, metadata: pq.FileMetaData) -> list[Column]:
+    try:
+        return find_columns(metadata.schema.to_arrow_schema(), item.text_column)
+    except LookupError as error:  # the file was changed since the plan was made
+        raise DamagedInputError(f"{file_slice.where} {error.args[0]}") from error
+
+
+def _row_batches(parquet: pq.ParquetFile, rows: int, group: int, leaves: list[int]) -> Iterator[pa.RecordBatch]:
+    """By the numbers of columns, because a path such as data.text may be that of two."""
+    yield from parquet.reader.iter_batches(rows, row_groups=[group], column_indices=leaves, use_threads=False)
 
 
 def _rows_at_a_time(chunk: Any) -> int:
@@ -126,96 +167,181 @@ def _rows_at_a_time(chunk: Any) -> int:
         rows = min(rows, _ARRAY_BYTES * chunk.num_values // chunk.total_uncompressed_size)
     if chunk.has_dictionary_page:
         dictionary_bytes = chunk.data_page_offset - (chunk.dictionary_page_offset or 0)
+        if chunk.total_uncompressed_size > MOST_EXPANSION * chunk.total_compressed_size:
+            dictionary_bytes = chunk.total_uncompressed_size
         rows = min(rows, _DICTIONARY_ROWS, _DICTIONARY_BYTES // max(1, dictionary_bytes))
     return max(1, rows)
 
 
-def _require_utf8(texts: pa.Array, file_slice: FileSlice, first_row: int) -> None:
-    """Raise DamagedInputError for text that is not UTF-8, which Arrow checks only on request (4 GB/s)."""
+def _require_modest_cells(chunk: Any, where: str) -> None:
+    """Raise DamagedInputError for cells that take far more memory than their place in the file suggests."""
+    unpacked_bytes, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
+    largest = max(EXPANDED_BYTES, MOST_EXPANSION * stored)
+    if unpacked_bytes > largest and unpacked_bytes > _GIANT_CELL_BYTES * chunk.num_values:
+        raise DamagedInputError(
+            f"{where} holds {chunk.num_values:,} cells of {unpacked_bytes / 1e6:,.0f} MB in {stored / 1e6:,.2f} MB: "
+            f"cells that expand to more than {MOST_EXPANSION} times their place in the file are not read, because few "
+            "machines have the memory; write them without compression if they are meant, or leave them out with "
+            "--skip_bad_files"
+        )
+
+
+def _checked_utf8(texts: pa.Array, file_slice: FileSlice, first_row: int, left_out: LeftOut) -> pa.Array:
+    """The rows that are UTF-8, which Arrow checks only on request (4 GB/s); the others are bad records."""
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid:
-        for row, value in enumerate(texts.cast(pa.large_binary()), first_row):
-            _decode(value.as_buffer() if value.is_valid else b"", f"row {row} of {file_slice.where}")
-        raise
+        is_good = np.ones(len(texts), bool)
+        for row, value in enumerate(texts.cast(pa.large_binary())):
+            if problem := _utf8_problem(value.as_buffer() if value.is_valid else b""):
+                left_out.add_bad(problem, f"row {first_row + row}", file_slice)
+                is_good[row] = False
+        if is_good.all():
+            raise
+        texts = texts.cast(pa.large_binary()).filter(pa.array(is_good)).cast(pa.large_string())
+    return texts
 
 
-def _decode(content: Any, where: str) -> None:
+def _utf8_problem(content: Any) -> RecordError | None:
     try:
         codecs.decode(content, "utf-8")
     except UnicodeDecodeError as error:
         byte = memoryview(content).cast("B")[error.start]
-        raise DamagedInputError(f"{where} is not UTF-8 text: byte {error.start} is {byte:#04x}") from error
+        return RecordError(f"is not UTF-8 text: byte {error.start} is {byte:#04x}", NOT_UTF8)
+    return None
 
 
-def _json(
-    file_slice: FileSlice, text_column: str, file: Any, skipped: Counter[str], fetched_from: int | None
-) -> Iterator[pa.Array]:
+# ---- lines and texts -------------------------------------------------------------------------------------------------
+
+
+def _json_texts(
+    file_slice: FileSlice, item: WorkItem, file: Any, left_out: LeftOut, fetched_from: int | None
+) -> Iterator[bytes | pa.Array]:
     """``fetched_from``: the position in the whole file where ``file`` begins, if it is a fetched range of it."""
     position, stop = 0, None
     if file_slice.is_range:
         stop = file_slice.stop
         position = json_lines.seek_first_line(file, file_slice.start, stop) if fetched_from is None else fetched_from
-    lines = json_lines.read_lines(unpacked(file, file_slice.name), position, stop)
-    yield from _batches(_json_texts(file_slice, text_column, lines, skipped))
-
-
-def _json_texts(
-    file_slice: FileSlice, key: str, lines: Iterable[tuple[int, json_lines.Line]], skipped: Counter[str]
-) -> Iterator[bytes | pa.Array]:
+    content, limit = unpacked(file, file_slice.name), largest_record(file_slice)
     records = 0
-    with reading(file_slice.where):
-        for number, (position, line) in enumerate(lines, 1):
+    with reading(file_slice.where), _expansion_explained(file_slice):
+        for number, (place, line) in enumerate(json_lines.read_lines(content, position, stop, limit), 1):
             if json_lines.is_blank(line):
                 continue
             if records == file_slice.max_documents:
                 return
             records += 1
             try:
-                text = json_lines.text_of(line, key)
-            except ValueError as error:
-                raise DamagedInputError(f"{_place(file_slice, number, position)} {error}") from error
-            except LookupError as error:
-                raise UserError(f"{_place(file_slice, number, position)} {error.args[0]}") from error
+                text = json_lines.text_of(line, item.text_column, item.rules.column_separator)
+            except RecordError as error:
+                left_out.add_bad(error, _place("line", file_slice, number, place), file_slice)
+                continue
             if text is None:
-                skipped["null"] += 1
+                left_out.counts["null"] += 1
             else:
                 yield text
 
 
-def _place(file_slice: FileSlice, number: int, position: int) -> str:
-    """Where a line is, for messages: its number where all lines before it were read, or else its first byte."""
-    is_counted = file_slice.start == 0 or not file_slice.is_range
-    return (
-        f"line {number} of {file_slice.where}" if is_counted else f"the line at byte {position:,} of {file_slice.where}"
+def _document_texts(
+    file_slice: FileSlice, rules: DocumentRules, file: Any, left_out: LeftOut, fetched_from: int | None
+) -> Iterator[bytes | pa.Array]:
+    """The documents of a text file between separators; ``fetched_from`` as for lines."""
+    separator = documents.Separator(rules.document_separator or "")
+    position, stop = 0, None
+    if file_slice.is_range:
+        stop = file_slice.stop
+        position = fetched_from or 0
+        if fetched_from is None:
+            position = documents.seek_first_document(file, file_slice.start, stop, separator)
+    content = unpacked(file, file_slice.name)
+    found = documents.read_documents(
+        content, position, stop, separator, max_bytes=rules.max_document_bytes, limit=largest_record(file_slice)
     )
+    with reading(file_slice.where), _expansion_explained(file_slice):
+        for number, (place, text) in enumerate(found, 1):
+            if number - 1 == file_slice.max_documents:
+                return
+            if text is None:
+                left_out.counts[TOO_LARGE] += 1
+            elif problem := _document_problem(text):
+                left_out.add_bad(problem, _place("document", file_slice, number, place), file_slice)
+            else:
+                yield text
 
 
-def _csv_texts(file_slice: FileSlice, text_column: str, file: Any, skipped: Counter[str]) -> Iterator[bytes]:
+def _csv_texts(file_slice: FileSlice, item: WorkItem, file: Any, skipped: Counter[str]) -> Iterator[bytes]:
     with reading(file_slice.where):
-        for text in tables.csv_texts(file_slice, text_column, file):
+        for text in tables.csv_texts(file_slice, item, file):
             if text is None:
                 skipped["null"] += 1
             else:
                 yield text
 
 
-def _text(file: Any, file_slice: FileSlice) -> pa.Array:
-    """A file as one document; takes its size in memory once."""
+def _document_problem(text: bytes | pa.Array) -> RecordError | None:
+    if isinstance(text, bytes):
+        return None if text.isascii() else _utf8_problem(text)
+    return _utf8_problem(text[0].as_buffer())
+
+
+def _place(record: str, file_slice: FileSlice, number: int, position: int) -> str:
+    """Where a record is, for messages: its number where all before it were read, or else its first byte."""
+    is_counted = file_slice.start == 0 or not file_slice.is_range
+    return f"{record} {number}" if is_counted else f"the {record} at byte {position:,}"
+
+
+def largest_record(file_slice: FileSlice) -> int:
+    """Most bytes of one line or document: in a compressed file, some hundred times its size, or 256 MB."""
+    if compression_of(file_slice.name) is None:
+        return 1 << 62
+    return max(EXPANDED_BYTES, MOST_EXPANSION * stored_bytes(file_slice))
+
+
+@contextlib.contextmanager
+def _expansion_explained(file_slice: FileSlice) -> Iterator[None]:
+    """Turn an ExpansionError into a sentence about the file."""
+    try:
+        yield
+    except ExpansionError as error:
+        raise DamagedInputError(
+            f"{file_slice.where} {error}, though it is only {stored_bytes(file_slice) / 1e6:,.2f} MB itself: what "
+            f"expands to more than {MOST_EXPANSION} times its size is not read, because few machines have the memory; "
+            "unpack the file if it is meant, or leave it out with --skip_bad_files"
+        ) from error
+
+
+def _text(file: Any, file_slice: FileSlice, max_bytes: int | None, left_out: LeftOut) -> Iterator[pa.Array]:
+    """A file as one document; takes its size in memory once. Of one above ``max_bytes`` no more than that is read."""
+    most = 1 << 62 if max_bytes is None else max_bytes + len(codecs.BOM_UTF8)
     if compression_of(file_slice.name):
-        content = bytearray()
-        while chunk := file.read(_CHUNK_BYTES):
-            content += chunk
+        with _expansion_explained(file_slice):
+            content = _unpacked_text(unpacked(file, file_slice.name), most, largest_record(file_slice))
     else:
-        content = file.read()
+        content = file.read() if max_bytes is None or stored_bytes(file_slice) <= most else None
+    if content is None:
+        left_out.counts[TOO_LARGE] += 1
+        return
     start = len(codecs.BOM_UTF8) if content[:3] == codecs.BOM_UTF8 else 0
     text = array_of(content, start, len(content), pa.large_string())
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
-        _decode(memoryview(content)[start:], file_slice.where)
+        if problem := _utf8_problem(memoryview(content)[start:]):
+            raise DamagedInputError(f"{file_slice.where} {problem}") from problem
         raise
-    return text
+    yield text
+
+
+def _unpacked_text(stream: Any, most: int, limit: int) -> bytearray | None:
+    """All of a stream; None if it is longer than ``most``, ExpansionError if longer than ``limit``."""
+    content = bytearray()
+    while chunk := stream.read(_CHUNK_BYTES):
+        content += chunk
+        if len(content) > most:
+            return None
+        if len(content) > limit:
+            raise ExpansionError(f"has a text of more than {limit / 1e6:,.0f} MB")
+    return content
 
 
 def _module(file_slice: FileSlice, file: Any, skipped: Counter[str]) -> Iterator[pa.Array]:
@@ -281,6 +407,14 @@ def _joined(arrays: Iterable[pa.Array]) -> Iterator[pa.Array]:
         waiting_bytes += size_bytes
     if waiting:
         yield pa.concat_arrays(waiting) if len(waiting) > 1 else waiting[0]
+
+
+def _without_large(texts: Any, max_bytes: int, skipped: Counter[str]) -> Any:
+    is_large: Any = pc.greater(pc.binary_length(texts), max_bytes)
+    if is_large.true_count:
+        skipped[TOO_LARGE] += is_large.true_count
+        texts = texts.filter(pc.invert(is_large))
+    return texts
 
 
 def _without_blanks(texts: Any, skipped: Counter[str]) -> Any:

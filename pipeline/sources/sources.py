@@ -28,9 +28,11 @@ from pipeline.remote import files as remote_files
 from pipeline.remote.remote_file import RemoteFile, redact_url
 from pipeline.sources import docstrings, tables
 from pipeline.sources.parquet_metadata import text_chunks
+from pipeline.sources.text_columns import find_columns
 from pipeline.sources.work_items import (
     Damage,
     FileSlice,
+    NoTextError,
     explained,
     local_version,
     open_slice,
@@ -98,25 +100,35 @@ class Source:
     """Name of what may be, or hold, a file of the source and cannot be looked at, and why: a link, a closed folder."""
 
     def layouts(
-        self, text_column: str, progress: Callable[[], None] | None = None, damaged: Damage | None = None
+        self,
+        text_column: str,
+        progress: Callable[[], None] | None = None,
+        damaged: Damage | None = None,
+        *,
+        has_separator: bool = False,
     ) -> Iterator[Layout]:
         """The files in order; footers are read in threads a little ahead of the caller, who may stop.
 
         Args:
             text_column: the column of parquet files that holds the text.
             progress: called once per file.
-            damaged: takes a note of every file whose footer cannot be read, which is then left out.
+            damaged: takes a note of every file without text in ``text_column``, or whose footer cannot be read; it is
+                then left out.
+            has_separator: whether text files hold many documents with a separator between them.
 
         Raises:
             DamagedInputError: a footer cannot be read, a link leads nowhere, a file is a git-LFS pointer, and
                 ``damaged`` is not given.
-            UserError: a file has no text in ``text_column``; a folder is closed to this user.
+            UserError: a file has no text in ``text_column``, and ``damaged`` is not given; a folder is closed to this
+                user.
         """
 
-        def layout(whole: FileSlice) -> Layout | DamagedInputError:
+        def layout(whole: FileSlice) -> Layout | DamagedInputError | NoTextError:
+            if has_separator and whole.kind == "txt":
+                whole = dataclasses.replace(whole, kind="documents")
             try:
                 return _layout(whole, text_column)
-            except DamagedInputError as error:
+            except (DamagedInputError, NoTextError) as error:
                 return error
 
         for name, problem in self.problems:
@@ -129,7 +141,7 @@ class Source:
             if isinstance(result, Layout):
                 yield result
             elif damaged is None:
-                raise result
+                raise UserError(str(result)) if isinstance(result, NoTextError) else result
             else:
                 damaged.append({"name": whole.name, "reason": str(result)})
 
@@ -265,26 +277,18 @@ def _ahead(function: Callable[[A], B], items: Iterable[A], num_threads: int) -> 
 
 
 def _row_groups(whole: FileSlice, text_column: str) -> Layout:
-    """The layout of a parquet file: one unit per row group. Checks that the column holds text."""
+    """The layout of a parquet file: one unit per row group. LookupError where the column holds no text."""
     with reading(whole.where), open_slice(whole) as file:
         metadata = pq.read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
-    if text_column not in schema.names:
-        raise UserError(
-            f"{whole.where} has no column {text_column!r}, only {', '.join(schema.names)}; name one with --text_column"
-        )
-    arrow_type = schema.field(text_column).type
-    if not tables.is_text(arrow_type):
-        raise UserError(
-            f"column {text_column!r} of {whole.where} holds {arrow_type}, not text; name another with --text_column"
-        )
+    find_columns(schema, text_column)
     with reading(whole.where):
         chunks = text_chunks(metadata, text_column, range(metadata.num_row_groups))
     return Layout(
         whole=whole,
         bounds=np.arange(len(chunks) + 1),
-        sizes=np.array([chunk.total_uncompressed_size for chunk in chunks], np.int64),
-        documents=np.array([chunk.num_values for chunk in chunks], np.int64),
+        sizes=np.array([sum(chunk.total_uncompressed_size for chunk in columns) for columns in chunks], np.int64),
+        documents=np.array([metadata.row_group(group).num_rows for group in range(len(chunks))], np.int64),
     )
 
 
@@ -296,13 +300,15 @@ def _layout(whole: FileSlice, text_column: str) -> Layout:
             return _row_groups(whole, text_column)
         if whole.kind in ("arrow", "csv", "tsv"):
             tables.check_table(whole, text_column)
+    except LookupError as error:
+        raise NoTextError(f"{whole.where} {error.args[0]}") from error
     except UserError as error:
         raise explained(whole, error) from error
     return _ranges(whole)
 
 
 def _ranges(whole: FileSlice) -> Layout:
-    """The layout of other files: ranges of bytes of a plain .jsonl file; anything else is read whole."""
+    """The layout of other files: ranges of bytes of plain lines or documents; anything else is read whole."""
     if whole.is_range:
         bounds = np.append(np.arange(0, whole.size_bytes, _RANGE_BYTES), whole.size_bytes)
         return Layout(whole=whole, bounds=bounds, sizes=np.diff(bounds))

@@ -5,6 +5,7 @@ Rows of comma-separated values may span lines, so neither they nor Arrow's strea
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -13,31 +14,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import DamagedInputError, UserError
+from pipeline.errors import DamagedInputError
 from pipeline.sources.compressions import unpacked
-from pipeline.sources.work_items import FileSlice, open_slice, reading
+from pipeline.sources.text_columns import find_columns, find_names, joined_texts
+from pipeline.sources.work_items import FileSlice, WorkItem, open_slice, reading
 
 _FILE_MAGIC = b"ARROW1"
 _OLD_FEATHER_MAGIC = b"FEA1"
 _MAX_FIELD_CHARS = 1 << 31
 
 
-def is_text(arrow_type: pa.DataType) -> bool:
-    """Whether a column of this type holds text, dictionary-encoded or not."""
-    if pa.types.is_dictionary(arrow_type):
-        arrow_type = arrow_type.value_type
-    return bool(
-        pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or arrow_type == pa.string_view()
-    )
-
-
 def check_table(whole: FileSlice, text_column: str) -> None:
-    """Raise UserError where a table has no text in the column, by its first bytes."""
+    """Raise LookupError where a table has no text in the column, by its first bytes."""
     with reading(whole.where), open_slice(whole) as file:
         if whole.kind == "arrow":
-            _arrow_column(_arrow_schema(file, whole), text_column, whole)
+            find_columns(_arrow_schema(file, whole), text_column)
         else:
-            _csv_column(_csv_rows(file, whole), text_column, whole)
+            _csv_columns(_csv_rows(file, whole), text_column)
 
 
 def count_rows(whole: FileSlice, limit: int) -> int:
@@ -54,20 +47,27 @@ def count_rows(whole: FileSlice, limit: int) -> int:
     return max(0, min(rows, limit))
 
 
-def csv_texts(file_slice: FileSlice, text_column: str, file: Any) -> Iterator[bytes | None]:
+def csv_texts(file_slice: FileSlice, item: WorkItem, file: Any) -> Iterator[bytes | None]:
     """The texts of a .csv or .tsv file, UTF-8; None for a row that ends before the column. Blank lines are no rows."""
     rows = filter(None, _csv_rows(file, file_slice))
-    column = _csv_column(rows, text_column, file_slice)
+    with _column_explained(file_slice):
+        columns = _csv_columns(rows, item.text_column)
     for row in itertools.islice(rows, file_slice.max_documents):
-        yield row[column].encode() if column < len(row) else None
+        texts = [row[column] for column in columns if column < len(row)]
+        if len(columns) > 1:
+            texts = [text for text in texts if text and not text.isspace()] or texts[:1]
+        yield item.rules.column_separator.join(texts).encode() if texts else None
 
 
-def arrow_texts(file_slice: FileSlice, text_column: str, file: Any) -> Iterator[pa.Array]:
-    """The text column of an Arrow stream or file, batch by batch, checked to be sound and UTF-8."""
+def arrow_texts(file_slice: FileSlice, item: WorkItem, file: Any) -> Iterator[pa.Array]:
+    """The texts of an Arrow stream or file, large_string, batch by batch, checked to be sound and UTF-8."""
     left = file_slice.max_documents
-    column = _arrow_column(_arrow_schema(file, file_slice), text_column, file_slice)
-    for batch in _arrow_batches(file, [column]):
-        texts = batch.column(0)[:left]
+    schema = _arrow_schema(file, file_slice)
+    with _column_explained(file_slice):
+        columns = find_columns(schema, item.text_column)
+    fields = sorted({schema.get_field_index(column.path[0]) for column in columns})
+    for batch in _arrow_batches(file, fields):
+        texts = joined_texts(batch.slice(0, left), columns, item.rules.column_separator)
         yield texts
         if left is not None and (left := left - len(texts)) == 0:
             return
@@ -88,16 +88,19 @@ def _csv_rows(file: Any, file_slice: FileSlice) -> Iterator[list[str]]:
         ) from error
 
 
-def _csv_column(rows: Iterator[list[str]], text_column: str, file_slice: FileSlice) -> int:
-    """Number of the column; 0 where the file is empty."""
+def _csv_columns(rows: Iterator[list[str]], text_column: str) -> list[int]:
+    """Numbers of the columns; none where the file is empty."""
     names = next(filter(None, rows), [])
-    if names and text_column not in names:
-        raise UserError(_missing(file_slice, text_column, names))
-    return names.index(text_column) if names else 0
+    return find_names(names, text_column) if names else []
 
 
-def _missing(file_slice: FileSlice, text_column: str, names: list[str]) -> str:
-    return f"{file_slice.where} has no column {text_column!r}, only {', '.join(names)}; name one with --text_column"
+@contextlib.contextmanager
+def _column_explained(file_slice: FileSlice) -> Iterator[None]:
+    """Turn the LookupError of a file that was changed since the plan was made into a sentence about it."""
+    try:
+        yield
+    except LookupError as error:
+        raise DamagedInputError(f"{file_slice.where} {error.args[0]}") from error
 
 
 def _arrow_schema(file: Any, file_slice: FileSlice) -> pa.Schema:
@@ -129,13 +132,3 @@ def _arrow_batches(file: Any, columns: list[int]) -> Iterator[pa.RecordBatch]:
         for batch in map(reader.get_batch, numbers) if numbers is not None else reader:
             batch.validate(full=True)
             yield batch
-
-
-def _arrow_column(schema: pa.Schema, text_column: str, file_slice: FileSlice) -> int:
-    if text_column not in schema.names:
-        raise UserError(_missing(file_slice, text_column, schema.names))
-    arrow_type = schema.field(text_column).type
-    if not is_text(arrow_type):
-        where = f"column {text_column!r} of {file_slice.where}"
-        raise UserError(f"{where} holds {arrow_type}, not text; name another with --text_column")
-    return schema.names.index(text_column)

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -49,6 +50,62 @@ _SIGNS_OF_PLAIN_FILES = [
 Damage = list[dict[str, str]]
 """Everything that could not be read: {"name": the part of the file, "reason": a sentence}."""
 
+NO_KEY, NOT_TEXT, NOT_JSON, NOT_UTF8 = "without the key", "not text", "not JSON", "not UTF-8"
+TOO_LARGE = "above max_document_bytes"
+
+
+class RecordError(ValueError):
+    """One record, such as a line, holds no text that can be read; the message goes on after the record's place."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NoTextError(UserError):
+    """A file has no text under the name of the text column; ``--skip_bad_files`` leaves it out."""
+
+
+class ExpansionError(Exception):
+    """A record of a compressed file is far larger than the file; the message goes on after the file's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """The records that are left out: how many for each reason, and, where bad ones are, where the first is."""
+
+    counts: Counter[str]
+    first: dict[str, str] | None
+    """Reason -> a sentence about the first bad record of a file; None: a bad record is an error."""
+
+    def add_bad(self, error: RecordError, place: str, file_slice: FileSlice) -> None:
+        """Count a record of a file, or raise an error that names it."""
+        if self.first is None:
+            kind = UserError if error.reason in {NO_KEY, NOT_TEXT} else DamagedInputError
+            raise kind(f"{place} of {file_slice.where} {error}") from error
+        self.counts[error.reason] += 1
+        self.first.setdefault(error.reason, f"{place} of {file_slice.name} {error}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRules:
+    """What makes documents of the records of a file, besides the text column."""
+
+    column_separator: str = "\n\n"
+    """Text between the columns that make a document, where there are several."""
+    document_separator: str | None = None
+    """Text between the documents of a text file; None: a file is one document."""
+    max_document_bytes: int | None = None
+    """Largest document in bytes of UTF-8; None: any."""
+
+    def changes(self) -> dict[str, Any]:
+        """The values that are not the defaults."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(AS_THEY_ARE, name)}
+
+
+AS_THEY_ARE = DocumentRules()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileSlice:
@@ -58,12 +115,12 @@ class FileSlice:
     path: str
     """Path on this machine; empty for a remote file."""
     kind: str
-    """parquet, arrow, csv, tsv, jsonl, txt or py."""
+    """parquet, arrow, csv, tsv, jsonl, txt, documents (a text file of many) or py."""
     version: str
     """Hash or ETag of a remote file, or size and time of change of a local one, which pins the content."""
     start: int = 0
     stop: int = 1
-    """Row groups [start, stop) of parquet, lines that begin in bytes [start, stop) of plain JSON lines."""
+    """Row groups [start, stop) of parquet, lines or documents that begin in bytes [start, stop) of a plain file."""
     size_bytes: int
     """Approximate bytes of text in it."""
     max_documents: int | None = None
@@ -73,7 +130,7 @@ class FileSlice:
     @property
     def is_range(self) -> bool:
         """Whether start and stop are bytes."""
-        return self.kind == "jsonl" and compression_of(self.name) is None
+        return self.kind in ("jsonl", "documents") and compression_of(self.name) is None
 
     @property
     def label(self) -> str:
@@ -95,6 +152,7 @@ class WorkItem:
     index: int
     slices: tuple[FileSlice, ...]
     text_column: str
+    rules: DocumentRules = AS_THEY_ARE
 
     @property
     def size_bytes(self) -> int:
@@ -114,7 +172,13 @@ class WorkItem:
             (file_slice.name, file_slice.start, file_slice.stop, file_slice.version, file_slice.max_documents)
             for file_slice in self.slices
         ]
-        return hashlib.sha256(json.dumps([self.index, self.text_column, parts]).encode()).hexdigest()
+        rules = [changes] if (changes := self.rules.changes()) else []
+        return hashlib.sha256(json.dumps([self.index, self.text_column, parts, *rules]).encode()).hexdigest()
+
+
+def stored_bytes(file_slice: FileSlice) -> int:
+    """Size of the whole file as it is stored, compressed or not."""
+    return file_slice.file.size_bytes if file_slice.file else Path(file_slice.path).stat().st_size
 
 
 def local_version(stat: os.stat_result) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def open_run(
     """
     uri = mlflow_uri(tracking_uri, working_folder)
     recorded = _recorded_run(folder, uri)
+    if uri == mlflow_uri(None, working_folder) and not os.environ.get("MLFLOW_TRACKING_URI"):
+        _require_writable(working_folder)
     try:
         client = mlflow_client(uri)
         if recorded is not None and _known_run(client, recorded):
@@ -90,6 +93,19 @@ def open_run(
     folder.make()
     write_json(folder, MLFLOW_RUN_FILE, asdict(run) | {"tracking_uri": redact(uri)})
     return run
+
+
+def _require_writable(working_folder: Path) -> None:
+    """UserError where the embedded store cannot be; sqlite would be tried for two minutes."""
+    try:
+        working_folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=working_folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the working folder {working_folder}, where MLflow's mlflow.db would be, cannot be written "
+            f"({error.strerror}); start in another folder, or name a store with --tracking_uri"
+        ) from error
 
 
 def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) -> MLflowRun | None:

@@ -62,7 +62,7 @@ class PeriodicEvaluation:
 
         Each rank evaluates one batch for it; nothing happens if steps are not compiled.
         """
-        if compiles(self.config, self.workers):
+        if self.config.val_every and compiles(self.config, self.workers):
             config = self.config
             self._validation_loss(self.workers.world_size * config.micro_batch * config.context_length)
 
@@ -73,7 +73,7 @@ class PeriodicEvaluation:
         """
         config = self.config
         last = done == config.train_steps
-        if done % config.val_every == 0 or last:
+        if config.val_every and (done % config.val_every == 0 or last):
             self._validate(done, checkpoint)
         with torch.compiler.set_stance("force_eager"):  # every other length would be compiled anew
             if self._questions is not None and (done % config.hellaswag_every == 0 or last):

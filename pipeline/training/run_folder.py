@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.run_files import BEST_FILE, CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, open_folder
 from pipeline.storage.json_files import read_json, write_json
+from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.tracker import RunInput
 from pipeline.training.schedule import check_schedule
 
@@ -32,8 +33,8 @@ class RunSummary:
     """Training loss of the first step, nats per token."""
     last_loss: float
     """Training loss of the last step, nats per token."""
-    val_loss: float
-    """Validation loss on the first val_tokens of the val set, nats per token."""
+    val_loss: float | None
+    """Validation loss on the first val_tokens of the val set, nats per token; None without validation."""
     val_tokens: int
     sample: str
     tokens_per_second: float
@@ -51,8 +52,8 @@ class RunSummary:
     hellaswag_questions: int | None = None
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(self.val_loss)
+    def perplexity(self) -> float | None:
+        return None if self.val_loss is None else math.exp(self.val_loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,27 @@ def read_best(output: Folder) -> Best | None:
 
 def write_best(output: Folder, best: Best) -> None:
     write_json(output, BEST_FILE, asdict(best))
+
+
+def open_splits(config: PretrainConfig, data: Folder) -> tuple[Tokenizer, Manifest]:
+    """Tokenizer and manifest of the data of a run.
+
+    Raises:
+        UserError: no such data, nothing to train on, or nothing to validate on though the settings ask for it.
+    """
+    tokenizer, manifest = open_data(data)
+    config.check_vocab_size(manifest.vocab_size)
+    if not manifest.tokens("train"):
+        raise UserError(
+            f"data folder {data} has nothing to train on: all its documents are held out for validation; "
+            "tokenize again, into another folder, with a lower --val_fraction"
+        )
+    if config.val_every and manifest.tokens("val") < 2:
+        raise UserError(
+            f"data folder {data} has nothing to validate on: no document is held out; give --val_every 0 to train "
+            "without, or tokenize again, into another folder, with a larger --val_fraction or --val_split tail"
+        )
+    return tokenizer, manifest
 
 
 def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
@@ -99,8 +121,7 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
 
     It needs neither Ray nor a process group, so that jobs can report at once that a run is done or does not match.
     """
-    _, manifest = open_data(as_folder(data))
-    config.check_vocab_size(manifest.vocab_size)
+    _, manifest = open_splits(config, as_folder(data))
     output = as_folder(output)
     newest = newest_info(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))
     if newest is None:

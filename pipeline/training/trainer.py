@@ -22,7 +22,7 @@ from pipeline.checkpoints.writer import CheckpointWriter, training_state
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchLoader, BatchOrder
-from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
+from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.shards import open_split
 from pipeline.distributed import determinism
 from pipeline.distributed.determinism import deterministic
@@ -37,6 +37,7 @@ from pipeline.pretrained import weights
 from pipeline.run_files import CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
 from pipeline.storage.json_files import write_json
+from pipeline.tokenizer.bpe import END_OF_TEXT
 from pipeline.tracking import hardware
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.batch_size import building_explained, out_of_memory_explained
@@ -46,7 +47,7 @@ from pipeline.training.nonfinite import NonFiniteFinder
 from pipeline.training.optimizer import build_optimizer, compiles, learning_rate
 from pipeline.training.periodic_evaluation import PeriodicEvaluation
 from pipeline.training.profiling import StepProfiler
-from pipeline.training.run_folder import RunSummary, check_resumable, run_inputs
+from pipeline.training.run_folder import RunSummary, check_resumable, open_splits, run_inputs
 from pipeline.training.step import StepResult, accumulate_gradients
 from pipeline.training.step_guard import Outcome, StepGuard
 from pipeline.training.throughput import ThroughputMeter
@@ -85,8 +86,7 @@ class Trainer:
         self.config, self.workers, self.tracker = config, workers, tracker
         self.is_deterministic = config.deterministic == "on"
         self.data, self.output = data, output = as_folder(data), as_folder(output)
-        self.tokenizer, self.manifest = open_data(data)
-        config.check_vocab_size(self.manifest.vocab_size)
+        self.tokenizer, self.manifest = open_splits(config, data)
         self.train_stream, self.val_stream = open_split(data, "train"), open_split(data, "val")
         self.startup.mark("data")
         self.model_config = config.model_config(self.manifest.vocab_size)
@@ -222,7 +222,7 @@ class Trainer:
         config = self.config
         evaluations = (config.val_every, config.sample_every, config.hellaswag_every)
         intervals = (config.log_every, config.checkpoint_every, *evaluations)
-        return done in {1, config.train_steps} or any(done % interval == 0 for interval in intervals)
+        return done in {1, config.train_steps} or any(done % interval == 0 for interval in filter(None, intervals))
 
     def _after_step(self, done: int, result: StepResult) -> None:
         """Do all that is due after ``done`` steps. A checkpoint comes before the evaluation, which may fail."""
@@ -346,6 +346,7 @@ class Trainer:
             tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
             world_size=self.workers.world_size,
             skipped_steps=self.skipped_steps,
+            eot_id=None if self.tokenizer.end_of_text == END_OF_TEXT else self.tokenizer.eot_id,
         )
         path = self.writer.save(training_state(self.model, self.optimizer), info)
         if self.workers.is_rank_zero:
@@ -362,15 +363,14 @@ class Trainer:
     def _summarize(self) -> RunSummary:
         done = max(self.start_step, self.config.train_steps)
         measured = self.evaluation
-        assert measured.validation is not None
         return RunSummary(
             steps=done,
             tokens_seen=done * self.config.tokens_per_step,
             parameters=self.model_config.num_parameters,
             first_loss=self.first_loss,
             last_loss=self.last_loss,
-            val_loss=measured.validation.loss,
-            val_tokens=measured.validation.tokens,
+            val_loss=measured.validation.loss if measured.validation else None,
+            val_tokens=measured.validation.tokens if measured.validation else 0,
             sample=measured.sample,
             tokens_per_second=self.throughput.tokens_per_second(),
             checkpoint=str(self.writer.path_of_step(done)),

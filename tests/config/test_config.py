@@ -219,6 +219,12 @@ def test_special_tokens_are_a_list_in_flags_and_presets(tmp_path: Path) -> None:
     assert train_tokenizer("--config", path).special_tokens == ("<|a|>", "b c")
     flags = train_tokenizer("--config", path, "--special-tokens", "xx", "ż", "--vocab_size", "300")
     assert (flags.special_tokens, flags.pattern, flags.vocab_size) == (("xx", "ż"), "cl100k", 300)
+    for together in (
+        ["--special_tokens", "<|a|>,b c"],
+        ["--special_tokens=<|a|>,b c"],
+        ["--special-tokens", "<|a|>", "b c"],
+    ):
+        assert train_tokenizer(*together).special_tokens == ("<|a|>", "b c")
     none = train_tokenizer("--config", preset(tmp_path, "train_tokenizer: {special_tokens: []}"), "--vocab_size", "256")
     assert none.special_tokens == ()
     assert TrainTokenizerConfig(**to_dict(flags)) == flags

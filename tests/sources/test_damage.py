@@ -34,17 +34,30 @@ def damaged(content: bytes, kind: str) -> bytes:
 
 def read_what_is_left(source: Path, *, item_bytes: int = 1_000_000) -> tuple[list[str], list[dict[str, str]]]:
     """Texts before the damage and the notes of it; the same from files and from what was fetched."""
+    texts, notes, _, _ = read_good_records(source, item_bytes=item_bytes, first_bad=None)
+    return texts, notes
+
+
+def read_good_records(
+    source: Path, *, item_bytes: int = 1_000_000, first_bad: dict[str, str] | None
+) -> tuple[list[str], list[dict[str, str]], dict[str, int], dict[str, str] | None]:
+    """Texts, notes of damage, records left out by reason, and the first of them; from files and from what was fetched.
+
+    ``first_bad``: empty, or None where a bad record is damage.
+    """
     outcomes = []
     for remote in (False, True):
         notes: list[dict[str, str]] = []
         texts: list[str] = []
+        skipped: Counter[str] = Counter()
+        first = None if first_bad is None else dict(first_bad)
         items = items_of(source, item_bytes=item_bytes)
         for item in as_remote(items) if remote else items:
             table = column_chunks.fetch_column_chunks(item, open_local) if remote else None
-            for array in read_item(item, Counter(), table, notes):
+            for array in read_item(item, skipped, table, notes, first):
                 texts += array.to_pylist()
         reasons = [{**note, "reason": note["reason"].replace("s3://", "")} for note in notes]
-        outcomes.append((texts, reasons))
+        outcomes.append((texts, reasons, dict(skipped), first))
     assert outcomes[0] == outcomes[1]
     return outcomes[0]
 
@@ -232,7 +245,7 @@ def as_remote_unseen(item: Any) -> Any:
         (b'{"body": "a", "id": 1}', "has no key 'text', only body, id; name one with --text_column", UserError),
         (b'{"text": 5}', "has a int under 'text', not text", UserError),
         (b'{"text": "a\xff"}', "is not UTF-8 text: byte 11 is 0xff", DamagedInputError),
-        (b'{"text": "\\ud800"}', "is not UTF-8 text: it spells half a surrogate pair", DamagedInputError),
+        (b'{"text": "\\ud800"}', "", UserError),
         (b'{"text": "\\uD83D\\uDE42"}', "", UserError),
         (b"[" * 100_000, "is no JSON object", DamagedInputError),
     ],
@@ -250,7 +263,8 @@ def test_bad_json_line(  # noqa: PLR0917
     before = json_lines(["one", "two"]) + b"\n"
     (tmp_path / "a.jsonl").write_bytes(before + line + b"\n" + json_lines(["four"]))
     if not message:
-        assert read_what_is_left(tmp_path) == (["one", "two", "🙂", "four"], [])
+        expected = "🙂" if b"D83D" in line else "\ufffd"
+        assert read_what_is_left(tmp_path) == (["one", "two", expected, "four"], [])
         return
     assert f"line 4 of {tmp_path}/a.jsonl {message}" in mistake(tmp_path, kind=kind)
     (item, *others) = items_of(tmp_path, item_bytes=10)
@@ -262,6 +276,10 @@ def test_bad_json_line(  # noqa: PLR0917
         texts, (note,) = read_what_is_left(tmp_path)
         assert texts == ["one", "two"]
         assert f"line 4 of {tmp_path}/a.jsonl {message}" in note["reason"]
+    texts, notes, skipped, first = read_good_records(tmp_path, first_bad={})
+    assert (texts, notes) == (["one", "two", "four"], [])
+    ((reason, sentence),) = (first or {}).items()
+    assert skipped == {reason: 1} and f"line 4 of a.jsonl {message}" in sentence
 
 
 def test_bad_line_of_a_compressed_file(tmp_path: Path) -> None:
@@ -298,4 +316,10 @@ def test_rows_that_are_not_utf8(tmp_path: Path, dictionary: bool) -> None:
     assert read_what_is_left(tmp_path) == (
         ["one", "two"],
         [{"name": "a.parquet row groups 0-3", "reason": sentence}],
+    )
+    assert read_good_records(tmp_path, first_bad={}) == (
+        ["one", "two", "five"],
+        [],
+        {"null": 1, "not UTF-8": 1},
+        {"not UTF-8": "row 3 of a.parquet is not UTF-8 text: byte 1 is 0xff"},
     )

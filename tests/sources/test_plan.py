@@ -45,7 +45,7 @@ def layout_of(name: str, units: list[tuple[int, int]]) -> Layout:
     )
 
 
-def plan_of(files: Sizes, item_bytes: int, **limits: int) -> list[WorkItem]:
+def plan_of(files: Sizes, item_bytes: int, **limits: Any) -> list[WorkItem]:
     return make_plan(layouts_of(files), text_column="text", item_bytes=item_bytes, **limits)
 
 
@@ -182,7 +182,13 @@ def test_nothing_behind_a_limit_is_asked_for() -> None:
         yield layout_of("00.parquet", [(10, 5)] * 3)
         pytest.fail("the plan was made already")
 
-    for limits in ({"limit_documents": 15}, {"limit_bytes": 30}, {"limit_documents": 1}, {"limit_bytes": 1}):
+    every_limit: list[dict[str, Any]] = [
+        {"limit_documents": 15},
+        {"limit_bytes": 30},
+        {"limit_documents": 1},
+        {"limit_bytes": 1},
+    ]
+    for limits in every_limit:
         make_plan(layouts(), text_column="text", item_bytes=100, **limits)
 
 

@@ -17,7 +17,7 @@ from pipeline.sources import column_chunks
 from pipeline.sources.plan import load_plan, make_plan, save_plan
 from pipeline.sources.readers import read_item
 from pipeline.sources.sources import find
-from pipeline.sources.work_items import FileSlice, WorkItem, open_slice
+from pipeline.sources.work_items import DocumentRules, FileSlice, WorkItem, open_slice
 
 TEXTS = [
     "A first text.",
@@ -44,14 +44,18 @@ def write_parquet(
     pq.write_table(table, path, row_group_size=row_group_size, **{"compression": "zstd", **options})
 
 
-def items_of(source: Path | str, *, item_bytes: int = 1_000_000, text_column: str = "text") -> list[WorkItem]:
-    return make_plan(find(str(source)).layouts(text_column), text_column=text_column, item_bytes=item_bytes)
+def items_of(
+    source: Path | str, *, item_bytes: int = 1_000_000, text_column: str = "text", **rules: Any
+) -> list[WorkItem]:
+    layouts = find(str(source)).layouts(text_column, has_separator="document_separator" in rules)
+    return make_plan(layouts, text_column=text_column, item_bytes=item_bytes, rules=DocumentRules(**rules))
 
 
 def read_items(items: list[WorkItem], **options: Any) -> list[str]:
     """The texts of all items; every item survives its way through JSON first."""
     copies = load_plan(save_plan(items))
-    arrays = [array for item in copies for array in read_item(item, options.get("skipped", Counter()))]
+    skipped, first_bad = options.get("skipped", Counter()), options.get("first_bad")
+    arrays = [array for item in copies for array in read_item(item, skipped, None, None, first_bad)]
     assert {array.type for array in arrays} <= {pa.large_string()}
     assert not any(array.null_count for array in arrays)
     return [text for array in arrays for text in array.to_pylist()]

@@ -31,7 +31,7 @@ def make_job(output: Path, tokenizer: Tokenizer, items: list[WorkItem], *, item_
         settings="{}",
         val_fraction=0.005,
         part_bytes=2 * item_bytes,
-        skip_damaged=False,
+        skip=(),
         num_items=len(items),
     )
 
