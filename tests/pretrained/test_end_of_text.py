@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.inference import ExportConfig
 from pipeline.dataset.manifest import Manifest
@@ -18,7 +19,8 @@ from tests.support.models import ALONE
 
 
 def test_another_token_between_documents_goes_with_the_model(tiny_data: Path, tmp_path: Path) -> None:
-    for name, changes in (("usual", {}), ("other", {"eot_id": 97})):
+    choices: list[tuple[str, dict[str, Any]]] = [("usual", {}), ("other", {"eot_id": 97})]
+    for name, changes in choices:
         data = tmp_path / f"{name} data"
         shutil.copytree(tiny_data, data)
         manifest = Manifest.load(data)

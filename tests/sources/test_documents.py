@@ -6,7 +6,9 @@ import gzip
 import io
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -127,7 +129,9 @@ def test_large_documents_are_counted_and_left_out(
     else:
         content = json_lines(texts) if "json" in name else "<|e|>".join(texts).encode()
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    rules = {"max_document_bytes": 50} | ({"document_separator": "<|e|>"} if name.startswith("a.txt") else {})
+    rules: dict[str, Any] = {"max_document_bytes": 50} | (
+        {"document_separator": "<|e|>"} if name.startswith("a.txt") else {}
+    )
     skipped: Counter[str] = Counter()
     items = items_of(tmp_path, **rules)
     times = 2 if name == "b" else 1
@@ -158,9 +162,11 @@ def test_what_expands_without_end_is_a_sentence(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("pipeline.sources.json_lines._CHUNK_BYTES", 100_000)
     text = b"z" * 20_000_000
     content = b'{"text": "' + text + b'"}\n' if "json" in suffix else text
-    pack = {"gz": gzip.compress, "st": zstd, "z2": bz2.compress, "xz": lzma.compress}[suffix[-2:]]
+    pack: Callable[[bytes], bytes] = {"gz": gzip.compress, "st": zstd, "z2": bz2.compress, "xz": lzma.compress}[
+        suffix[-2:]
+    ]  # type: ignore[assignment]
     (tmp_path / f"a{suffix}").write_bytes(pack(content))
-    rules = {"document_separator": "<|e|>"} if "documents" in suffix else {}
+    rules: dict[str, Any] = {"document_separator": "<|e|>"} if "documents" in suffix else {}
     (item,) = items_of(tmp_path, **rules)
     with pytest.raises(DamagedInputError, match=r"expands to more than 100 times its size is not read.*unpack"):
         list(read_item(item, Counter()))

@@ -171,4 +171,5 @@ def test_the_published_model_is_evaluated_and_trained_further(published: Path, c
     still, _ = run(trainer_of(from_weights(published, lr=0.0, **settings), chat_data, tmp_path / "still"))
     assert still.val_loss == pytest.approx(loss_by_another_hand(chat_data, 1000, CONFIG.context_length), rel=1e-5)
     tuned, _ = run(trainer_of(from_weights(published, **settings | {"train_steps": 20}), chat_data, tmp_path / "tuned"))
+    assert tuned.val_loss is not None and still.val_loss is not None
     assert tuned.val_loss < still.val_loss - 0.1

@@ -239,6 +239,7 @@ def test_everything_is_tracked(tiny_data: Path, tmp_path: Path) -> None:
     assert [item.context for item in tracker.inputs] == ["training", "validation", "tokenizer"]
     assert tracker.params["d_ff"] == 96 and tracker.status == "FINISHED"
     assert summary.last_loss < summary.first_loss
+    assert summary.val_loss is not None
     assert summary.perplexity == pytest.approx(math.exp(summary.val_loss))
     assert summary.sample.startswith(CONFIG.sample_prompt)
 
