@@ -162,9 +162,13 @@ def test_what_expands_without_end_is_a_sentence(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("pipeline.sources.json_lines._CHUNK_BYTES", 100_000)
     text = b"z" * 20_000_000
     content = b'{"text": "' + text + b'"}\n' if "json" in suffix else text
-    pack: Callable[[bytes], bytes] = {"gz": gzip.compress, "st": zstd, "z2": bz2.compress, "xz": lzma.compress}[
-        suffix[-2:]
-    ]  # type: ignore[assignment]
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress,
+        "st": zstd,
+        "z2": bz2.compress,
+        "xz": lzma.compress,
+    }
+    pack = packers[suffix[-2:]]
     (tmp_path / f"a{suffix}").write_bytes(pack(content))
     rules: dict[str, Any] = {"document_separator": "<|e|>"} if "documents" in suffix else {}
     (item,) = items_of(tmp_path, **rules)
