@@ -89,10 +89,9 @@ def test_every_block_is_computed_twice_a_step_and_once_in_an_evaluation(monkeypa
     assert calls == [0, 1, 2, 2, 1, 0]
 
 
-def test_a_run_on_two_ranks_has_the_same_bits(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_run_on_two_ranks_has_the_same_bits(run: Run, tmp_path: Path) -> None:  # noqa: F811
     plain = run(2, "plain")
-    monkeypatch.setattr("tests.training.test_trainer.CONFIG", dataclasses.replace(CONFIG, recompute="blocks"))
-    again = run(2, "again")
+    again = run(2, "again", settings_of=dataclasses.replace(CONFIG, recompute="blocks"))
     assert plain["losses"] == again["losses"]
     expected, found = (checkpoint_tensors(tmp_path / name) for name in ("plain", "again"))
     assert expected.keys() == found.keys()

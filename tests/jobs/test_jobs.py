@@ -141,7 +141,8 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tokenize.py", "train_tokenizer.py", "pretrain.py"])
 def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
-    flags = ["--data", str(tiny_data)] if name == "pretrain.py" else ["--source", "file"]
+    (tmp_path / "source.txt").write_text("a text")
+    flags = ["--data", str(tiny_data)] if name == "pretrain.py" else ["--source", "source.txt"]
     sentence = error_of(name, *flags, "--output", "file", cwd=tmp_path)
     assert f"output folder {tmp_path}/file cannot be made: there is a file of that name; choose another" in sentence
     sentence = error_of(name, *flags, "--output", "file/folder", cwd=tmp_path)
