@@ -34,6 +34,7 @@ from pipeline.checkpoints.metadata import DESCRIPTION_FILE, CheckpointInfo, Dama
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder, open_folder
+from pipeline.storage.node_copy import Finding
 
 logger = logging.getLogger(__name__)
 
@@ -181,10 +182,16 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name and whole shape of every tensor of the checkpoint at ``path``, by the headers of its files.
 
     Raises:
-        UserError: a header is damaged, or a part of a tensor is missing or is there twice.
+        UserError: a file has another size, a header is damaged, or a part of a tensor is missing or is there twice.
     """
+    directory = as_folder(path)
+    description = read_description(directory)
+    for file in description.files:
+        if (size := directory.size(file.name)) != file.num_bytes:
+            finding = Finding.MISSING if size is None else Finding.OTHER_SIZE
+            raise UserError(_damaged(directory, f"{file.name} {finding.reason}"))
     try:
-        found = _storage(path, read_description(as_folder(path))).read_metadata().state_dict_metadata
+        found = _storage(path, description).read_metadata().state_dict_metadata
         tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
         shapes = {name: tuple(tensor.size) for name, tensor in tensors.items()}
         parts = {name: sum(chunk.sizes.numel() for chunk in tensor.chunks) for name, tensor in tensors.items()}
