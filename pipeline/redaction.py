@@ -21,8 +21,8 @@ def redact(text: str) -> str:
     Addresses end at white space.
     """
     parts, position = [], 0
-    while (found := text.find("://", position)) >= 0:
-        start = found + len("://")
+    while (found := text.find(":/", position)) >= 0:  # what takes an address for a path makes one slash of two
+        start = found + len("://" if text.startswith("://", found) else ":/")
         end = next((index for index in range(start, len(text)) if text[index].isspace()), len(text))
         parts += [text[position:start], _redact_query(_without_user(text[start:end]))]
         position = end

@@ -55,6 +55,12 @@ def test_what_only_looks_like_a_user_stays(text: str) -> None:
     assert redact(text) == text
 
 
+def test_an_address_that_was_taken_for_a_path() -> None:
+    assert (
+        redact("there is no preset https:/me:SECRET@host/x; give one") == "there is no preset https:/host/x; give one"
+    )
+
+
 def test_several_addresses_in_one_text() -> None:
     text = "http://a:SECRET@one/x, then\nhttps://b:SECRET/@two?sig=SECRET"
     assert redact(text) == "http://one/x, then\nhttps://two?sig=***"
