@@ -154,9 +154,10 @@ def config_values(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> di
     """Content of config.json for transformers 4 and 5, vLLM and llama.cpp."""
     if config.qk_norm:
         kind: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-        kind |= {"use_sliding_window": False, "sliding_window": None}
+        more: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None}
     else:
-        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
+        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        more = {"mlp_bias": False}
     return {
         **kind,
         "vocab_size": config.vocab_size,
@@ -172,6 +173,7 @@ def config_values(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> di
         "rope_theta": config.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
         "attention_bias": False,
+        **more,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": 0.02,
         "bos_token_id": eot_id,

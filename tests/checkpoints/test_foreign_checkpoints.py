@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -144,6 +145,8 @@ def test_a_tensor_of_which_a_part_is_missing_is_refused(checkpoint: Path) -> Non
     header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(sharding)
     new = json.dumps(header).encode()
     file.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
+    entry = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    rewrite(checkpoint, lambda values: values["files"].update({file.name: entry}))
     with pytest.raises(UserError, match=r"does not hold all of the tensor model\.embedding\.weight"):
         weights.read_model_config(checkpoint)
 
