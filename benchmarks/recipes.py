@@ -117,7 +117,7 @@ SIZES = {
     "tiny": Size(
         shape={"num_layers": 1, "num_heads": 2, "d_model": 16, "d_ff": 32},
         steps=4,
-        rates={"adamw": (1e-3, 2e-3), "muon": (4e-3,)},
+        rates={"adamw": (1e-3, 2e-3), "muon": (4e-3, 8e-3)},
         changes=_ALL,
         shorter=(("fastest", 0.5),),
         seeds=2,
