@@ -93,7 +93,7 @@ class _Group:
 class Batch:
     """Decodes up to ``max_texts`` requests at a time; the others wait, first come, first served within a group.
 
-    Of two groups, the one that has had far fewer tokens may take rows of the other, up to half of all rows.
+    A group that has had far fewer tokens may take rows of another, but for the half of all rows whose texts came first.
     """
 
     def __init__(self, decoder: Decoder, *, max_texts: int) -> None:
@@ -174,11 +174,13 @@ class Batch:
         return taken
 
     def _victim(self, level: int) -> int | None:
-        """The row that a text of a group at ``level`` may take; None where longer groups have at most half of them."""
-        rows = [row for row, text in enumerate(self._active) if text.group.level > level]
-        if len(rows) <= self.max_texts // 2:
-            return None
-        return max(rows, key=lambda row: (self._active[row].group.level, self._active[row].number))
+        """The row that a text of a group at ``level`` may take; None where there is none.
+
+        The half of the rows whose texts came first is not taken, so that no stream of short requests stops long ones.
+        """
+        by_age = sorted(range(len(self._active)), key=lambda row: self._active[row].number)
+        rows = [row for row in by_age[self.max_texts // 2 :] if self._active[row].group.level > level]
+        return max(rows, key=lambda row: (self._active[row].group.level, self._active[row].number), default=None)
 
     def _interrupt(self, row: int) -> None:
         """Let a text wait, the first of its group; its window is read again when it goes on.

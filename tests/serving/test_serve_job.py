@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 import torch
@@ -103,8 +104,21 @@ def expected(checkpoint: Path, prompt: str, count: int, seed: int) -> str:
     return found.tokenizer.decode(new[0])
 
 
-def test_the_server_listens_on_loopback_only(server: Server) -> None:
-    assert not beyond_loopback(server.process.pid)
+def test_beyond_loopback_there_is_one_port_of_ray_serve_which_wants_the_token(server: Server) -> None:
+    """A replica's own port, which Ray Serve opens on all addresses, whatever Ray's address is (docs/security.md)."""
+    found = beyond_loopback(server.process.pid)
+    assert list(found) == ["::"]
+    (line,) = found["::"]
+    port, program = line.split(maxsplit=1)
+    assert program.startswith("ray::ServeReplica")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"", timeout=60)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(grpc.RpcError) as known:
+            call(b"", timeout=60, metadata=[("authorization", f"Bearer {os.environ['RAY_AUTH_TOKEN']}")])
+        assert known.value.code() != grpc.StatusCode.UNAUTHENTICATED, "it was the token that was missing"
 
 
 def test_the_openai_package(server: Server, checkpoint: Path) -> None:
