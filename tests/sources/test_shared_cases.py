@@ -1,4 +1,4 @@
-"""Troubles of real people, rebuilt by ../shared/cases/data/build.py, whose expect.json says what is right."""
+"""Troubles of real people, rebuilt by a script of ../shared/cases, whose list of expectations says what is right."""
 
 from __future__ import annotations
 
