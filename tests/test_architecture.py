@@ -225,7 +225,7 @@ NAMED_FILE = re.compile(r"(?<![\w/.*<-])((?:[\w.-]+/)*[\w-]+\.(?:py|sh|yaml|html
 OTHERS_FILES = {  # of other projects, of other machines, or made by a user
     *("pretrain.yaml", "jobs/NAME.py", "report.html"),
     *("convert_hf_to_gguf.py", "examples/tokenize_from_hf_to_s3.py", "scripts/base_train.py"),
-    *("FOLDER/forward_0.py", "forward_0.py", "backward_1.py"),
+    *("FOLDER/forward_0.py", "forward_0.py", "backward_1.py", "data/shakespeare/prepare.py"),
 }
 
 
