@@ -136,13 +136,13 @@ class Source:
                 raise problem
             damaged.append({"name": name, "reason": str(problem)})
         for whole, result in _ahead(layout, self.whole_files(), self.num_threads):
+            if damaged is None and not isinstance(result, Layout):
+                raise UserError(str(result)) if isinstance(result, NoTextError) else result
             if progress:
                 progress()
             if isinstance(result, Layout):
                 yield result
-            elif damaged is None:
-                raise UserError(str(result)) if isinstance(result, NoTextError) else result
-            else:
+            elif damaged is not None:
                 damaged.append({"name": whole.name, "reason": str(result)})
 
 
