@@ -301,7 +301,7 @@ def _layout(whole: FileSlice, text_column: str) -> Layout:
         if whole.kind in ("arrow", "csv", "tsv"):
             tables.check_table(whole, text_column)
     except LookupError as error:
-        raise NoTextError(f"{whole.where} {error.args[0]}") from error
+        raise explained(whole, NoTextError(f"{whole.where} {error.args[0]}")) from error
     except UserError as error:
         raise explained(whole, error) from error
     return _ranges(whole)

@@ -73,7 +73,8 @@ def check_plan(output: Folder, trials: Sequence[Trial]) -> None:
     Raises:
         UserError: the folder holds a sweep of other trials, or of other settings.
     """
-    plan: list[dict[str, Any]] = [{"name": t.name, "varied": t.varied, "settings": to_dict(t.config)} for t in trials]
+    entries = [{"name": t.name, "varied": t.varied, "settings": to_dict(t.config)} for t in trials]
+    plan: list[dict[str, Any]] = json.loads(json.dumps(entries))  # as it is read again: tuples are lists
     try:
         before = json.loads(output.read(PLAN_FILE))
     except FileNotFoundError:
