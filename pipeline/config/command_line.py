@@ -188,9 +188,8 @@ def is_whole(config_class: type[Any], name: str) -> bool:
 
 
 def _with_separate_names(config_class: type[Any], flags: list[str]) -> list[str]:
-    """The same flags, with A,B as two values where a flag takes any number of names."""
-    hints = get_type_hints(config_class)
-    lists = {field.name for field in dataclasses.fields(config_class) if hints[field.name] == tuple[str, ...]}
+    """The same flags, with A,B as two values where the field is marked so in its metadata."""
+    lists = {field.name for field in dataclasses.fields(config_class) if field.metadata.get("divided_at_commas")}
     separate, name = [], ""
     for flag in flags:
         before, equals, after = flag.partition("=")

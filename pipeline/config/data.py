@@ -6,7 +6,7 @@ no sense raises a UserError that shows it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.config.settings import require, require_positive
@@ -115,7 +115,7 @@ class TrainTokenizerConfig(ReadingConfig):
     """Share of the documents left out; with the val_fraction of jobs/tokenize.py they are those that it holds out."""
     min_frequency: int = 1
     """Pairs of tokens that occur less often are not merged; above 1 the vocabulary may become smaller."""
-    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    special_tokens: tuple[str, ...] = field(default=("<|endoftext|>",), metadata={"divided_at_commas": True})
     """Names of the special tokens, which get the last ids; jobs/tokenize.py needs <|endoftext|>."""
     pattern: Pattern = "gpt2"
     """Pattern that splits text into pretokens: gpt2, or cl100k as in GPT-4 and Llama 3."""
