@@ -168,6 +168,8 @@ def weight(entry: Entry) -> int:
 
 def read_entries(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[Entry, int]]:
     """The entries in bytes ``[start, stop)``, each with the position of its end; damaged lines are left out."""
+    if start >= stop:  # by however much: a foreign record may say so
+        return
     file.seek(start)
     position, damaged = start, 0
     while position < stop:
@@ -214,7 +216,7 @@ def _sent_bytes(folder: Folder, run_id: str) -> int:
         sent = read_json(folder, JOURNAL_SENT_FILE, Sent, mend="the store is asked")
     except DamagedFileError:  # empty, or cut off
         return 0
-    return sent["num_bytes"] if sent is not None and sent["run_id"] == run_id else 0
+    return max(0, sent["num_bytes"]) if sent is not None and sent["run_id"] == run_id else 0
 
 
 def _read_or_empty(folder: Folder, name: str) -> bytes:
