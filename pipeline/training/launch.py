@@ -62,6 +62,8 @@ def _pretrain_alone(
 ) -> tuple[RunSummary, MLflowRun]:
     summary = finished_summary(config, data=data, output=output)
     output.make()
+    if summary is None:
+        config = _with_inputs(config, output)
     run = open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
@@ -73,13 +75,18 @@ def _pretrain_alone(
     if summary is not None:
         send_waiting(run, output, config.registry_name)
         return summary, run
-    if config.checkpoint:  # resolved here, because workers run in other folders
+    settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress)
+    return run_workers(pretrain_worker, settings, group_settings(config), output, files), run
+
+
+def _with_inputs(config: PretrainConfig, output: Folder) -> PretrainConfig:
+    """The settings with checkpoint and questions as workers find them; looked for before MLflow has a run of this."""
+    if config.checkpoint:  # workers run in other folders
         found = find_checkpoint(open_folder(config.checkpoint)) if in_bucket(config.checkpoint) else None
         config = replace(config, checkpoint=str(found or resolve_checkpoint(config.checkpoint)))
     if config.hellaswag:  # the file may be on this machine only
         config = replace(config, hellaswag=copy_questions(find_questions(config.hellaswag), output))
-    settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress)
-    return run_workers(pretrain_worker, settings, group_settings(config), output, files), run
+    return config
 
 
 def group_settings(config: PretrainConfig) -> GroupSettings:
