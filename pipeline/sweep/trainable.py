@@ -11,6 +11,7 @@ it is stopped early: by the stop file of its workers (SharedFiles), which the dr
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -32,7 +33,7 @@ from pipeline.paths import working_folder
 from pipeline.run_files import JOURNAL_FILE
 from pipeline.storage.folders import LocalFolder, open_folder
 from pipeline.tracking.journal import read_entries
-from pipeline.tracking.mlflow_run import open_run
+from pipeline.tracking.mlflow_run import mlflow_client, open_run
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
@@ -132,8 +133,9 @@ def _train(job: TrialJob) -> dict[str, Any]:
     config = job.config
     if job.files.stop_requested():
         return {"outcome": STOPPED}
+    run = None
     try:
-        open_run(
+        run = open_run(
             tracking_uri=config.tracking_uri,
             experiment=config.experiment,
             folder=open_folder(config.output),
@@ -145,5 +147,8 @@ def _train(job: TrialJob) -> dict[str, Any]:
     except RunStopped:
         return {"outcome": STOPPED}
     except UserError as error:
+        if run is not None:  # a mistake found before training leaves it running
+            with contextlib.suppress(Exception):  # the store may be away; the sweep's own files say what failed
+                mlflow_client(run.tracking_uri).update_run(run.run_id, status="FAILED")
         return {"outcome": FAILED, "error": str(error)}
     return {"outcome": FINISHED, "step": summary.steps}

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import random
-import resource
 import shutil
 import sys
 import time
@@ -274,7 +273,9 @@ def main(base: Path, seconds: float, seed: int) -> None:
         for other, before in sound.items():
             if other == name or other.endswith("checkpoint.json") or other.startswith("finished_run/"):
                 (base / other).write_bytes(before)
-    result.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which begins with the peak of the process that started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    result.peak_bytes = int(status["VmHWM"].split()[0]) * 1024
     sys.stdout.write(json.dumps(vars(result)) + "\n")
 
 
