@@ -21,6 +21,7 @@ from pipeline.storage.folders import open_folder
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.run_history import RunHistory
 from tests.support.mlflow_server import serve
+from tests.support.ray_environment import own_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -51,8 +52,8 @@ class Job:
         self.flags = flags
         vary = ["--vary", "lr=1e-3,2e-3,5e-3,1e-2", "beta2=0.95,0.99", "--output", "sweep"]
         self.command = [sys.executable, str(ROOT / "jobs/sweep.py"), *flags, *vary]
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-        self.environment = {**own, "GPT25_HOME": str(home), "RAY_AUTH_MODE": "disabled"}
+        own = {name: value for name, value in own_environment().items() if not name.startswith("MLFLOW_")}
+        self.environment = {**own, "GPT25_HOME": str(home)}
         self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
