@@ -233,7 +233,13 @@ def explained(file_slice: FileSlice, error: UserError) -> UserError:
     with contextlib.suppress(UserError, OSError), open_slice(file_slice) as file:
         head = bytes(file.read(_HEAD_BYTES))
     is_plain = file_slice.kind not in ("parquet", "arrow") and compression_of(file_slice.name) is None
-    for sign, what in _SIGNS + (_SIGNS_OF_PLAIN_FILES if is_plain else []):
+    for sign, what in _SIGNS:
         if sign.match(head):
             return DamagedInputError(f"{file_slice.where} is {what}")
+    for sign, what in _SIGNS_OF_PLAIN_FILES if is_plain else []:
+        if sign.match(head):
+            data, _, advice = what.partition("; ")
+            if file_slice.file is not None:  # nobody can rename a file behind an address
+                advice = f"download it, {advice}, and name the local file as source"
+            return DamagedInputError(f"{file_slice.where} is {data}; {advice}")
     return error

@@ -100,9 +100,17 @@ metric_list:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False}, {"qk_norm": True}, {"tie_embeddings": False, "qk_norm": True}],
+    ids=["tied", "untied", "qk_norm", "untied_qk_norm"],
+)
 def test_equals_lm_evaluation_harness(
-    folder: Path, questions_file: Path, ours: resolve.Pretrained, tmp_path: Path
+    tiny_data: Path, questions_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    folder = tmp_path / "export"
+    export(ExportConfig(checkpoint=str(train(tiny_data, tmp_path / "run", **changes)), output=str(folder)))
+    ours = resolve.open_model(folder, torch.device("cpu"))
     harness = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm_eval[hf]'")
     pytest.importorskip("accelerate", reason="needs lm-evaluation-harness: pip install 'lm_eval[hf]'")
     utils = Path(harness.__file__).parent / "tasks" / "hellaswag" / "utils.py"
