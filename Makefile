@@ -87,4 +87,4 @@ lock: setup
 	@cat build/lock-head build/lock-3.11 > deploy/requirements.lock
 
 clean:
-	rm -rf data/demo runs/demo build *.egg-info .ruff_cache .mypy_cache .hypothesis
+	rm -rf data/demo data/demo-stories.jsonl runs/demo build *.egg-info .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,7 @@
-"""Everything on this machine (``make demo``): text, tokenizer, shards, training, evaluation, a sample, a summary.
+"""Everything on this machine (``make demo``): stories, tokenizer, shards, training, evaluation, a sample, a summary.
 
-What is done already is skipped, so the second time takes seconds.
+What is done already is skipped, so the second time takes seconds. The stories are made by rules (pipeline/demo/), so
+the summary can say how near the model came to the best possible.
 """
 
 import os
@@ -12,9 +13,9 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import argparse
 from typing import NoReturn
 
-from jobs._run import guarded, print_table
+from jobs._run import Rows, guarded, print_table
 from pipeline.config.command_line import resolve
-from pipeline.config.data import TokenizeConfig
+from pipeline.config.data import DemoConfig, TokenizeConfig
 from pipeline.config.inference import EvaluateConfig
 from pipeline.config.training import PretrainConfig
 from pipeline.errors import UserError
@@ -31,20 +32,27 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", default=os.path.join(sys.path[0], "configs", "demo.yaml"), help="YAML preset")
     flags = ["--config", parser.parse_args().config]
+    demo = resolve(DemoConfig, "demo", flags, program="jobs/demo.py")
     tokenize = resolve(TokenizeConfig, "tokenize", flags, program="jobs/demo.py")
     pretrain = resolve(PretrainConfig, "pretrain", flags, program="jobs/demo.py")
     evaluate = resolve(EvaluateConfig, "evaluate", flags, program="jobs/demo.py")
 
+    from pipeline.demo import stories
     from pipeline.evaluation import evaluate_job
+    from pipeline.paths import resolve_path
     from pipeline.preprocessing import tokenize_job
     from pipeline.training import launch
 
-    _say("1/3 text to shards", tokenize.output)
+    if demo.stories:
+        _say("1/4 stories", demo.stories)
+        stories.write_stories(resolve_path(demo.stories), num_bytes=demo.story_bytes, seed=demo.story_seed)
+    _say("2/4 text to shards", tokenize.output)
     data, data_run, _ = tokenize_job.tokenize(tokenize)
-    _say("2/3 training", pretrain.output)
+    _say("3/4 training", pretrain.output)
     training, training_run = launch.pretrain(pretrain)
-    _say("3/3 evaluation on the whole val set", evaluate.checkpoint)
+    _say("4/4 evaluation on the whole val set", evaluate.checkpoint)
     result = evaluate_job.evaluate(evaluate, reuse=True)
+    best = stories.best_val_loss(demo, tokenize.output) if demo.stories else None
     print_table(
         "demo: done",
         [
@@ -58,15 +66,24 @@ def main() -> None:
             ),
             ("train loss", f"{training.first_loss:.3f} -> {training.last_loss:.3f} nats per token"),
             ("val loss", f"{result.val_loss:.3f}, perplexity {result.perplexity:.1f}, on {result.val_tokens:,} tokens"),
-            (
-                "learned",
-                f"{result.learned:.3f} nats below the unigram entropy of these tokens, {result.unigram_entropy:.3f}",
-            ),
-            ("sample", repr(training.sample)),
+            *_limits(result.val_loss, result.unigram_entropy, best),
             ("MLflow", f"{training_run.location}; data: run {data_run.run_id}"),
-            ("next", f"python jobs/generate.py --checkpoint {pretrain.output} --prompt '...'"),
+            ("next", f"python jobs/generate.py --config {flags[1]}"),
         ],
     )
+    print(f"\nsample\n  {pretrain.sample_prompt}{training.sample}".replace("\n\n", "\n  "))
+
+
+def _limits(loss: float | None, unigram_entropy: float | None, best: float | None) -> Rows:
+    """What the val loss is to be compared with."""
+    if loss is None or unigram_entropy is None:
+        return []
+    rows = [("", f"{unigram_entropy - loss:.3f} below a model that ignores the context ({unigram_entropy:.3f})")]
+    if best is not None:
+        rows.append(
+            ("", f"{loss - best:.3f} above the best possible ({best:.3f}), which knows the rules of the stories")
+        )
+    return rows
 
 
 def _say(stage: str, folder: str) -> None:

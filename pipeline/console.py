@@ -54,7 +54,9 @@ def _visible(character: str) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
+    """2:03 below an hour, 1:02:03 below two days, 18 days above."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:,.0f} days"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -55,6 +55,7 @@ ROOMS["training"] = set(ROOMS) - {"listing", "sources", "remote", "preprocessing
 ROOMS["sweep"] = {
     *("errors", "storage", "paths", "config", "run_files", "distributed", "tracking", "cluster", "training"),
 }
+ROOMS["demo"] = {"config", "paths", "storage", "dataset"}
 
 MORE_FOR: dict[str, set[str]] = {
     "pretrained.export_job": {"config", "dataset", "generation"},

@@ -56,6 +56,7 @@ def connect(*, num_cpus: int) -> None:
         _require_answer(os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path())
     else:
+        logger.info("starting Ray on %d CPUs of this machine", num_cpus)
         ray.init(
             address="local",  # not a cluster that another user started on this machine
             num_cpus=num_cpus,

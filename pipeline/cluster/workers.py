@@ -125,6 +125,7 @@ def run_workers(
     use_gpu = choose_gpu(group)
     ray_cluster.require(num_workers=fewest, gpus=use_gpu)
     files = files or SharedFiles(folder=str(folder))
+    logger.info("starting %s worker%s: processes, then torch, then the network", most, "s" if most > 1 else "")
     with _environment(_ray_train_settings(elastic=fewest < most)):
         try:
             outcome = _fit_until_done(worker, settings, group, files, use_gpu=use_gpu)

@@ -38,6 +38,7 @@ SECTIONS = (
     "export",
     "serve",
     "sweep",
+    "demo",
 )
 
 

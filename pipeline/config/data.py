@@ -159,6 +159,22 @@ class ImportShardsConfig:
         require(self.eot_id is None or self.eot_id >= 0, f"eot_id is {self.eot_id}; it must not be negative")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The text that jobs/demo.py makes before the other jobs; their settings are the sections of the same preset."""
+
+    stories: str | None = None
+    """JSON lines file that is filled with short stories made by rules, unless it is there. If not given, none is made,
+    and the source of the section tokenize is read as it is."""
+    story_bytes: int = 12_000_000
+    """Bytes of text to make."""
+    story_seed: int = 1
+    """Random seed of the stories; the same seed gives the same stories on every machine."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "story_bytes")
+
+
 def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:
     require(vocab_size >= lowest, f"vocab_size is {vocab_size}; it must be at least {lowest}: {needed}")
     require(vocab_size <= MAX_TOKENS, f"vocab_size is {vocab_size}; it must be at most {MAX_TOKENS}")

@@ -9,6 +9,10 @@ H100_FLOPS_PER_SECOND = 472_000 * 854_438_400
 """FLOPs a second of one H100, counted as for MFU: the estimate of docs/performance.md ("Estimate by part") for the
 recipe, 472,000 tokens a second of 854,438,400 FLOPs each. An estimate: it has not been measured."""
 
+USEFUL_PASSES = 16
+"""Passes over the same text beyond which the loss hardly falls (Muennighoff et al., Scaling Data-Constrained Language
+Models, 2023, figure 3)."""
+
 Rows = list[tuple[str, str]]
 
 
@@ -37,6 +41,28 @@ def describe_run(
         ("data", _passes(config, train_tokens) if train_tokens else f"passes are not counted: {data_error}"),
     ]  # fmt: skip
     return [*rows, *_time_and_cost(config, tokens=tokens, flops_per_token=flops)]
+
+
+def opening(config: PretrainConfig, *, vocab_size: int, train_tokens: int) -> tuple[str, str | None]:
+    """What a run is, in one line, and a warning where it reads little text again and again.
+
+    Args:
+        vocab_size: token ids of the data.
+        train_tokens: tokens in the data's train set.
+    """
+    parameters = config.model_config(vocab_size).num_parameters
+    tokens = config.train_steps * config.tokens_per_step
+    passes = tokens / max(1, train_tokens)
+    line = (
+        f"training {parameters:,} parameters for {config.train_steps:,} steps of {config.tokens_per_step:,} tokens: "
+        f"{tokens:,} tokens, {passes:,.2f} passes over the {train_tokens:,} of {config.data}"
+    )
+    if passes <= USEFUL_PASSES:
+        return line, None
+    return line, (
+        f"the text is read {passes:,.0f} times; beyond some {USEFUL_PASSES} passes a network learns next to nothing "
+        "new from it: give more text, or fewer --train_steps"
+    )
 
 
 def _passes(config: PretrainConfig, train_tokens: int) -> str:

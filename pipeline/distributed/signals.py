@@ -69,7 +69,7 @@ def stop_on_signals(on_request: Callable[[], object] = lambda: None) -> Iterator
             return
         request.signal_number = number
         logger.warning(
-            "%s: the run ends after this step and one more checkpoint; again to end it at once",
+            "%s: the run ends with one more checkpoint; again to end it at once",
             signal.Signals(number).name,
         )
         try:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.checkpoints.reader import find_checkpoint
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers, show_progress
+from pipeline.config.run_plan import opening
 from pipeline.config.training import PretrainConfig
+from pipeline.dataset.manifest import Manifest
 from pipeline.distributed.process_group import init_distributed
 from pipeline.distributed.signals import FileWatcher, Interruptions, end_after_peer_error
 from pipeline.distributed.startup_timer import StartupTimer
@@ -24,6 +27,8 @@ from pipeline.tracking.ray_metrics import RayMetrics
 from pipeline.tracking.tracker import Tracker, Trackers
 from pipeline.training.run_folder import RunSummary, finished_summary
 from pipeline.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,8 @@ def _pretrain_alone(
     if summary is not None:
         send_waiting(run, output, config.registry_name)
         return summary, run
+    if shows_progress:
+        _announce(config, data)
     settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress)
     return run_workers(pretrain_worker, settings, group_settings(config), output, files), run
 
@@ -87,6 +94,15 @@ def _with_inputs(config: PretrainConfig, output: Folder) -> PretrainConfig:
     if config.hellaswag:  # the file may be on this machine only
         config = replace(config, hellaswag=copy_questions(find_questions(config.hellaswag), output))
     return config
+
+
+def _announce(config: PretrainConfig, data: Folder) -> None:
+    """Say what is about to be trained, before the workers start."""
+    manifest = Manifest.load(data)
+    line, warning = opening(config, vocab_size=manifest.vocab_size, train_tokens=manifest.tokens("train"))
+    logger.info(line)
+    if warning:
+        logger.warning(warning)
 
 
 def group_settings(config: PretrainConfig) -> GroupSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +32,36 @@ class StepResult:
     """Whether loss or gradient was not finite, so that nothing was updated."""
 
 
-def accumulate_gradients(model: Transformer, loader: BatchLoader, step: int, guard: StepGuard) -> tuple[Tensor, float]:
+class StepAbandoned(Exception):  # noqa: N818  # nothing is wrong
+    """The run was asked to end while the micro-batches of a step were computed; nothing of the step has an effect."""
+
+
+def accumulate_gradients(
+    model: Transformer, loader: BatchLoader, step: int, guard: StepGuard, seconds_left: Callable[[int, int], float]
+) -> tuple[Tensor, float]:
     """Forward and backward over the micro-batches of ``step``. Collective.
+
+    On the CPU, where a step may take minutes, requests to end the run are looked for after each of them, and a step
+    that would go on for long is abandoned. The last micro-batch is computed all the same, as its backward brings a
+    sharded network back into its shards.
+
+    Args:
+        seconds_left: called with the number of micro-batches that are done and their count; what the others will take.
 
     Returns:
         This rank's share of the mean loss, () float32, and the seconds spent waiting for batches.
+
+    Raises:
+        StepAbandoned: on every rank, because the run was asked to end.
     """
     loss = torch.zeros((), device=loader.device)
     data_wait_seconds = 0.0
     batches = loader.step(step)
     count = loader.order.num_micro_batches(loader.world_size)
+    is_abandoned = False
     for index in range(count):
+        if is_abandoned and index < count - 1:
+            continue
         start = time.perf_counter()
         batch = _next_batch(batches, loader, guard)
         data_wait_seconds += time.perf_counter() - start
@@ -50,6 +69,10 @@ def accumulate_gradients(model: Transformer, loader: BatchLoader, step: int, gua
         micro_loss = model(batch.inputs, batch.targets) * batch.weight
         micro_loss.backward()
         loss += micro_loss.detach()
+        if loader.device.type == "cpu" and index < count - 1 and not is_abandoned:
+            is_abandoned = guard.stops_now(seconds_left(index + 1, count))
+    if is_abandoned:
+        raise StepAbandoned
     return loss, data_wait_seconds
 
 

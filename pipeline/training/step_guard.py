@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PATIENCE_SECONDS = 3.0
+"""Longest rest of a step that a run which was asked to end still computes."""
 _PREEMPTION_SECONDS = 5.0  # between two checks for preemption
 
 
@@ -184,6 +186,15 @@ class StepGuard:
             check_preemption=check_preemption,
             failed=self.pending_error is not None,
         )
+
+    def stops_now(self, seconds_left: float) -> bool:
+        """Whether the run was asked to end, and a rank's step takes too long for that. Collective.
+
+        Args:
+            seconds_left: what this rank expects the rest of its step to take.
+        """
+        stops = self.interruptions.stop_requested() and seconds_left > PATIENCE_SECONDS
+        return bool(self.workers.sum(torch.tensor(stops, dtype=torch.int64, device=self.workers.device)).item())
 
     def take_outcomes(self, *, everything: bool) -> list[Outcome]:
         """The outcomes that are due, oldest first (see StepOutcomes.take). Collective if a rank has set a flag.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,6 +13,13 @@ from pipeline.console import format_seconds
 if TYPE_CHECKING:
     from pipeline.config.training import PretrainConfig
     from pipeline.training.step import StepResult
+
+
+logger = logging.getLogger(__name__)
+
+SILENT_SECONDS = 10.0
+"""After so many seconds without a line one is due, whatever --log_every says."""
+_LONG_STEP_SECONDS = 120.0
 
 
 class ThroughputMeter:
@@ -36,6 +44,52 @@ class ThroughputMeter:
         self.total_steps = self._steps = 0
         self.total_seconds = self._seconds = self._data_wait_seconds = 0.0
         self._since = time.perf_counter()
+        self._micro_batches_from = (0, self._since)
+        self._shown_at = self._since
+        self._warned = False
+
+    def add_micro_batch(self, done: int, count: int) -> float:
+        """Count ``done`` of the ``count`` micro-batches of a step as computed; logs how far a long step is.
+
+        The first micro-batch of a process compiles, so until a step is done only the others tell how long one takes.
+
+        Returns:
+            The seconds that the others of this step will take.
+        """
+        now = time.perf_counter()
+        if done == 1:
+            is_first_step = self.first_step_seconds is None
+            self._micro_batches_from = (1, now) if is_first_step else (0, self._since)
+        begin, since = self._micro_batches_from
+        if done == begin:
+            return 0.0
+        seconds = (now - since) / (done - begin) * count
+        if now - self._shown_at >= SILENT_SECONDS:
+            self._shown_at = now
+            self._log_long_step(done, count, seconds)
+        return seconds * (count - done) / count
+
+    def _log_long_step(self, done: int, count: int, seconds: float) -> None:
+        """Say how far a step is that takes ``seconds`` in all, and how long the run will take."""
+        step = self.start_step + self.total_steps + self._steps + (self.first_step_seconds is not None)
+        left = (self.config.train_steps - step - done / count) * seconds
+        logger.info(
+            "step %d/%d: micro-batch %d of %d; a step takes about %s (%s tokens/s), all that is left %s",
+            step + 1,
+            self.config.train_steps,
+            done,
+            count,
+            format_seconds(seconds),
+            f"{self.config.tokens_per_step / seconds:,.0f}",
+            format_seconds(left),
+        )
+        if seconds > _LONG_STEP_SECONDS and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a step of %s tokens takes minutes on this machine; a smaller --tokens_per_step, --num_layers or "
+                "--d_model makes it shorter (configs/small.yaml is made for a laptop)",
+                f"{self.config.tokens_per_step:,}",
+            )
 
     def add(self, data_wait_seconds: float) -> None:
         """Count one more step as done."""
@@ -82,10 +136,25 @@ class ThroughputMeter:
 
     def line(self, done: int, loss: float, result: StepResult, speed: dict[str, float]) -> str:
         """The progress line; ``speed`` is the result of take_metrics()."""
+        self._shown_at = time.perf_counter()
         return (
-            f"step {done:>{len(str(self.config.train_steps))}}/{self.config.train_steps}  loss {loss:.4f}  "
+            f"{self._count(done)}  loss {loss:.4f}  "
             f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  {self._pace(done, speed)}"
         )
+
+    def short_line(self, done: int, loss: float) -> str | None:
+        """A line between those of --log_every, where they are far apart; None where none is due."""
+        now = time.perf_counter()
+        steps, seconds = self.total_steps + self._steps, self.total_seconds + self._seconds
+        if not steps or now - self._shown_at < SILENT_SECONDS:
+            return None
+        self._shown_at = now
+        speed = steps * self.config.tokens_per_step / seconds
+        left = format_seconds((self.config.train_steps - done) * seconds / steps)
+        return f"{self._count(done)}  loss {loss:.4f}  {speed:,.0f} tokens/s  eta {left}"
+
+    def _count(self, done: int) -> str:
+        return f"step {done:>{len(str(self.config.train_steps))}}/{self.config.train_steps}"
 
     def _pace(self, done: int, speed: dict[str, float]) -> str:
         if not speed:

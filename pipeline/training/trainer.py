@@ -11,6 +11,7 @@ import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -48,7 +49,7 @@ from pipeline.training.optimizer import build_optimizer, compiles, learning_rate
 from pipeline.training.periodic_evaluation import PeriodicEvaluation
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.run_folder import RunSummary, check_resumable, open_splits, run_inputs
-from pipeline.training.step import StepResult, accumulate_gradients
+from pipeline.training.step import StepAbandoned, StepResult, accumulate_gradients
 from pipeline.training.step_guard import Outcome, StepGuard
 from pipeline.training.throughput import ThroughputMeter
 
@@ -103,6 +104,8 @@ class Trainer:
         self.profiler = StepProfiler(config, output=output, workers=workers, tracker=tracker)
         self.first_loss = self.last_loss = math.nan
         self.skipped_steps = 0
+        self.saved_step: int | None = None
+        """The steps of the newest checkpoint that this process has saved."""
         self.evaluation = PeriodicEvaluation(
             config, self.model, self.tokenizer, self.val_stream, output=output, workers=workers, tracker=tracker
         )
@@ -162,7 +165,10 @@ class Trainer:
         """
         is_first = step == self.start_step  # compiles
         with self.profiler.step(step + 1), self.guard.watchdog.step(step + 1, is_long=is_first):
-            result = self.train_step(step)
+            try:
+                result = self.train_step(step)
+            except StepAbandoned:
+                self._end_between_steps(step)
             outcomes = self.guard.take_outcomes(everything=is_first or self._is_due(step + 1))
         if is_first:
             self._report_startup(step + 1)
@@ -182,7 +188,9 @@ class Trainer:
         """
         lr = learning_rate(self.config, step)
         with deterministic(self.workers.device, enabled=self.is_deterministic):
-            loss_share, data_wait_seconds = accumulate_gradients(self.model, self.loader, step, self.guard)
+            loss_share, data_wait_seconds = accumulate_gradients(
+                self.model, self.loader, step, self.guard, self.throughput.add_micro_batch
+            )
             gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
             flags = self.guard.flags(self.writer.error())
             reduced = self.guard.outcomes.all_reduce(step, local_squared_norm(gradients), loss_share, flags)
@@ -231,6 +239,10 @@ class Trainer:
         saves = done % config.checkpoint_every == 0 or done == config.train_steps or self.guard.wants_checkpoint
         if done == 1 or done % config.log_every == 0 or saves:
             self._log_step(done, result)
+        elif not result.is_rejected and self.workers.device.type == "cpu":
+            line = self.throughput.short_line(done, result.loss.item())
+            if line and self.workers.is_rank_zero:
+                logger.info(line)
         with self.throughput.paused(), self.guard.watchdog.phase(f"after step {done}"):
             path = self._save(done) if saves else None
             self.guard.wants_checkpoint = False
@@ -349,16 +361,24 @@ class Trainer:
             eot_id=None if self.tokenizer.end_of_text == END_OF_TEXT else self.tokenizer.eot_id,
         )
         path = self.writer.save(training_state(self.model, self.optimizer), info)
+        self.saved_step = done
         if self.workers.is_rank_zero:
             self.tracker.log_checkpoint(done, path, {"train_loss": self.last_loss})
             self.tracker.log_metrics({"perf/checkpoint_stall_seconds": self.writer.stall_seconds}, done)
         return path
 
-    def _end_early(self, done: int) -> None:
+    def _end_early(self, done: int) -> NoReturn:
         self.writer.wait()
         if self.workers.is_rank_zero:
             self.tracker.finish("KILLED")
         raise RunStopped(f"stopped at step {done} of {self.config.train_steps}; the same command goes on from there")
+
+    def _end_between_steps(self, done: int) -> NoReturn:
+        """End the run in the middle of the step behind ``done`` steps, of which nothing stays."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if done not in {self.start_step, self.saved_step}:
+            self._save(done)
+        self._end_early(done)
 
     def _summarize(self) -> RunSummary:
         done = max(self.start_step, self.config.train_steps)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.command_line import SECTIONS, resolve
-from pipeline.config.data import ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import DemoConfig, ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import PretrainConfig
@@ -27,6 +27,7 @@ CONFIGS: dict[str, type[Any]] = {
     "export": ExportConfig,
     "serve": ServeConfig,
     "sweep": SweepConfig,
+    "demo": DemoConfig,
 }
 FLAGS = [
     pytest.param(section, field.name, id=f"{section}-{field.name}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.command_line import resolve
-from pipeline.config.run_plan import describe_run
+from pipeline.config.run_plan import describe_run, opening
 from pipeline.config.training import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -74,3 +74,17 @@ def test_too_little_data() -> None:
 def test_every_preset_has_one(preset: Path) -> None:
     plan = rows("--config", str(preset))
     assert plan.keys() >= {"parameters", "FLOPs", "tokens", "data", "time", "cost"}
+
+
+def test_the_opening_line_counts_passes_and_warns_of_too_many() -> None:
+    flags = ["--config", str(ROOT / "configs/small.yaml"), "--train_steps", "1000"]
+    config = resolve(PretrainConfig, "pretrain", flags, program="jobs/pretrain.py")
+    line, warning = opening(config, vocab_size=4096, train_tokens=4_096_000)
+    parameters = 4096 * 256 + 4 * (4 * 256 * 256 + 3 * 256 * 704 + 2 * 256) + 256
+    assert line == (
+        f"training {parameters:,} parameters for 1,000 steps of 4,096 tokens: 4,096,000 tokens, 1.00 passes over the "
+        "4,096,000 of data/small"
+    )
+    assert warning is None
+    _, warning = opening(config, vocab_size=4096, train_tokens=10_240)
+    assert warning and warning.startswith("the text is read 400 times; ") and "--train_steps" in warning

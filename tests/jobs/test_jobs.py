@@ -162,12 +162,15 @@ def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> No
         ("demo.py", "preprocessing.tokenize_job.tokenize", "goes on with what is not done yet"),
     ],
 )
-def test_interruption(monkeypatch: pytest.MonkeyPatch, name: str, function: str, what_next: str) -> None:
+def test_interruption(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, function: str, what_next: str
+) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"pipeline.{function}", interrupted)
     monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.chdir(tmp_path)  # the demo writes its stories before
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "jobs" / name), run_name="__main__")

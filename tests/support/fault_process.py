@@ -32,6 +32,7 @@ from pipeline.config.training import PretrainConfig
 from pipeline.distributed.process_group import init_distributed
 from pipeline.distributed.signals import Interruptions, stop_on_signals
 from pipeline.errors import RunStopped, UserError
+from pipeline.training import step_guard
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
 from tests.support.small_memory import small_device, small_memory
@@ -94,6 +95,8 @@ def train(settings: dict[str, Any]) -> tuple[str, MemoryTracker, int]:
             tracker=tracker,
             interruptions=Interruptions(stop_requested=request),
         )
+        if "patience" in faults:
+            step_guard.PATIENCE_SECONDS = faults.pop("patience")["seconds"]
         if "poison" in faults:
             fault = faults.pop("poison")
             poison(trainer, window=fault["window"], where=fault["in"], once=fault["once"])

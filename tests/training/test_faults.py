@@ -167,6 +167,20 @@ def test_a_signal_to_one_rank_ends_all_behind_a_checkpoint_and_the_rest_is_bit_f
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_rank_in_a_long_step_makes_all_abandon_it(run: Run, tmp_path: Path) -> None:
+    assert run(2, "clean").returncode == 0
+    faults = {"signal": {"rank": 1, "step": 6, "number": int(signal.SIGTERM)}, "patience": {"seconds": -1}}
+    assert run(2, "stopped", faults=faults).returncode == 0
+    ends = {result["end"] for result in results(tmp_path, 2)}
+    assert ends == {f"stopped: stopped at step 6 of {STEPS}; the same command goes on from there"}
+    assert list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1][0] == 6
+    assert run(2, "stopped").returncode == 0
+    expected, found = (whole_tensors(tmp_path / name, STEPS) for name in ("clean", "stopped"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
 def test_a_rank_that_stands_still_ends_the_others_with_their_stacks(run: Run, tmp_path: Path) -> None:
     fault = {"signal": {"rank": 1, "step": 4, "number": int(signal.SIGSTOP)}}
     finished = run(2, "run", collective_timeout=20, faults=fault)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from pipeline.config.training import PretrainConfig
+from pipeline.console import format_seconds
 from pipeline.training import throughput
 from pipeline.training.step import StepResult
 from pipeline.training.throughput import ThroughputMeter
@@ -78,3 +80,51 @@ def test_a_run_of_one_step_has_the_speed_of_that_step(wait: Callable[[float], No
     wait(4)
     meter.add(data_wait_seconds=0.0)
     assert meter.take_metrics() == {} and meter.tokens_per_second() == 32.0
+
+
+def test_a_long_step_tells_where_it_is_and_how_long_it_and_the_run_take(
+    wait: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first micro-batch compiles, 60 s; the others take 4 s each, 8 of them a step, 100 steps."""
+    caplog.set_level(logging.INFO, logger="pipeline")
+    meter = make_meter()
+    wait(60)
+    assert meter.add_micro_batch(1, 8) == 0.0
+    wait(4)
+    assert meter.add_micro_batch(2, 8) == 4.0 * 6
+    assert caplog.messages == [
+        "step 1/100: micro-batch 2 of 8; a step takes about 0:32 (4 tokens/s), all that is left 53:12"
+    ]
+    for done in range(3, 5):
+        wait(4)
+        assert meter.add_micro_batch(done, 8) == 4.0 * (8 - done)
+    assert len(caplog.messages) == 1, "8 s since the last line"
+    wait(16)
+    meter.add(data_wait_seconds=0)
+    wait(40)
+    assert meter.add_micro_batch(1, 8) == 40.0 * 7, "a later step counts from its beginning"
+    assert caplog.messages[1].startswith("step 2/100: micro-batch 1 of 8; a step takes about 5:20 ")
+    assert "takes minutes on this machine; a smaller --tokens_per_step" in caplog.messages[2]
+    wait(40)
+    meter.add_micro_batch(2, 8)
+    assert len(caplog.messages) == 4, "the warning comes once"
+
+
+def test_a_line_between_those_of_log_every_comes_after_ten_seconds(wait: Callable[[float], None]) -> None:
+    meter = make_meter()
+    wait(20)
+    meter.add(data_wait_seconds=0)
+    meter.line(1, 2.5, RESULT, meter.take_metrics())
+    wait(4)
+    meter.add(data_wait_seconds=0)
+    assert meter.short_line(2, 2.5) is None
+    wait(6)
+    meter.add(data_wait_seconds=0)
+    assert meter.short_line(3, 2.5) == "step   3/100  loss 2.5000  26 tokens/s  eta 8:05"
+    assert meter.short_line(4, 2.5) is None
+
+
+def test_times_of_days_are_said_in_days() -> None:
+    assert [format_seconds(seconds) for seconds in (123, 3723, 172_799, 172_800, 38_102_400)] == [
+        *("2:03", "1:02:03", "47:59:59", "2 days", "441 days")
+    ]
