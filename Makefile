@@ -61,9 +61,7 @@ bench-data: setup
 	@$(BIN)/python benchmarks/data_pipeline.py $(SECTIONS) --corpus $(CORPUS) --vocab $(GPT2)/vocab.json --merges $(GPT2)/merges.txt $(if $(PEER),--peer_python $(PEER))
 
 ui: setup
-	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C stops it)"
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" \
-	  $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1  # a command line shows its passwords to every user
+	@$(BIN)/python -m pipeline.tracking.mlflow_ui
 
 # what `ray up` copies to every node: the token of the cluster, and the environment of its jobs (docs/cluster.md)
 cluster-files:

@@ -30,12 +30,15 @@ from pipeline.evaluation.validation import bits_per_byte, entropy, validation_lo
 from pipeline.paths import resolve_output, resolve_output_file, working_folder
 from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
-from pipeline.run_files import SCORES_FILE
+from pipeline.run_files import REPORT_FILE, SCORES_FILE
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tracking.journal import read_journal
 from pipeline.tracking.mlflow_run import find_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
+from pipeline.tracking.report import write_pages
+from pipeline.tracking.tracker import log_files
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +192,8 @@ def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores) -> 
     if run_folder is None:
         return
     run_folder.write(SCORES_FILE, [content])
+    finished = run_folder.size(REPORT_FILE) is not None
+    pages = write_pages(run_folder, read_journal(run_folder)) if finished else []
     run = find_run(tracking_uri=config.tracking_uri, folder=run_folder, working_folder=working_folder())
     if run is None:
         return
@@ -198,6 +203,7 @@ def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores) -> 
         "unigram_entropy": "val_unigram_entropy",
     }
     tracker = MLflowTracker(run)
+    log_files(tracker, run_folder, *pages)
     metrics = {f"eval/{names.get(name, name)}": value for name, value in scores.figures().items()}
     tracker.log_metrics(metrics, scores.step or 0)
     tracker.flush()

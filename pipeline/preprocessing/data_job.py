@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from pipeline.storage.json_files import read_json
 from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.mlflow_run import MLflowRun, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
-from pipeline.tracking.tracker import RunInput, Tracker
+from pipeline.tracking.tracker import RunInput, Tracker, log_files
 
 ReportT = TypeVar("ReportT")
 
@@ -106,15 +105,6 @@ def log_data(tracker: Tracker, output: Folder, manifest: Manifest, source: str) 
     data = RunInput(name=name, fingerprint=manifest.fingerprint, source=source, context="data")
     tracker.log_inputs([data, tokenizer_input(output, manifest.tokenizer_fingerprint)])
     log_files(tracker, output, MANIFEST_NAME, TOKENIZER_NAME)
-
-
-def log_files(tracker: Tracker, output: Folder, *names: str) -> None:
-    """Log copies of files of the output folder, which may be in a bucket."""
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in names:
-            path = Path(temporary) / name
-            path.write_bytes(output.read(name))
-            tracker.log_file(path)
 
 
 def tokenizer_input(output: Folder, fingerprint: str) -> RunInput:

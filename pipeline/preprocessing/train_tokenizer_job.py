@@ -19,13 +19,13 @@ from pipeline.config.data import TrainTokenizerConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, save_tokenizer
 from pipeline.errors import UserError
 from pipeline.preprocessing import resume_state
-from pipeline.preprocessing.data_job import log_figures, log_files, report_json, run_job, tokenizer_input
+from pipeline.preprocessing.data_job import log_figures, report_json, run_job, tokenizer_input
 from pipeline.preprocessing.tokenizer_training import TrainingReport, learn
 from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.tracking.mlflow_run import MLflowRun
-from pipeline.tracking.tracker import RunInput, Tracker
+from pipeline.tracking.tracker import RunInput, Tracker, log_files
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ import datetime
 import functools
 import io
 import logging
+import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,8 @@ _PANELS = {
 }
 """Label of an axis -> the metrics drawn on it."""
 _OPTIONAL_PANELS = {"HellaSwag"}
+_SMOOTHED = {"train/loss", "train/grad_norm"}
+_SMOOTHED_POINTS = 40  # with fewer the raw curve can be read
 _MOST_POINTS = 2000  # of a curve, in the picture
 _MOST_SAMPLES = 5
 
@@ -143,7 +146,11 @@ def draw_curves(history: RunHistory) -> bytes | None:
             steps = sorted(points)
             steps = steps[:: -(-len(steps) // _MOST_POINTS) or 1]
             marker = "o" if len(steps) < 20 else None
-            axis.plot(steps, [points[step] for step in steps], label=name, linewidth=1.2, marker=marker, markersize=3)
+            values = [points[step] for step in steps]
+            (line,) = axis.plot(steps, values, label=name, linewidth=1.2, marker=marker, markersize=3)
+            if name in _SMOOTHED and len(steps) >= _SMOOTHED_POINTS:
+                line.set(alpha=0.3, label=f"{name} (raw)")
+                axis.plot(steps, smoothed(values), label=name, linewidth=1.4, color=line.get_color())
         axis.set(xlabel="optimizer step", ylabel=label)
         axis.grid(alpha=0.3)
         if len(names) > 1:
@@ -151,6 +158,21 @@ def draw_curves(history: RunHistory) -> bytes | None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a twentieth of the values, with the bias of its start corrected.
+
+    As Adam's moments are (Kingma and Ba 2014, section 3). Values that are not finite are passed over.
+    """
+    keep = 1 - 20 / max(20, len(values))
+    total = weight = 0.0
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(total / weight if weight else value)
+    return result
 
 
 def _result(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:

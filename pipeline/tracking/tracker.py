@@ -5,6 +5,7 @@ A tracker needs nothing installed. The one of MLflow is in mlflow_tracker.py, th
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,3 +92,12 @@ def _each(name: str) -> Callable[..., None]:
 
 for _name in [name for name in vars(Tracker) if not name.startswith("_")]:
     setattr(Trackers, _name, _each(_name))
+
+
+def log_files(tracker: Tracker, folder: Folder, *names: str) -> None:
+    """Log copies of files of a folder, which may be in a bucket."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            path = Path(temporary) / name
+            path.write_bytes(folder.read(name))
+            tracker.log_file(path)

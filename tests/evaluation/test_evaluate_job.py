@@ -15,6 +15,9 @@ from pipeline.errors import UserError
 from pipeline.evaluation import evaluate_job
 from pipeline.pretrained import resolve
 from pipeline.pretrained.export_job import export
+from pipeline.storage.folders import open_folder
+from pipeline.tracking.mlflow_run import open_run
+from pipeline.tracking.mlflow_tracker import MLflowTracker
 from tests.support.hellaswag_questions import write_questions
 from tests.support.models import train
 
@@ -77,3 +80,21 @@ def test_two_workers_find_the_same(
     together = evaluate_job.evaluate(EvaluateConfig(**settings, num_workers=2))  # type: ignore[arg-type]
     for name, value in alone.figures().items():
         assert together.figures()[name] == pytest.approx(value, rel=1e-5), name  # float32 sums in another order
+
+
+def test_the_report_of_a_finished_run_is_renewed(tiny_data: Path, tmp_path: Path) -> None:
+    """The page and MLflow's copy of it show the scores of an evaluation made afterwards."""
+    folder = open_folder(tmp_path / "run")
+    path = train(tiny_data, tmp_path / "run")
+    run = open_run(tracking_uri=None, experiment="gpt-2.5", folder=folder, working_folder=tmp_path, job="pretrain")
+    tracker = MLflowTracker(run, folder)
+    tracker.log_metrics({"train/loss": 3.0}, 1)
+    tracker.finish("FINISHED")
+    assert "whole val set" not in folder.read("report.html").decode()
+    config = EvaluateConfig(checkpoint=str(path), device="cpu", tracking_uri=run.tracking_uri)
+    result = evaluate_job.evaluate(config)
+    assert result.val_loss is not None
+    row = f"{result.val_loss:.4f} on {result.val_tokens:,} tokens"
+    assert row in folder.read("report.html").decode()
+    copies = [path.read_text() for path in (tmp_path / "mlartifacts").rglob("report.html")]
+    assert len(copies) == 1 and row in copies[0]

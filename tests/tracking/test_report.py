@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from pipeline.storage.folders import open_folder
@@ -135,3 +137,12 @@ def test_a_run_that_has_told_little_has_a_page_too(tmp_path: Path) -> None:
         report.write_pages(open_folder(tmp_path), [*make_entries()[:3], point])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "img" not in page.seen and "c0ffee" in page.texts
+
+
+def test_smoothing_is_a_moving_average_that_begins_at_the_first_value() -> None:
+    """Against pandas' exponential window with its correction of the start."""
+    values = [5.0 + (-1) ** step * 0.5 - step / 50 for step in range(100)]
+    expected = pandas.Series(values).ewm(alpha=0.2, adjust=True).mean()
+    assert report.smoothed(values) == pytest.approx(list(expected))
+    assert report.smoothed([3.0, math.nan, 3.0]) == [3.0, 3.0, 3.0]
+    assert report.smoothed([math.inf, 2.0]) == [math.inf, 2.0]
