@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pandas
+import pandas  # type: ignore[import-untyped]  # it brings no types
 import pytest
 
 from pipeline.storage.folders import open_folder
