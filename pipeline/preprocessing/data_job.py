@@ -17,6 +17,7 @@ from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.run_files import SUMMARY_FILE
+from pipeline.sources.sources import INSTALLED_DOCS, find
 from pipeline.storage.folders import Folder, LocalFolder
 from pipeline.storage.json_files import read_json
 from pipeline.storage.locks import exclusive_output
@@ -55,6 +56,8 @@ def run_job(
     with exclusive_output(output):
         mend = "delete it and run the same command again"
         report = read_json(output, SUMMARY_FILE, report_type, mend=mend) if is_done(output) else None
+        if report is None and isinstance(config, ReadingConfig):
+            _require_text(config)
         output.make()
         run = open_run(
             tracking_uri=config.tracking_uri,
@@ -85,6 +88,18 @@ def _require_apart(source: str, output: Folder) -> None:
         is_same = Path(source).expanduser().resolve() == output.path.resolve()
     if is_same:
         raise UserError(f"--source and --output are both {output}; choose another --output")
+
+
+def _require_text(config: ReadingConfig) -> None:
+    """Raise UserError where a source of this machine is missing, or its first file has no text, before Ray starts.
+
+    All other files, and sources elsewhere, are looked at by the plan.
+    """
+    if "://" in config.source or config.source == INSTALLED_DOCS:
+        return
+    layouts = find(config.source).layouts(config.text_column, has_separator=config.document_separator is not None)
+    if not config.skip_bad_files:
+        next(iter(layouts), None)
 
 
 def report_json(report: Any) -> bytes:
