@@ -8,13 +8,14 @@ one rank calls the functions that change the folder.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.checkpoints.metadata import DESCRIPTION_FILE
+from pipeline.checkpoints.metadata import DESCRIPTION_FILE, TOKENIZER_FILE
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, open_folder, sync_folder
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d{6,})")
 _INCOMPLETE = ".incomplete"
 _DAMAGED = ".damaged"
+_LEFTOVER = re.compile(rf"step-\d{{6,}}(-old|-before)?{re.escape(_INCOMPLETE)}")
+_WRITTEN = re.compile(rf"({DESCRIPTION_FILE}|{TOKENIZER_FILE}|shard-\d+-.*\.safetensors|\.tmp-.*)(\.damaged)?")
 
 
 def step_name(step: int) -> str:
@@ -69,6 +72,9 @@ def finish(folder: Folder, step: int) -> None:
             _remove_tree(before)
             final.rename(before)
         _partial(folder, step).rename(final)
+        if before.exists():
+            for name in _foreign(before):
+                (before / name).rename(final / name)
         sync_folder(folder.path)
         _remove_tree(before)
 
@@ -82,8 +88,21 @@ def abort(folder: Folder, step: int) -> None:
             _remove_tree(_partial(folder, step))
 
 
+def foreign_files(folder: Folder, step: int) -> list[str]:
+    """What lies in a checkpoint and no save has written: names of files and folders, sorted."""
+    if isinstance(folder, LocalFolder):
+        with _disk_errors(folder):
+            return _foreign(folder.path / step_name(step))
+    prefix = f"{step_name(step)}/"
+    names = {name.removeprefix(prefix).partition("/")[0] for name in folder.names(prefix)}
+    return sorted(name for name in names if not _WRITTEN.fullmatch(name))
+
+
 def remove(folder: Folder, step: int) -> None:
-    """Remove a checkpoint, in such an order that a removal cut short does not leave a damaged one."""
+    """Remove a checkpoint, in such an order that a removal cut short does not leave a damaged one.
+
+    The caller has seen that it holds no foreign files.
+    """
     name = step_name(step)
     if isinstance(folder, LocalFolder):
         doomed = folder.path / f"{name}-old{_INCOMPLETE}"
@@ -94,7 +113,8 @@ def remove(folder: Folder, step: int) -> None:
         return
     folder.delete(f"{name}/{DESCRIPTION_FILE}")
     for file in folder.names(f"{name}/"):
-        folder.delete(file)
+        if _WRITTEN.fullmatch(file.partition("/")[2]):
+            folder.delete(file)
 
 
 def quarantine(folder: Folder, step: int) -> str:
@@ -107,7 +127,9 @@ def quarantine(folder: Folder, step: int) -> str:
         return f"{folder}/{name}"
     damaged = folder.path / f"{name}{_DAMAGED}"
     with _disk_errors(folder):
-        _remove_tree(damaged)  # from an earlier time
+        if damaged.exists():  # from an earlier time
+            numbers = itertools.count(2)
+            damaged.rename(next(path for n in numbers if not (path := Path(f"{damaged}-{n}")).exists()))
         (folder.path / name).rename(damaged)
     return str(damaged)
 
@@ -117,6 +139,8 @@ def remove_unfinished(folder: Folder) -> None:
     if isinstance(folder, LocalFolder):
         with _disk_errors(folder):
             for leftover in folder.path.glob(f"step-*{_INCOMPLETE}"):
+                if not _LEFTOVER.fullmatch(leftover.name):
+                    continue
                 logger.info("removing the unfinished checkpoint %s", leftover)
                 _remove_tree(leftover)
         return
@@ -132,6 +156,10 @@ def remove_unfinished(folder: Folder) -> None:
 
 def _partial(folder: LocalFolder, step: int) -> Path:
     return folder.path / f"{step_name(step)}{_INCOMPLETE}"
+
+
+def _foreign(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir() if not _WRITTEN.fullmatch(file.name) or file.is_dir())
 
 
 def _remove_tree(path: Path) -> None:

@@ -74,6 +74,7 @@ class CheckpointWriter:
         self.keep, self.keep_every, self.also_keep = keep, keep_every, also_keep
         self.stall_seconds = 0.0
         """Seconds that training waited for the last save."""
+        self._held: set[int] = set()
         self._staged: StagedState | None = None
         self._touched: Future[None] | None = None
         self._pending: Future[None] | None = None
@@ -209,8 +210,19 @@ class CheckpointWriter:
         steps = checkpoint_directory.list_steps(self.folder)
         kept = {*steps[-self.keep :], *self.also_keep()}
         for step in steps:
-            if step not in kept and (self.keep_every is None or step % self.keep_every):
+            if step in kept or (self.keep_every is not None and step % self.keep_every == 0):
+                continue
+            if foreign := checkpoint_directory.foreign_files(self.folder, step):
+                self._say_once(step, foreign)
+            else:
                 checkpoint_directory.remove(self.folder, step)
+
+    def _say_once(self, step: int, foreign: list[str]) -> None:
+        if step in self._held:
+            return
+        self._held.add(step)
+        place = checkpoint_directory.path_of_step(self.folder, step)
+        logger.warning("%s stays, because it holds what no save wrote: %s", place, ", ".join(foreign[:5]))
 
 
 def training_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

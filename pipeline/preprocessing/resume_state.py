@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -17,11 +18,13 @@ from typing import Annotated, Any
 from pydantic import FailFast
 
 from pipeline.config.data import ReadingConfig, TokenizeConfig
+from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
 from pipeline.dataset.shards import file_bytes
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.listing.selection import Ignored, describe, kind_of, select
 from pipeline.remote.remote_file import stored_url
+from pipeline.run_files import SUMMARY_FILE
 from pipeline.sources import plan as plan_module
 from pipeline.sources.sources import Input, Source, find
 from pipeline.sources.work_items import Damage, WorkItem
@@ -38,6 +41,7 @@ _MOST_BYTES_OF_INPUTS = 256 << 20  # some 200 a file of the source
 _LATER_SETTINGS = {
     *("column_separator", "document_separator", "max_document_bytes", "val_split", "end_of_text_token"),
 }
+_SHARD = re.compile(r"(train|val)_\d{6,}(-\d{3,})?\.bin")
 _REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one
 
 logger = logging.getLogger(__name__)
@@ -147,6 +151,12 @@ def claim(folder: Folder, run: RunRecord) -> None:
     if record is None:
         if any(name.endswith(".bin") for name in folder.names()):
             raise UserError(f"output folder {folder} holds shards of unknown origin; choose another --output")
+        for name in (MANIFEST_NAME, TOKENIZER_NAME, SUMMARY_FILE):
+            if folder.size(name) is not None:
+                raise UserError(
+                    f"output folder {folder} holds a {name} of unknown origin, which the job would replace; choose "
+                    "another --output"
+                )
         folder.make()
         pinned = None if run.pinned is None else stored_source(run.pinned)
         folder.write(_RUN, [_to_json(dataclasses.replace(run, source=stored_source(run.source), pinned=pinned))])
@@ -262,7 +272,7 @@ def shard_name(split: str, index: int, part: int) -> str:
 def remove_others(folder: Folder, names: set[str]) -> None:
     """Remove shards that are not among ``names``."""
     for name in folder.names():
-        if name.endswith(".bin") and "/" not in name and name not in names:
+        if _SHARD.fullmatch(name) and name not in names:
             folder.delete(name)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import uuid
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.paths import resolve_path, working_folder
 from pipeline.pretrained import hub_models, huggingface, model_card, weights
 from pipeline.pretrained.resolve import ModelSource, read_tokenizer, resolve_model
+from pipeline.pretrained.tensor_files import INDEX_FILE, WEIGHTS_FILE
 from pipeline.storage.folders import open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.mlflow_run import find_run, mlflow_uri
@@ -28,6 +30,13 @@ from pipeline.tracking.mlflow_run import find_run, mlflow_uri
 logger = logging.getLogger(__name__)
 
 _NOTE_FORMAT = 1
+_WRITTEN = {  # by an export, besides the parts of large weights
+    *(huggingface.CONFIG_FILE, huggingface.NOTE_FILE, huggingface.TOKENIZER_CONFIG_FILE),
+    *(huggingface.GENERATION_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, INDEX_FILE),
+    *(model_card.CARD_FILE, model_card.CURVES_FILE),
+}
+_WEIGHTS_PART = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_MOST_NAMED = 5
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,12 +71,13 @@ def export(config: ExportConfig) -> ExportReport:
     source, output = resolve_model(config.checkpoint), resolve_path(config.output)
     _check_output(output, source.path)
     run = model_card.read_run(source)
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.incomplete")
-    open_folder(output.parent).make()
+    place = output.resolve()  # a link to the folder stays a link
+    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}.incomplete")
+    open_folder(place.parent).make()
     try:
         partial.mkdir()
         report = _write(config, source, output, partial, run)
-        _replace(partial, output)
+        _replace(partial, place)
     except OSError as error:
         raise UserError(f"the folder {output} cannot be written: {error.strerror or error}") from error
     finally:
@@ -133,22 +143,49 @@ def _note(run: model_card.Run, tokenizer: Tokenizer, dtype: str) -> dict[str, An
 
 
 def _check_output(output: Path, source: Path) -> None:
-    """Raise a UserError unless ``output`` is absent, empty or an earlier export: nothing else is ever replaced."""
+    """Raise a UserError unless ``output`` is absent, empty or holds nothing but what an earlier export wrote."""
     if output == source:
         raise UserError(f"output {output} is the checkpoint itself; choose another --output")
-    if output.is_dir() and (not any(output.iterdir()) or (output / huggingface.NOTE_FILE).is_file()):
+    if not output.is_dir():
+        if output.exists() or output.is_symlink():
+            raise UserError(f"output {output} is there and is no export of an earlier run; choose another --output")
         return
-    if output.exists():
+    names = sorted(path.name for path in output.iterdir())
+    if names and huggingface.NOTE_FILE not in names:
         raise UserError(f"output {output} is there and is no export of an earlier run; choose another --output")
+    foreign = [path.name for path in sorted(output.iterdir()) if not _is_written(path)]
+    if foreign:
+        more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
+        raise UserError(
+            f"output {output} holds what no export wrote: {', '.join(foreign[:_MOST_NAMED])}{more}; move that to "
+            "another folder, or choose another --output"
+        )
+
+
+def _is_written(path: Path) -> bool:
+    """Whether an export writes a file of this name."""
+    is_known = path.name in _WRITTEN or _WEIGHTS_PART.fullmatch(path.name) is not None
+    return is_known and path.is_file()
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Flush all files, then rename the folder; an earlier export is removed when the new one is complete."""
+    """Flush all files, then rename the folder; the files of an earlier export go when the new one is complete."""
     for file in partial.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
+    if not output.exists():
+        partial.rename(output)
+        return
     old = partial.with_suffix(".old")
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    output.rename(old)
+    try:
+        partial.rename(output)
+    except BaseException:
+        old.rename(output)
+        raise
+    for file in list(old.iterdir()):
+        if _is_written(file):
+            file.unlink()
+        else:  # it came while the new export was written
+            file.rename(output / file.name)
+    old.rmdir()

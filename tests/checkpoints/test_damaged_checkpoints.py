@@ -103,6 +103,8 @@ def test_a_damaged_one_is_quarantined_over_an_earlier_one(folder: Path) -> None:
     with checkpoint_reader.open_newest(folder, WORKERS) as found:
         assert found is not None and found.info.step == 2
     assert json.loads((folder / "step-000003.damaged" / "checkpoint.json").read_text())["step"] == 3
+    earlier = folder / "step-000003.damaged-2"
+    assert json.loads((earlier / "checkpoint.json").read_text())["step"] == 1, "the earlier one is only renamed"
 
 
 def test_no_flipped_bit_of_the_description_goes_unnoticed(folder: Path) -> None:

@@ -87,6 +87,33 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     assert checkpoint_reader.read_info(tmp_path / "step-000007") == info(7)
 
 
+def test_what_somebody_put_into_the_folder_of_the_checkpoints_is_never_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = trained()
+    state = checkpoint_writer.training_state(model, optimizer)
+    save(tmp_path, state, 1)
+    (tmp_path / "step-000001" / "base-F32.gguf").write_text("precious")
+    (tmp_path / "step-notes.incomplete").mkdir()
+    (tmp_path / "step-notes.incomplete" / "notes").write_text("precious")
+    save(tmp_path, state, 2, 3, 4, 5)
+    assert steps_in(tmp_path) == [1, 4, 5], "the others are removed as ever"
+    assert (tmp_path / "step-000001" / "base-F32.gguf").read_text() == "precious"
+    assert (tmp_path / "step-notes.incomplete" / "notes").read_text() == "precious"
+    assert caplog.text.count("stays, because it holds what no save wrote: base-F32.gguf") == 1
+
+
+def test_a_step_that_is_saved_again_keeps_the_files_of_others(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    state = checkpoint_writer.training_state(model, optimizer)
+    save(tmp_path, state, 1)
+    (tmp_path / "step-000001" / "export").mkdir()
+    (tmp_path / "step-000001" / "export" / "model.gguf").write_text("precious")
+    save(tmp_path, state, 1)
+    assert (tmp_path / "step-000001" / "export" / "model.gguf").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001"]
+
+
 def test_tensors_of_any_type_and_size_are_aligned_and_come_back(tmp_path: Path) -> None:
     state = {
         "half": torch.randn(3, 5).bfloat16(),

@@ -429,6 +429,26 @@ def test_folder_that_is_not_ours(config: TokenizeConfig, tmp_path: Path) -> None
         finished(config, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "summary.json"])
+def test_a_file_of_somebody_is_not_replaced(config: TokenizeConfig, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / name).write_text("precious")
+    assert f"{output} holds a {name} of unknown origin, which the job would replace" in mistake(config, output)
+    assert [(path.name, path.read_text()) for path in output.iterdir()] == [(name, "precious")]
+
+
+def test_files_beside_the_shards_stay(config: TokenizeConfig, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    tokenize(config, output)
+    (output / "manifest.json").unlink()
+    (output / "my_model.bin").write_bytes(b"precious")
+    (output / "train_000099.bin").write_bytes(b"of an item that is no part of the plan")
+    tokenize(config, output)
+    assert (output / "my_model.bin").read_bytes() == b"precious"
+    assert not (output / "train_000099.bin").exists()
+
+
 def test_folder_of_another_job(config: TokenizeConfig, corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     training = TrainTokenizerConfig(source=str(corpus), vocab_size=320, num_workers=2)
     shards, mine = tmp_path / "undisturbed", tmp_path / "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from model.generation import generate
 from model.transformer import Transformer
 from pipeline.config.inference import ExportConfig
 from pipeline.errors import UserError
-from pipeline.pretrained import huggingface, resolve, weights
+from pipeline.pretrained import huggingface, model_card, resolve, weights
 from pipeline.pretrained.export_job import export
 from pipeline.tokenizer.bpe import Tokenizer
 from tests.support.llama_twin import lively_model, relative_error, small_config
@@ -259,6 +260,49 @@ def test_an_export_replaces_an_export_and_nothing_else(checkpoint: Path, tmp_pat
     with pytest.raises(UserError, match="is no export of an earlier run"):
         export(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "mine")))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["a-F32.gguf", "Modelfile", "NOTES.md", ".git/config", "model-mine.safetensors"])
+def test_what_lies_in_an_export_is_never_deleted(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    config = ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out"))
+    export(config)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("precious")
+    with pytest.raises(UserError, match=rf"holds what no export wrote: {Path(name).parts[0]}; move that to"):
+        export(dataclasses.replace(config, dtype="bf16"))
+    assert mine.read_text() == "precious"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no half folder is left"
+
+
+def test_a_file_that_comes_while_an_export_is_written_stays(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out"))
+    export(config)
+    write = model_card.write
+
+    def write_late(*arguments: Any, **named: Any) -> None:
+        (tmp_path / "out" / "late.gguf").write_text("precious")
+        write(*arguments, **named)
+
+    monkeypatch.setattr(model_card, "write", write_late)
+    export(dataclasses.replace(config, dtype="bf16"))
+    assert (tmp_path / "out" / "late.gguf").read_text() == "precious"
+    assert json.loads((tmp_path / "out" / "gpt25.json").read_text())["dtype"] == "bf16"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_through_a_link_fills_the_folder_behind_it(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    for dtype in ("float32", "bf16"):
+        export(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "link"), dtype=dtype))
+        assert json.loads((tmp_path / "disk" / "real" / "gpt25.json").read_text())["dtype"] == dtype
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
 
 
 def test_an_exported_folder_is_exported_again(folder: Path, tmp_path: Path) -> None:
