@@ -15,6 +15,7 @@ from pipeline.config.inference import EvaluateConfig
 
 def main(config: EvaluateConfig) -> None:
     from pipeline.evaluation import evaluate_job
+    from pipeline.evaluation.validation import perplexity_text
 
     result = evaluate_job.evaluate(config)
     seen = f", {result.tokens_seen:,} tokens seen" if result.tokens_seen is not None else ""
@@ -22,7 +23,7 @@ def main(config: EvaluateConfig) -> None:
     if result.val_loss is not None:
         rows += [
             ("val loss", f"{result.val_loss:.4f} nats per token, on {result.val_tokens:,} tokens"),
-            ("perplexity", f"{result.perplexity:.2f}"),
+            ("perplexity", perplexity_text(result.val_loss)),
             ("bits per byte", f"{result.bits_per_byte:.4f}"),
             (
                 "learned",

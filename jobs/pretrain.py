@@ -14,6 +14,7 @@ from pipeline.config.training import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
+    from pipeline.evaluation.validation import perplexity_text
     from pipeline.paths import resolve_output
     from pipeline.run_files import REPORT_FILE
     from pipeline.tracking import journal
@@ -25,7 +26,7 @@ def main(config: PretrainConfig) -> None:
     if summary.val_loss is not None:
         val_rows = [
             ("val loss", f"{summary.val_loss:.4f} on {summary.val_tokens:,} tokens"),
-            ("perplexity", f"{summary.perplexity:.2f}"),
+            ("perplexity", perplexity_text(summary.val_loss)),
         ]
     rows = [
         ("parameters", f"{summary.parameters:,}"),

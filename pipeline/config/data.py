@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.settings import require, require_positive
+from pipeline.config.settings import require, require_plain, require_positive
 from pipeline.tokenizer.patterns import MAX_TOKENS, Pattern
 
 GPT2_TOKENIZER = "hf://openai-community/gpt2"
@@ -65,6 +65,7 @@ class ReadingConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self, free=("text_column", "column_separator", "document_separator"))
         require(0 <= self.val_fraction < 1, f"val_fraction is {self.val_fraction}; it must lie in [0, 1)")
         require_positive(self, "item_bytes", "sample_bytes", "cache_bytes", "num_workers", "download_workers")
         require_positive(self, "max_document_bytes")
@@ -154,6 +155,7 @@ class ImportShardsConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self, free=("train", "val"))
         require(self.train != "", "--train is missing; name the files of tokens to train on")
         require(self.val != "", "--val is missing; name the files of tokens to validate on")
         require(self.eot_id is None or self.eot_id >= 0, f"eot_id is {self.eot_id}; it must not be negative")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.settings import require, require_positive
+from pipeline.config.settings import require, require_plain, require_positive
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -39,6 +39,7 @@ class EvaluateConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self)
         require_positive(self, "val_tokens", "batch_size", "num_workers", "hellaswag_questions")
 
 
@@ -76,7 +77,10 @@ class GenerateConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self, free=("prompt", "seed"))
         require_positive(self, "max_new_tokens", "num_samples", "batch_size", "top_k")
+        most = 2**63 - self.num_samples  # the last text has the seed num_samples - 1 further on
+        require(-(2**63) <= self.seed <= most, f"seed is {self.seed}; it must lie between {-(2**63)} and {most}")
         require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
 
@@ -103,6 +107,7 @@ class ExportConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self)
         require_positive(self, "max_file_bytes")
 
 
@@ -147,6 +152,7 @@ class ServeConfig:
     """Print the resolved settings, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self)
         whole = ("num_replicas", "max_batch_size", "max_waiting", "max_prompt_tokens", "max_tokens", "max_texts")
         require_positive(self, *whole, "max_body_bytes", "request_seconds")
         require_positive(self, "max_connections", "head_seconds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.settings import require, require_positive
+from pipeline.config.settings import require, require_plain, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class SweepConfig:
     """Print the trials and their settings, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self)
         require_positive(self, "num_trials", "min_steps", "trials_at_once")
         require(self.reduction_factor > 1, f"reduction_factor is {self.reduction_factor:g}; it must be greater than 1")
         require(bool(self.vary), "--vary is missing; say what differs between trials, for instance --vary lr=1e-3,3e-3")

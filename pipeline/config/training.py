@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from model.config import Init, ModelConfig
 from pipeline.config import size_rules
-from pipeline.config.settings import require, require_positive
+from pipeline.config.settings import require, require_plain, require_positive
+from pipeline.config.training_checks import check_loop, check_recipe
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class PretrainConfig:
     muon_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     """Coefficients a, b, c of the polynomial a x + b x^3 + c x^5 of a Newton-Schulz iteration."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it."""
+    """Largest global gradient norm; larger gradients are scaled down to it. With 0, gradients are never scaled."""
     seed: int = 1337
     """Random seed for weight initialization and data order."""
 
@@ -205,22 +206,14 @@ class PretrainConfig:
     """Print the resolved settings, the size of the run, its hours and its cost, then stop."""
 
     def __post_init__(self) -> None:
+        require_plain(self, seeds=("seed",), free=("grad_clip", "sample_prompt"))
         require_positive(self, *_POSITIVE, *(() if self.batch_size == "auto" else ("batch_size",)))
         most_workers = worker_range(self.num_workers)[1]
         for name, value in size_rules.fill_in(vars(self), num_workers=most_workers).items():
             object.__setattr__(self, name, value)  # frozen for its users; the record of a run has to say what it was
         self._check_schedule()
-        self._check_recipe()
-        require(self.resize_seconds > 0, f"resize_seconds is {self.resize_seconds:g}; it must be positive")
-        every = self.keep_every
-        require(
-            every is None or (every > 0 and every % self.checkpoint_every == 0),
-            f"keep_every is {every}; it must be a multiple of checkpoint_every {self.checkpoint_every}",
-        )
-        price = self.price_per_hour
-        require(price is None or price >= 0, f"price_per_hour is {price}; it must not be negative")
-        require(self.val_every >= 0, f"val_every is {self.val_every}; it must not be negative")
-        require(self.skip_nonfinite >= 0, f"skip_nonfinite is {self.skip_nonfinite}; it must not be negative")
+        check_recipe(self)
+        check_loop(self)
         self.model_config(vocab_size=257)  # the shape is checked before any data is opened
         self._check_batch()
         self._check_profile()
@@ -289,32 +282,6 @@ class PretrainConfig:
             return self.decay_from
         assert self.decay_fraction is not None
         return self.train_steps - round(self.train_steps * self.decay_fraction)
-
-    def _check_recipe(self) -> None:
-        if self.tie_embeddings:
-            for name, given in (("output_lr", self.output_lr), ("zero_init_output", self.zero_init_output or None)):
-                require(
-                    given is None,
-                    f"{name} is {given}, but the output matrix is the embedding; leave it out, or give "
-                    "--no_tie_embeddings",
-                )
-        for name in ("embedding_lr", "output_lr", "vector_lr"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"{name} is {value}; it must not be negative")
-            require(
-                value is None or self.lr > 0, f"{name} is {value} and lr is {self.lr}; with it, lr must be positive"
-            )
-        for name in ("embedding_weight_decay", "embedding_init_std", "init_std"):
-            value = getattr(self, name)
-            require(value in {None, "fan_in"} or value >= 0, f"{name} is {value}; it must not be negative")
-        momentum, coefficients = self.muon_momentum, self.muon_coefficients
-        require(0 <= momentum < 1, f"muon_momentum is {momentum}; it must lie in [0, 1)")
-        reached = sum(coefficients)
-        require(
-            0.5 <= reached <= 1.5,
-            f"muon_coefficients {' '.join(f'{each:g}' for each in coefficients)} turn 1 into {reached:g}, which must "
-            "lie between 0.5 and 1.5; two that fit are 3.4445 -4.775 2.0315 and 2 -1.5 0.5",
-        )
 
     def _check_schedule(self) -> None:
         self._resolve_fraction("warmup_fraction", "warmup_steps", is_used=True)

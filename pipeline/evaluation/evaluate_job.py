@@ -26,7 +26,7 @@ from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
-from pipeline.evaluation.validation import bits_per_byte, entropy, validation_loss
+from pipeline.evaluation.validation import bits_per_byte, entropy, perplexity, validation_loss
 from pipeline.paths import resolve_output, resolve_output_file, working_folder
 from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
@@ -65,7 +65,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float | None:
-        return None if self.val_loss is None else math.exp(self.val_loss)
+        return None if self.val_loss is None else perplexity(self.val_loss)
 
     @property
     def learned(self) -> float | None:
@@ -88,6 +88,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     Raises:
         UserError: the model or its data do not exist, the shards have another tokenizer, or there is nothing to do.
     """
+    target = resolve_output_file(config.output) if config.output else None
     source = resolve_model(config.checkpoint)
     path, run_folder = source.path, source.run_folder
     data = _find_data(config, path)
@@ -110,7 +111,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
         **weights.read_progress(path),
         **result,
     )
-    _save(config, run_folder, scores)
+    _save(config, run_folder, scores, target)
     return scores
 
 
@@ -162,6 +163,11 @@ def _check_data(data: Folder, path: Path) -> Manifest:
     manifest = Manifest.load(data)
     if manifest.tokenizer_fingerprint != read_tokenizer(path).fingerprint:
         raise UserError(f"the shards in {data} were made with another tokenizer than {path}; give other --data")
+    if manifest.tokens("val") < 2:
+        raise UserError(
+            f"data folder {data} has nothing to evaluate on: no document is held out; give other --data, or tokenize "
+            "again, into another folder, with a larger --val_fraction or --val_split tail"
+        )
     return manifest
 
 
@@ -183,11 +189,13 @@ def _saved_scores(
     return scores if same and (not config.hellaswag or scores.hellaswag_acc is not None) else None
 
 
-def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores) -> None:
-    """Write the scores to ``config.output``, and to the run folder and the MLflow run where the model has one."""
-    content = (json.dumps(asdict(scores) | {"perplexity": scores.perplexity}, indent=2) + "\n").encode()
-    if config.output:
-        folder, name = resolve_output_file(config.output)
+def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores, target: tuple[Folder, str] | None) -> None:
+    """Write the scores to the file ``target``, and to the run folder and the MLflow run where the model has one."""
+    perplexity = scores.perplexity  # JSON knows no infinity
+    known = perplexity if perplexity is not None and math.isfinite(perplexity) else None
+    content = (json.dumps(asdict(scores) | {"perplexity": known}, indent=2) + "\n").encode()
+    if target is not None:
+        folder, name = target
         folder.write(name, [content])
     if run_folder is None:
         return

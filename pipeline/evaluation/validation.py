@@ -34,7 +34,21 @@ class ValidationResult:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinity where that is no float, above a loss of 709."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def perplexity_text(loss: float) -> str:
+    """The perplexity for a line of text: 26.61, or 1.2e+45 where the digits before the point say nothing."""
+    value = perplexity(loss)
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2g}"
 
 
 @torch.no_grad()

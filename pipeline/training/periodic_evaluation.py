@@ -17,7 +17,7 @@ from pipeline.dataset.shards import TokenStream
 from pipeline.dataset.token_counts import byte_lengths
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score
-from pipeline.evaluation.validation import ValidationResult, bits_per_byte, validation_loss
+from pipeline.evaluation.validation import ValidationResult, bits_per_byte, perplexity_text, validation_loss
 from pipeline.generation.sampling import continue_text
 from pipeline.storage.folders import Folder
 from pipeline.tokenizer.bpe import Tokenizer
@@ -95,7 +95,7 @@ class PeriodicEvaluation:
             return
         metrics = {"val/loss": result.loss, "val/perplexity": result.perplexity}
         self.tracker.log_metrics(metrics | {"val/bits_per_byte": self._bits_per_byte(result)}, done)
-        logger.info("step %d: val loss %.4f, perplexity %.2f", done, result.loss, result.perplexity)
+        logger.info("step %d: val loss %.4f, perplexity %s", done, result.loss, perplexity_text(result.loss))
         if checkpoint is not None:
             if self.best is not None and is_best:
                 write_best(self.output, self.best)

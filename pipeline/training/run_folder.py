@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pipeline.config.training import PretrainConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
+from pipeline.evaluation.validation import perplexity
 from pipeline.run_files import BEST_FILE, CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, open_folder
 from pipeline.storage.json_files import read_json, write_json
@@ -53,7 +53,7 @@ class RunSummary:
 
     @property
     def perplexity(self) -> float | None:
-        return None if self.val_loss is None else math.exp(self.val_loss)
+        return None if self.val_loss is None else perplexity(self.val_loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ def open_splits(config: PretrainConfig, data: Folder) -> tuple[Tokenizer, Manife
     """Tokenizer and manifest of the data of a run.
 
     Raises:
-        UserError: no such data, nothing to train on, or nothing to validate on though the settings ask for it.
+        UserError: no such data, too little to train on, nothing to validate on though the settings ask for it, or a
+            sample prompt that is longer than the context.
     """
     tokenizer, manifest = open_data(data)
     config.check_vocab_size(manifest.vocab_size)
@@ -86,19 +87,36 @@ def open_splits(config: PretrainConfig, data: Folder) -> tuple[Tokenizer, Manife
             f"data folder {data} has nothing to train on: all its documents are held out for validation; "
             "tokenize again, into another folder, with a lower --val_fraction"
         )
+    if manifest.tokens("train") <= config.context_length:
+        raise UserError(
+            f"data folder {data} has {manifest.tokens('train'):,} tokens to train on, fewer than one window of "
+            f"context_length {config.context_length:,} + 1 tokens; give more text, or a lower --context_length"
+        )
     if config.val_every and manifest.tokens("val") < 2:
         raise UserError(
             f"data folder {data} has nothing to validate on: no document is held out; give --val_every 0 to train "
             "without, or tokenize again, into another folder, with a larger --val_fraction or --val_split tail"
         )
+    _check_sample_prompt(config, tokenizer)
     return tokenizer, manifest
+
+
+def _check_sample_prompt(config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    """A token is at least one byte, so most prompts need not be encoded."""
+    prompt, most = config.sample_prompt, config.context_length
+    if len(prompt.encode("utf-8", "replace")) > most and (found := len(tokenizer.encode(prompt))) > most:
+        raise UserError(
+            f"--sample_prompt has {found:,} tokens, but the network sees {most:,} at once; shorten it, or raise "
+            "--context_length"
+        )
 
 
 def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
     """Check that resuming from checkpoint ``path`` continues the same run.
 
     Raises:
-        UserError: model shape, shards, tokenizer or data order differ, or the learning rate's schedule would bend.
+        UserError: model shape, shards, tokenizer, data order or optimizer differ, the learning rate's schedule would
+            bend, or the checkpoint is beyond train_steps.
     """
     expected = config.model_config(manifest.vocab_size)
     check_shape(f"checkpoint {path}", info.model_config.to_dict(), expected, otherwise="another --output for a new run")
@@ -113,6 +131,17 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
                 f"checkpoint {path} was trained with {name} {info.config[name]}, now it is {getattr(config, name)}; "
                 "that changes the data order, so keep it, or give a new --output"
             )
+    optimizer = info.config.get("optimizer", "adamw")
+    if optimizer != config.optimizer:
+        raise UserError(
+            f"checkpoint {path} was trained with optimizer {optimizer}, now it is {config.optimizer}, which has "
+            f"a state of another kind; give --optimizer {optimizer}, or another --output with --checkpoint {path}"
+        )
+    if info.step > config.train_steps:
+        raise UserError(
+            f"checkpoint {path} is beyond --train_steps {config.train_steps}: {info.step} steps are done; give "
+            f"--train_steps {info.step} or more, or another --output for a new run"
+        )
     check_schedule(path, info, config)
 
 

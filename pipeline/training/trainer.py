@@ -195,7 +195,7 @@ class Trainer:
             flags = self.guard.flags(self.writer.error())
             reduced = self.guard.outcomes.all_reduce(step, local_squared_norm(gradients), loss_share, flags)
             grad_norm = reduced.squared_norm.sqrt()
-            clip_by_norm(gradients, grad_norm, self.config.grad_clip)
+            clip_by_norm(gradients, grad_norm, self.config.grad_clip or math.inf)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]
             self.optimizer.step(allowed=reduced.allowed)
