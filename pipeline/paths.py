@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.storage.folders import Folder, is_url, open_folder
+from pipeline.storage.folders import Folder, LocalFolder, is_url, open_folder
 
 
 def shown(path: str) -> str:
@@ -48,10 +48,12 @@ def resolve_output_file(path: str) -> tuple[Folder, str]:
     """The folder of a job's output file, which is made if need be, and the file's name in it.
 
     Raises:
-        UserError: the folder cannot be made, or no files can be written to it.
+        UserError: the folder cannot be made, or no files can be written to it, or ``path`` is a folder.
     """
-    parent, slash, name = path.rstrip("/").rpartition("/")
+    parent, slash, name = path.rpartition("/")
     folder = resolve_output(parent or slash or ".")
+    if name in ("", ".", "..") or (isinstance(folder, LocalFolder) and (folder.path / name).is_dir()):
+        raise UserError(f"--output {path} is a folder; give the name of a file, such as {path.rstrip('/')}/result.json")
     folder.make()
     return folder, name
 

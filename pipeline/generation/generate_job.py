@@ -23,6 +23,9 @@ from pipeline.paths import resolve_output_file, resolve_path
 from pipeline.pretrained.resolve import open_model, resolve_checkpoint
 from pipeline.tokenizer.bpe import Tokenizer
 
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""Characters that JSON has as they are and that some readers of lines, such as str.splitlines, take for their end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextChunk:
@@ -60,7 +63,8 @@ def write_texts(config: GenerateConfig) -> tuple[int, str]:
                 "finish_reason": chunks[-1].finish_reason,
             }
             count += 1
-            yield json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            text = json.dumps(line, ensure_ascii=False).translate(_LINE_ENDS)
+            yield text.encode("utf-8", "replace") + b"\n"
 
     folder.write(name, lines())
     return count, f"{folder}/{name}"
@@ -134,7 +138,7 @@ def read_prompts(path: str) -> list[str]:
     """
     file = resolve_path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = [line.removesuffix("\r") for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts {file} cannot be read ({error}); give a text file or .jsonl") from error
     if file.suffix == ".jsonl":

@@ -25,7 +25,8 @@ from pipeline.tokenizer.bpe import Tokenizer
 _MAX_STOPS = 4
 _MAX_STOP_CHARACTERS = 200
 _MAX_TEMPERATURE = 10.0
-# Fields of OpenAI's that are not supported, with the values under which they change nothing.
+# Fields of OpenAI's that are not supported, with the values under which they change nothing. The types count, too:
+# logprobs 0 asks for the logprobs of the chosen tokens, though 0 == False.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (None, False),
     "suffix": (None, ""),
@@ -245,7 +246,7 @@ def _refuse_unknown(values: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, _Body.model_fields, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise RequestError(f"unknown field {_shown(name)}{hint}", param=name[:100])
-        if value not in _NEUTRAL[name]:
+        if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL[name]):
             raise RequestError(f"{name} is not supported by this server; leave it out", param=name)
 
 

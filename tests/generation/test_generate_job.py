@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config.inference import ExportConfig, GenerateConfig
 from pipeline.errors import UserError
-from pipeline.generation.generate_job import generate_texts, read_prompts
+from pipeline.generation.generate_job import generate_texts, read_prompts, write_texts
 from pipeline.pretrained.export_job import export
 from tests.support.models import train
 
@@ -86,6 +86,13 @@ def test_files_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("GPT25_HOME", str(tmp_path))
     (tmp_path / "lines.txt").write_text("one\n\n  two\nthree")
     assert read_prompts("lines.txt") == ["one", "  two", "three"]
+    odd = "The old\u2028man\u0085and\u2029the\x0csea"
+    (tmp_path / "odd.jsonl").write_text(
+        f"\ufeff{json.dumps({'prompt': odd}, ensure_ascii=False)}\r\n", encoding="utf-8"
+    )
+    assert read_prompts("odd.jsonl") == [odd]
+    (tmp_path / "odd.txt").write_text(f"\ufeff{odd}\r\nnext\r\n", encoding="utf-8", newline="")
+    assert read_prompts("odd.txt") == [odd, "next"]
     for content, words in (
         ('{"prompt": "x"}\n{"text": "y"}', 'line 2 has no text under "prompt"'),
         ('{"prompt": 5}', "line 1 has no text"),
@@ -97,6 +104,26 @@ def test_files_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             read_prompts("bad.jsonl")
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts("absent.txt")
+
+
+def test_lines_of_texts_are_lines_for_every_reader(checkpoint: Path, tmp_path: Path) -> None:
+    prompt = "a\u2028b\u2029c\u0085d\x1ce\ud800"
+    config = GenerateConfig(
+        checkpoint=str(checkpoint), prompt=prompt, output=str(tmp_path / "out.jsonl"), max_new_tokens=2, num_samples=2
+    )
+    write_texts(config)
+    content = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    assert len(content.splitlines()) == 2
+    assert [json.loads(line)["prompt"] for line in content.splitlines()] == [prompt.replace("\ud800", "?")] * 2
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/", "new/", "folder/.."])
+def test_an_output_that_is_a_folder_is_found_before_any_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    config = GenerateConfig(checkpoint=str(tmp_path / "absent"), output=f"{tmp_path}/{name}")
+    with pytest.raises(UserError, match="is a folder; give the name of a file, such as"):
+        write_texts(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_prompt_longer_than_the_context(checkpoint: Path) -> None:

@@ -124,7 +124,14 @@ def test_many_at_once_get_what_each_gets_alone(server: WebServer) -> None:
         ({"prompt": "x", "stop": [""]}, 400, "a text of stop must have 1 to 200"),
         ({"prompt": "x", "stop": ["a"] * 5}, 400, "at most 4 texts"),
         ({"prompt": "x", "logprobs": 3}, 400, "logprobs is not supported"),
+        ({"prompt": "x", "logprobs": 0}, 400, "logprobs is not supported"),
+        ({"prompt": "x", "logprobs": True}, 400, "logprobs is not supported"),
         ({"prompt": "x", "best_of": 4}, 400, "best_of is not supported"),
+        ({"prompt": "x", "best_of": True}, 400, "best_of is not supported"),
+        ({"prompt": "x", "presence_penalty": False}, 400, "presence_penalty is not supported"),
+        ({"prompt": "x", "frequency_penalty": False}, 400, "frequency_penalty is not supported"),
+        ({"prompt": "x", "suffix": 0}, 400, "suffix is not supported"),
+        ({"prompt": "x", "logit_bias": []}, 400, "logit_bias is not supported"),
         ({"prompt": "x", "stream": "yes"}, 400, "stream is 'yes'"),
         ({"prompt": "x", "max_token": 5}, 400, "unknown field 'max_token', did you mean 'max_tokens'?"),
     ],
@@ -154,6 +161,7 @@ def test_bodies_that_are_no_requests(server: WebServer, body: bytes, words: str)
 
 def test_neutral_fields_and_odd_texts_are_served(server: WebServer) -> None:
     server.complete(prompt="x", max_tokens=1, logprobs=None, best_of=1, presence_penalty=0, suffix=None, user="me")
+    server.complete(prompt="x", max_tokens=1, logprobs=False, frequency_penalty=0.0, suffix="", logit_bias={})
     body = b'{"prompt": "half a pair: \\ud800", "echo": true, "max_tokens": 1}'
     status, _, content = server.ask("POST", "/v1/completions", body, JSON)
     assert status == 200 and json.loads(content)["choices"][0]["text"].startswith("half a pair: \ud800")
