@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pipeline import exit_signals
+
+if Path(sys.argv[0]).absolute().parent == Path(__file__).parent:  # a job, not a test that imports this
+    exit_signals.end_quietly_until_watched()  # the imports below take a fifth of a second
 
 import yaml
 
@@ -58,18 +66,92 @@ def _require_utf8() -> None:
 
 
 def guarded(job: Callable[[], None], *, resume: str) -> None:
-    """Run ``job`` with progress lines on; end the process with one sentence where a user can mend the cause."""
+    """Run ``job`` with progress lines on; end the process with one sentence where a user can mend the cause.
+
+    Its exit code is 1 for a mistake, 130 after Ctrl-C, 143 after SIGTERM, and 141 where nobody reads its output.
+    """
     log_plainly()
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    closing_line = f"interrupted; the same command {resume}"
+    with exit_signals.watched(closing_line):
+        try:
+            _do_and_flush(job)
+            _leave_ray()
+        except RunStopped as stopped:
+            _end_stopped(stopped)
+        except BrokenPipeError:
+            if not _is_unread():
+                raise
+            _drop_output()
+            sys.exit(141)  # as the shell shows SIGPIPE
+        except UserError as error:
+            _end_if_interrupted(closing_line)
+            sys.exit(f"error: {plain(str(error))}")
+        except KeyboardInterrupt:
+            _end_if_interrupted(closing_line)
+            print(closing_line, file=sys.stderr)
+            sys.exit(130)
+        except Exception:
+            _end_if_interrupted(closing_line)  # whatever code of others makes of it
+            raise
+
+
+def _end_if_interrupted(closing_line: str) -> None:
+    if (number := exit_signals.received()) is not None:
+        exit_signals.end(number, closing_line)
+
+
+def _end_stopped(stopped: RunStopped) -> NoReturn:
+    sentence = plain(str(stopped))
+    if stopped.at_once:
+        exit_signals.end(stopped.signal_number, sentence)
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr)
+    exit_signals.end_soon(stopped.signal_number)
+    sys.exit(128 + stopped.signal_number)
+
+
+def _do_and_flush(job: Callable[[], None]) -> None:
     try:
         job()
-    except UserError as error:
-        sys.exit(f"error: {plain(str(error))}")
-    except RunStopped as stopped:
-        print(plain(str(stopped)), file=sys.stderr)
-        sys.exit(128 + stopped.signal_number)
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; the same command {resume}")
+    except SystemExit:  # after --help
+        _flush_output()
+        raise
+    _flush_output()
+
+
+def _flush_output() -> None:
+    """Write what is left now: an error at Python's own end could not be told from others."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"standard output cannot be written: {error.strerror}; the work itself is done") from error
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as behind `| head`."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Let Python's own end write the rest of standard output to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+def _leave_ray() -> None:
+    """End a local Ray while signals still have an answer; at Python's own end they have a traceback."""
+    if "ray" in sys.modules:
+        from pipeline.cluster import ray_cluster
+
+        ray_cluster.shut_down()
 
 
 def ignored_row(ignored: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

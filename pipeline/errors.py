@@ -21,3 +21,9 @@ class RunStopped(Exception):  # noqa: N818  # nothing went wrong
 
     signal_number = 15
     """What asked for it."""
+    at_once = False
+    """Whether nothing is waited for: work of which nothing can be saved may still be running."""
+
+
+PROGRAM_ERRORS = (ValueError, TypeError, AssertionError, ArithmeticError, LookupError, AttributeError)
+"""Raised by a value that the program does not expect, and again at the same step however often a run starts."""

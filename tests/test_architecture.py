@@ -21,6 +21,7 @@ MOST_FILES = 14
 
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "exit_signals": set(),
     "versions": set(),
     "console": {"redaction"},
     "run_files": set(),
@@ -29,14 +30,14 @@ ROOMS: dict[str, set[str]] = {
     "tokenizer": {"errors", "storage"},
     "paths": {"errors", "storage"},
     "config": {"errors", "paths", "redaction", "tokenizer.patterns"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "exit_signals"},
     "listing": {"errors"},
     "remote": {"errors", "redaction", "storage", "listing"},
     "sources": {"errors", "paths", "listing", "remote"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
-    "cluster": {"errors", "storage", "paths", "config", "console", "distributed"},
+    "cluster": {"errors", "exit_signals", "storage", "paths", "config", "console", "distributed"},
 }
 ROOMS["pretrained"] = {
     *("errors", "storage", "paths", "redaction", "tokenizer", "checkpoints", "tracking", "run_files"),

@@ -9,14 +9,20 @@ GPT25_MAX_CPUS, the CPUs of the cluster with all of them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import re
+import signal
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import exit_signals
 from pipeline.cluster.auth_token import ensure_private_token
 from pipeline.errors import UserError
 from pipeline.paths import submitted
@@ -49,22 +55,72 @@ def connect(*, num_cpus: int) -> None:
 
     if ray.is_initialized():
         return
+    with _signals_kept():
+        if submitted():
+            ray.init()  # address and runtime environment come with the job
+        elif not starts_one:
+            _require_answer(os.environ["RAY_ADDRESS"])
+            ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path(joined=True))
+        else:
+            _start(num_cpus)
     if submitted():
-        ray.init()  # address and runtime environment come with the job
         _await_nodes(int(os.environ.get("GPT25_NODES", "1")))
-    elif not starts_one:
-        _require_answer(os.environ["RAY_ADDRESS"])
-        ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path())
-    else:
-        logger.info("starting Ray on %d CPUs of this machine", num_cpus)
-        ray.init(
-            address="local",  # not a cluster that another user started on this machine
-            num_cpus=num_cpus,
-            include_dashboard=True,  # without it Ray Train warns once a second
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-            runtime_env=_project_on_path(),
-        )
+
+
+def _start(num_cpus: int) -> None:
+    """Start a local Ray; UserError where its files and sockets cannot be made."""
+    import ray
+
+    logger.info("starting Ray on %d CPUs of this machine", num_cpus)
+    try:
+        with _apart():
+            ray.init(
+                address="local",  # not a cluster that another user started on this machine
+                num_cpus=num_cpus,
+                include_dashboard=True,  # without it Ray Train warns once a second
+                dashboard_host="127.0.0.1",
+                logging_level=logging.WARNING,
+                runtime_env=_project_on_path(),
+            )
+    except OSError as error:
+        place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        reason = error.strerror or str(error)
+        if "AF_UNIX" in str(error):
+            reason = f"its sockets in {place} would have paths of more than 107 bytes, the most that Linux allows"
+        raise UserError(
+            f"Ray cannot start: {reason}; set RAY_TMPDIR to a folder with a short path that can be written, for "
+            "instance RAY_TMPDIR=/tmp"
+        ) from error
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """A context after which this process handles its signals again as before: ray.init takes SIGTERM."""
+    try:
+        yield
+    except SystemExit as stop:  # by Ray's handler, whose exit code is the signal's number
+        if stop.code == signal.SIGTERM:
+            raise exit_signals.Interrupted(signal.SIGTERM) from None
+        raise
+    finally:
+        exit_signals.take_handlers()
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """A context in which Ray's processes are started in process groups of their own.
+
+    A signal for the group of this job (of `timeout`, of a batch system) would end the cluster under its workers, which
+    have a checkpoint to save. This process ends them, and they end with it.
+    """
+    from ray._private import services
+
+    original = services.ConsolePopen
+    services.ConsolePopen = functools.partial(original, process_group=0)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original  # type: ignore[misc]
 
 
 def set_local_environment() -> None:
@@ -147,12 +203,16 @@ def cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)), int(os.environ.get("GPT25_MAX_CPUS", "1")))
 
 
-def _project_on_path() -> dict[str, Any]:
+def _project_on_path(*, joined: bool = False) -> dict[str, Any]:
     """A runtime environment in which workers import this checkout and use the addresses and caches of the driver.
+
+    This checkout comes before what PYTHONPATH names for the driver and, on a cluster that is joined, for the node.
 
     Secrets are not passed on this way, because Ray shows it to everyone: a local Ray inherits them, and the nodes of a
     cluster have their own.
     """
     root = str(Path(__file__).resolve().parents[2])
     places = {name: os.environ[name] for name in _PLACES if name in os.environ}
-    return {"env_vars": {"PYTHONPATH": root, **places}}
+    given = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    of_node = ["${PYTHONPATH}"] if joined else []  # Ray fills it in; a local Ray has the driver's
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join([root, *given, *of_node]), **places}}

@@ -14,9 +14,11 @@ import logging
 import os
 import signal
 import tempfile
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -25,8 +27,8 @@ from pipeline.cluster import ray_cluster
 from pipeline.config.training import worker_range
 from pipeline.console import log_plainly
 from pipeline.distributed.process_group import backend_name
-from pipeline.distributed.signals import call_in_thread, stop_on_signals
-from pipeline.errors import RunStopped, UserError
+from pipeline.distributed.signals import GivenUp, StopRequest, call_in_thread, stop_on_signals
+from pipeline.errors import PROGRAM_ERRORS, RunStopped, UserError
 from pipeline.storage.folders import Folder, open_folder
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class GroupSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedFiles:
-    """Two files by which workers and driver tell each other of an error and of a request to stop."""
+    """Files by which workers and driver tell each other of an error, of a request to stop, and of work to save."""
 
     folder: str
     """A folder that all workers see."""
@@ -65,6 +67,8 @@ class SharedFiles:
     """Name of the file that holds the UserError of a worker."""
     stop_file: str = field(default_factory=lambda: f"stop-{uuid.uuid4().hex}")
     """Name of the file that asks the workers to stop."""
+    begun_file: str = field(default_factory=lambda: f"begun-{uuid.uuid4().hex}")
+    """Name of the file that is there while a group has done work of which a request to stop saves something."""
 
     def has_error(self) -> bool:
         return open_folder(self.folder).size(self.error_file) is not None
@@ -85,8 +89,17 @@ class SharedFiles:
     def request_stop(self) -> None:
         open_folder(self.folder).write(self.stop_file, [b"stop"])
 
+    def has_begun(self) -> bool:
+        return open_folder(self.folder).size(self.begun_file) is not None
+
+    def write_begun(self) -> None:
+        open_folder(self.folder).write(self.begun_file, [b"begun"])
+
+    def delete_begun(self) -> None:
+        open_folder(self.folder).delete(self.begun_file)
+
     def delete(self) -> None:
-        for name in (self.error_file, self.stop_file):
+        for name in (self.error_file, self.stop_file, self.begun_file):
             open_folder(self.folder).delete(name)
 
 
@@ -166,16 +179,29 @@ def _fit_until_done(
 
 def _fit(trainer: Any, group: GroupSettings, files: SharedFiles) -> WorkerOutcome:
     """The outcome of rank 0."""
-    if not group.stop_on_signals:
+
+    def fit() -> WorkerOutcome:
         outcome: WorkerOutcome = trainer.fit().return_value
         return outcome
+
+    if not group.stop_on_signals:
+        return call_in_thread(fit)  # in the main thread Ray would take Ctrl-C
     with stop_on_signals(files.request_stop) as request:
-        outcome = call_in_thread(lambda: trainer.fit().return_value)  # in the main thread Ray would take Ctrl-C
+        try:
+            outcome = call_in_thread(fit, give_up=lambda: request() and not files.has_begun())
+        except GivenUp:
+            sentence = "stopped before the workers had begun; the same command goes on from the newest checkpoint"
+            raise stopped(sentence, request, at_once=True) from None
     if outcome.stopped:
-        stopped = RunStopped(outcome.stopped)
-        stopped.signal_number = request.signal_number or signal.SIGTERM
-        raise stopped
+        raise stopped(outcome.stopped, request)
     return outcome
+
+
+def stopped(sentence: str, request: StopRequest, *, at_once: bool = False) -> RunStopped:
+    """The RunStopped to raise where ``request`` has ended the work."""
+    error = RunStopped(sentence)
+    error.signal_number, error.at_once = request.signal_number or signal.SIGTERM, at_once
+    return error
 
 
 def _ray_trainer(
@@ -242,6 +268,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 def _run_worker(worker: Worker[SettingsT, Any], settings: SettingsT, files: SharedFiles) -> WorkerOutcome:
     """Runs in every worker. A UserError becomes its outcome: Ray Train would restart the group, which mends nothing.
+    So does an error of the program itself, which would come again at the same step.
 
     The worker with the error writes the error file and leaves the process group. The collectives of the others then
     fail, and they find the file; without it a failed collective means a lost worker, which a restart does mend. Where
@@ -251,10 +278,10 @@ def _run_worker(worker: Worker[SettingsT, Any], settings: SettingsT, files: Shar
         return WorkerOutcome(error=sentence)
     try:
         return WorkerOutcome(result=worker(settings, files))
-    except RunStopped as stopped:
-        return WorkerOutcome(stopped=str(stopped))
-    except UserError as error:
-        sentence = str(error)
+    except RunStopped as error:
+        return WorkerOutcome(stopped=str(error))
+    except (UserError, *PROGRAM_ERRORS) as error:
+        sentence = str(error) if isinstance(error, UserError) else _explained(error)
         with contextlib.suppress(UserError):  # there may be no space for this file either
             files.write_error(sentence)
     except RuntimeError:
@@ -263,6 +290,18 @@ def _run_worker(worker: Worker[SettingsT, Any], settings: SettingsT, files: Shar
         raise
     _leave_process_group()
     return WorkerOutcome(error=sentence)
+
+
+def _explained(error: Exception) -> str:
+    """One sentence about an error of the program; the traceback goes to the log of the worker."""
+    logger.debug("the error that ends the run:", exc_info=error)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in frames]
+    what = " ".join(str(error).split()) or "no further words"
+    return (
+        f"a worker cannot go on: {type(error).__name__}: {what} ({places[-1]}); a new start would end in the same way, "
+        "so none was tried: change the setting or the data that it names, or report it"
+    )
 
 
 def _leave_process_group() -> None:

@@ -12,18 +12,20 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
 
+from pipeline import exit_signals
 from pipeline.distributed.watchdog import EXIT_CODE
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GIVE_UP_SECONDS = 0.25
 _STOP_FILE_SECONDS = 0.5
 _ERROR_FILE_SECONDS = 5.0  # every worker looks, perhaps into a bucket
 _GRACE_SECONDS = 10.0
@@ -46,6 +48,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.since = 0.0
+        """Time of the signal, as of time.monotonic()."""
 
     def __call__(self) -> bool:
         return self.signal_number is not None
@@ -55,7 +59,8 @@ class StopRequest:
 def stop_on_signals(on_request: Callable[[], object] = lambda: None) -> Iterator[StopRequest]:
     """A context in which SIGTERM and Ctrl-C request the end of the run; a second signal ends the process at once.
 
-    Signals reach the main thread only; in another thread the request is never made.
+    A second one within a second is the first one again, as `timeout` sends it. Signals reach the main thread only; in
+    another thread the request is never made.
 
     Args:
         on_request: called once, by the main thread, at the first signal.
@@ -64,10 +69,10 @@ def stop_on_signals(on_request: Callable[[], object] = lambda: None) -> Iterator
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request():
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            if time.monotonic() - request.since > exit_signals.SAME_SECONDS:
+                exit_signals.end(number, "ended at once; the same command goes on from the newest checkpoint")
             return
-        request.signal_number = number
+        request.signal_number, request.since = number, time.monotonic()
         logger.warning(
             "%s: the run ends with one more checkpoint; again to end it at once",
             signal.Signals(number).name,
@@ -80,18 +85,42 @@ def stop_on_signals(on_request: Callable[[], object] = lambda: None) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with exit_signals.suspended():
+        before = {number: signal.signal(number, handle) for number in exit_signals.NUMBERS}
+        try:
+            yield request
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def call_in_thread(action: Callable[[], Result]) -> Result:
-    """``action()`` in a thread, so that it cannot replace the signal handlers of the main thread."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="interruptible") as thread:
-        return thread.submit(action).result()
+class GivenUp(Exception):  # noqa: N818  # nothing went wrong
+    """Nobody waits any more for what a thread does."""
+
+
+def call_in_thread(action: Callable[[], Result], give_up: Callable[[], bool] = lambda: False) -> Result:
+    """``action()`` in a thread, so that it cannot replace the signal handlers of the main thread.
+
+    Args:
+        give_up: whether to wait no longer; asked a few times a second. The thread goes on until the process ends.
+
+    Raises:
+        GivenUp: ``give_up`` said so.
+    """
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001  # the caller gets it
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="interruptible", daemon=True).start()
+    while not future.done():
+        wait([future], timeout=_GIVE_UP_SECONDS)
+        if not future.done() and give_up():
+            raise GivenUp
+    return future.result()
 
 
 class FileWatcher:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pipeline.cluster import ray_cluster
-from pipeline.cluster.workers import SharedFiles, choose_gpu
+from pipeline.cluster.workers import SharedFiles, choose_gpu, stopped
 from pipeline.config.settings import to_dict
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import worker_range
-from pipeline.distributed.signals import call_in_thread, stop_on_signals
+from pipeline.distributed.signals import GivenUp, call_in_thread, stop_on_signals
 from pipeline.errors import RunStopped, UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.storage.folders import Folder, open_folder
@@ -158,11 +157,14 @@ def _tune(config: SweepConfig, trials: Sequence[Trial], left: Sequence[Trial], b
             environment=_environment(),
             storage=storage,
         )
-        call_in_thread(tuner.fit)  # in the main thread Ray Tune would take Ctrl-C
+        at_once = False
+        try:  # in the main thread Ray Tune would take Ctrl-C
+            call_in_thread(tuner.fit, give_up=lambda: request() and not desk.has_begun())
+        except GivenUp:
+            at_once = True
     if request():
-        stopped = RunStopped(f"stopped; the same command goes on with the trials of {board.output}")
-        stopped.signal_number = request.signal_number or signal.SIGTERM
-        raise stopped
+        sentence = f"stopped; the same command goes on with the trials of {board.output}"
+        raise stopped(sentence, request, at_once=at_once)
 
 
 def _slots(config: SweepConfig, trials: Sequence[Trial]) -> int:

@@ -30,6 +30,10 @@ class Desk:
         for name in self.board.running:
             self.jobs[name].files.request_stop()
 
+    def has_begun(self) -> bool:
+        """Whether a trial that is running has done work that it has still to save."""
+        return any(self.jobs[name].files.has_begun() for name in list(self.board.running))
+
     def begin(self, name: str) -> None:
         self.board.begin(name)
         if self.is_stopping:

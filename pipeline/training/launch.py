@@ -16,7 +16,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.distributed.process_group import init_distributed
 from pipeline.distributed.signals import FileWatcher, Interruptions, end_after_peer_error
 from pipeline.distributed.startup_timer import StartupTimer
-from pipeline.errors import UserError
+from pipeline.errors import PROGRAM_ERRORS, UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
 from pipeline.storage.folders import Folder, in_bucket, open_folder
@@ -126,6 +126,8 @@ def pretrain_worker(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     output = open_folder(settings.output)
     tracker = _tracker(settings, output) if workers.is_rank_zero else Tracker()
     stop_watcher = FileWatcher(lambda: workers.is_rank_zero and files.stop_requested())
+    if workers.is_rank_zero:
+        files.delete_begun()  # of a group that was lost
     watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
     with contextlib.closing(stop_watcher), _failures_logged(tracker, files.has_error):
         trainer = Trainer(
@@ -136,10 +138,27 @@ def pretrain_worker(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
             tracker=tracker,
             startup=StartupTimer.from_environment(),
             interruptions=Interruptions(
-                stop_requested=stop_watcher, preemption_pending=_preemption_pending if watches_preemption else None
+                stop_requested=_told_at_first_call(stop_watcher, files, is_teller=workers.is_rank_zero),
+                preemption_pending=_preemption_pending if watches_preemption else None,
             ),
         )
         return trainer.run()
+
+
+def _told_at_first_call(
+    stop_requested: Callable[[], bool], files: SharedFiles, *, is_teller: bool
+) -> Callable[[], bool]:
+    """``stop_requested``, which a step asks at its end: then there is work to save, which the driver has to know."""
+    must_tell = is_teller
+
+    def ask() -> bool:
+        nonlocal must_tell
+        if must_tell:
+            files.write_begun()
+            must_tell = False
+        return stop_requested()
+
+    return ask
 
 
 def _preemption_pending() -> bool:
@@ -157,11 +176,11 @@ def _tracker(settings: WorkerSettings, output: Folder) -> Tracker:
 
 @contextlib.contextmanager
 def _failures_logged(tracker: Tracker, peer_failed: Callable[[], bool]) -> Iterator[None]:
-    """A context in which a UserError of this or another worker marks the run as failed; the next start undoes that."""
+    """A context in which an error that no new start mends, here or in another worker, marks the run as failed."""
     try:
         with end_after_peer_error(peer_failed, lambda: tracker.finish("FAILED")):
             yield
-    except UserError:
+    except (UserError, *PROGRAM_ERRORS):
         tracker.finish("FAILED")
         raise
     except RuntimeError:  # raised by a collective when another worker has left

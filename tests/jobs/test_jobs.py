@@ -163,7 +163,12 @@ def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> No
     ],
 )
 def test_interruption(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, function: str, what_next: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    name: str,
+    function: str,
+    what_next: str,
 ) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -174,7 +179,8 @@ def test_interruption(
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "jobs" / name), run_name="__main__")
-    assert stopped.value.code == f"interrupted; the same command {what_next}"
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; the same command {what_next}"
 
 
 def test_import_shards(tiny_data: Path, tmp_path: Path) -> None:
