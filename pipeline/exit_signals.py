@@ -89,7 +89,8 @@ class _Watch:
             if not ready:
                 assert self.signal_number is not None
                 end(self.signal_number, self.closing_line)
-            if not (numbers := self._reader.recv(64)):
+            if not (numbers := self._reader.recv(64)):  # closed by stop
+                self._reader.close()
                 return
             if limit is None and not self.num_suspensions and (known := [n for n in numbers if n in NUMBERS]):
                 self.note(known[0])

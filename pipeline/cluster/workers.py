@@ -12,6 +12,7 @@ import functools
 import gc
 import logging
 import os
+import re
 import signal
 import tempfile
 import traceback
@@ -32,6 +33,8 @@ from pipeline.errors import PROGRAM_ERRORS, RunStopped, UserError
 from pipeline.storage.folders import Folder, open_folder
 
 logger = logging.getLogger(__name__)
+
+_SHARED_FILE = re.compile(r"(begun|stop)-[0-9a-f]{32}")
 
 SettingsT = TypeVar("SettingsT")
 ResultT = TypeVar("ResultT")
@@ -98,6 +101,14 @@ class SharedFiles:
     def delete_begun(self) -> None:
         open_folder(self.folder).delete(self.begun_file)
 
+    def delete_of_killed(self) -> None:
+        """Delete such files of drivers that were killed; the caller holds the folder."""
+        own = {self.error_file, self.stop_file, self.begun_file}
+        folder = open_folder(self.folder)
+        for name in (name for prefix in ("begun-", "stop-") for name in folder.names(prefix)):
+            if _SHARED_FILE.fullmatch(name) and name not in own:
+                folder.delete(name)
+
     def delete(self) -> None:
         for name in (self.error_file, self.stop_file, self.begun_file):
             open_folder(self.folder).delete(name)
@@ -159,7 +170,7 @@ def _fit_until_done(
     from pipeline.cluster.worker_group import was_lost_while_starting
 
     losses = 0
-    with tempfile.TemporaryDirectory(prefix="gpt25-") as storage:
+    with tempfile.TemporaryDirectory(prefix="gpt25-", ignore_cleanup_errors=True) as storage:
         while True:
             try:
                 trainer = _ray_trainer(worker, settings, group, files, use_gpu=use_gpu, storage=storage)

@@ -92,7 +92,7 @@ class ExportConfig:
     checkpoint: str = "runs/gpt2.5"
     """Model to export: a checkpoint or run folder, or anything else that jobs/evaluate.py takes."""
     output: str = "export/gpt2.5"
-    """Folder to write; an earlier export in it is replaced."""
+    """Folder to write; the files of an earlier export in it are replaced, and it may hold nothing else."""
     dtype: Literal["float32", "bf16"] = "float32"
     """Number format of the exported weights."""
     max_file_bytes: int = 5_000_000_000

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from pipeline.config.settings import to_dict
 from pipeline.errors import UserError
+from pipeline.run_files import REPORT_FILE
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.sweep.trials import Trial
 from pipeline.tracking.journal import read_journal
@@ -67,6 +68,16 @@ class Result:
             self.best_val_loss = min(val_loss, self.best_val_loss if self.best_val_loss is not None else math.inf)
 
 
+def _is_plan(values: Any) -> bool:
+    kinds = {"varied": dict, "settings": dict}
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(entry, dict) for entry in values)
+        and all(isinstance(entry.get(name), kind) for entry in values for name, kind in kinds.items())
+    )
+
+
 def check_plan(output: Folder, trials: Sequence[Trial]) -> None:
     """Write the plan at the first start of a sweep; later, check that the trials are the same.
 
@@ -78,9 +89,19 @@ def check_plan(output: Folder, trials: Sequence[Trial]) -> None:
     try:
         before = json.loads(output.read(PLAN_FILE))
     except FileNotFoundError:
+        for name in (RESULTS_FILE, TABLE_FILE, REPORT_FILE):
+            if output.size(name) is not None:
+                raise UserError(
+                    f"output folder {output} holds a {name} and no sweep, which would replace it; choose another "
+                    "--output"
+                ) from None
         output.make()
         output.write(PLAN_FILE, [json.dumps(plan, indent=1).encode()])
         return
+    except ValueError:
+        before = None
+    if not _is_plan(before):
+        raise UserError(f"{output}/{PLAN_FILE} is not the plan of a sweep; choose another --output")
     if [trial["varied"] for trial in before] != [trial["varied"] for trial in plan]:
         raise UserError(
             f"{output} holds a sweep of other trials ({len(before)} of {', '.join(before[0]['varied'])}); give the "

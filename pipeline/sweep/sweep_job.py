@@ -148,7 +148,8 @@ def _tune(config: SweepConfig, trials: Sequence[Trial], left: Sequence[Trial], b
     rule = build_rule(config, {trial.name: trial.config.train_steps for trial in trials}, desk.end_early)
     ended = [result.name for result in board.results if result.has_ended]
     tell_rule(rule, {name: val_losses(board.output, name) for name in ended})
-    with stop_on_signals(desk.request_stop) as request, tempfile.TemporaryDirectory(prefix="gpt25-") as storage:
+    place = tempfile.TemporaryDirectory(prefix="gpt25-", ignore_cleanup_errors=True)
+    with stop_on_signals(desk.request_stop) as request, place as storage:
         tuner = tuning.build_tuner(
             desk,
             rule,

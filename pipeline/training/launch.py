@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -14,21 +16,23 @@ from pipeline.config.run_plan import opening
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.manifest import Manifest
 from pipeline.distributed.process_group import init_distributed
-from pipeline.distributed.signals import FileWatcher, Interruptions, end_after_peer_error
+from pipeline.distributed.signals import FileWatcher, Interruptions, call_in_thread, end_after_peer_error
 from pipeline.distributed.startup_timer import StartupTimer
-from pipeline.errors import PROGRAM_ERRORS, UserError
+from pipeline.errors import PROGRAM_ERRORS, RunStopped, UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.storage.locks import exclusive_output
-from pipeline.tracking.mlflow_run import MLflowRun, open_run
+from pipeline.tracking.mlflow_run import MLflowRun, mlflow_client, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker, send_waiting
 from pipeline.tracking.ray_metrics import RayMetrics
 from pipeline.tracking.tracker import Tracker, Trackers
-from pipeline.training.run_folder import RunSummary, finished_summary
+from pipeline.training.run_folder import RunSummary, finished_summary, require_own
 from pipeline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_MARK_SECONDS = 1.5  # of the 3 in which a run that has not begun ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ def _pretrain_alone(
     config: PretrainConfig, data: Folder, output: Folder, files: SharedFiles | None, shows_progress: bool
 ) -> tuple[RunSummary, MLflowRun]:
     summary = finished_summary(config, data=data, output=output)
+    require_own(output)
     output.make()
     if summary is None:
         config = _with_inputs(config, output)
@@ -83,7 +88,25 @@ def _pretrain_alone(
     if shows_progress:
         _announce(config, data)
     settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress)
-    return run_workers(pretrain_worker, settings, group_settings(config), output, files), run
+    files = files or SharedFiles(folder=str(output))
+    files.delete_of_killed()
+    with _marked_where_killed(run):
+        return run_workers(pretrain_worker, settings, group_settings(config), output, files), run
+
+
+@contextlib.contextmanager
+def _marked_where_killed(run: MLflowRun) -> Iterator[None]:
+    """A context after which MLflow does not say that a run is running which was ended before it had begun."""
+    try:
+        yield
+    except (KeyboardInterrupt, RunStopped) as error:
+        if not isinstance(error, RunStopped) or error.at_once:
+            deadline = time.monotonic() + _MARK_SECONDS
+            with contextlib.suppress(Exception):  # the store may be away; the same command opens the run again
+                client = mlflow_client(run.tracking_uri)
+                update = functools.partial(client.update_run, run.run_id, status="KILLED")
+                call_in_thread(update, give_up=lambda: time.monotonic() > deadline)
+        raise
 
 
 def _with_inputs(config: PretrainConfig, output: Folder) -> PretrainConfig:

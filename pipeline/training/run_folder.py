@@ -12,7 +12,15 @@ from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluation.validation import perplexity
-from pipeline.run_files import BEST_FILE, CHECKPOINTS_FOLDER, SUMMARY_FILE
+from pipeline.run_files import (
+    BEST_FILE,
+    CHECKPOINTS_FOLDER,
+    CURVES_FILE,
+    JOURNAL_FILE,
+    MLFLOW_RUN_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+)
 from pipeline.storage.folders import Folder, as_folder, open_folder
 from pipeline.storage.json_files import read_json, write_json
 from pipeline.tokenizer.bpe import Tokenizer
@@ -71,6 +79,17 @@ def read_best(output: Folder) -> Best | None:
 
 def write_best(output: Folder, best: Best) -> None:
     write_json(output, BEST_FILE, asdict(best))
+
+
+def require_own(output: Folder) -> None:
+    """Raise UserError where a folder in which no run was begun holds files that a run would replace."""
+    if output.size(JOURNAL_FILE) is not None or output.size(MLFLOW_RUN_FILE) is not None:
+        return
+    for name in (REPORT_FILE, CURVES_FILE):
+        if output.size(name) is not None:
+            raise UserError(
+                f"output folder {output} holds a {name} and no run, which would replace it; choose another --output"
+            )
 
 
 def open_splits(config: PretrainConfig, data: Folder) -> tuple[Tokenizer, Manifest]:

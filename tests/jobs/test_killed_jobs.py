@@ -167,7 +167,7 @@ def test_serve_while_it_starts(model: Path, tmp_path: Path) -> None:
     )
     ended = job.run(signal.SIGTERM, printed="serve: ready")
     assert ended.code == 0 and "Traceback" not in ended.output, ended.output[-3000:]
-    found = (tmp_path / "moments").read_text().splitlines()
+    found = [name for name in job.noted() if not name.startswith("*")]
     before_it_was_ready = found[: found.index(next(name for name in found if name.startswith("process"))) + 3]
     for position in range(10):
         moment = before_it_was_ready[position * (len(before_it_was_ready) - 1) // 9]
