@@ -74,7 +74,7 @@ def stop_on_signals(on_request: Callable[[], object] = lambda: None) -> Iterator
             return
         request.signal_number, request.since = number, time.monotonic()
         logger.warning(
-            "%s: the run ends with one more checkpoint; again to end it at once",
+            "%s: the run ends as soon as what it has done is saved; again to end it at once",
             signal.Signals(number).name,
         )
         try:

@@ -177,8 +177,9 @@ def _told_at_first_call(
     def ask() -> bool:
         nonlocal must_tell
         if must_tell:
-            files.write_begun()
-            must_tell = False
+            with contextlib.suppress(UserError):  # the storage may answer at the next step
+                files.write_begun()
+                must_tell = False
         return stop_requested()
 
     return ask

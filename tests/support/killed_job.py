@@ -6,6 +6,7 @@ A module that Python imports at its start (sitecustomize) notes them, or sends t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -15,10 +16,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from tests.support.fixtures import ROOT
 from tests.support.ray_environment import own_environment
 
-HANG_SECONDS = 240
+HANG_SECONDS = 900
 _SITE = """
 import os, sys, threading
 
@@ -101,12 +104,14 @@ class KillableJob:
         *,
         moment: str = "",
         printed: str = "",
+        child: str = "",
         group: bool = False,
     ) -> Ended:
         """Run the command; it gets the signal ``number`` at a moment of ``moments``, or as it prints a line.
 
         Args:
             printed: a pattern that the output must match.
+            child: part of the command line of a process that it or Ray has started.
             group: whether its whole process group gets the signal.
         """
         notes = self.home / "moments"
@@ -128,7 +133,7 @@ class KillableJob:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return self._watch(process, notes, log, number, printed=printed, group=group)
+        return self._watch(process, notes, log, number, printed=printed, child=child, group=group)
 
     def _watch(
         self,
@@ -138,12 +143,14 @@ class KillableJob:
         number: signal.Signals | None,
         *,
         printed: str,
+        child: str,
         group: bool,
     ) -> Ended:
         sent_at, began = 0.0, time.monotonic()
         while process.poll() is None:
             text = log.read_text(errors="replace")
-            if not sent_at and number is not None and printed and re.search(printed, text):
+            is_due = bool(printed and re.search(printed, text)) or bool(child and _has_child(process.pid, child))
+            if not sent_at and number is not None and is_due:
                 (os.killpg if group else os.kill)(process.pid, number)
                 sent_at = time.monotonic()
             if not sent_at and notes.exists() and notes.read_text().endswith("* told\n"):
@@ -160,6 +167,15 @@ class KillableJob:
             was_told=was_told,
             seconds=now - sent_at if sent_at else 0.0,
         )
+
+
+def _has_child(pid: int, words: str) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if words in " ".join(process.cmdline()):
+                    return True
+    return False
 
 
 def _spread(names: list[str], count: int) -> list[str]:
