@@ -91,8 +91,10 @@ def guarded(job: Callable[[], None], *, resume: str) -> None:
             _end_if_interrupted(closing_line)
             print(closing_line, file=sys.stderr)
             sys.exit(130)
-        except Exception:
+        except Exception as error:
             _end_if_interrupted(closing_line)  # whatever code of others makes of it
+            if isinstance(error, OSError) and (sentence := _output_error()):
+                sys.exit(f"error: {sentence}")
             raise
 
 
@@ -122,6 +124,12 @@ def _do_and_flush(job: Callable[[], None]) -> None:
 
 def _flush_output() -> None:
     """Write what is left now: an error at Python's own end could not be told from others."""
+    if sentence := _output_error():
+        raise UserError(sentence)
+
+
+def _output_error() -> str:
+    """Why standard output cannot be written, as on a full disk; empty where it can."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -129,7 +137,8 @@ def _flush_output() -> None:
         raise
     except OSError as error:
         _drop_output()
-        raise UserError(f"standard output cannot be written: {error.strerror}; the work itself is done") from error
+        return f"standard output cannot be written: {error.strerror}; send it to a place with room"
+    return ""
 
 
 def _is_unread() -> bool:

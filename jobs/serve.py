@@ -30,6 +30,7 @@ def main(config: ServeConfig) -> None:
         )
         sys.stdout.flush()
         serve_job.wait()
+    print("serve: ended")
 
 
 if __name__ == "__main__":

@@ -83,18 +83,19 @@ class _Watch:
 
     def _read(self) -> None:
         """The C part of Python writes a byte as a signal arrives, also while the main thread is in other code."""
-        limit: float | None = None
+        deadline: float | None = None
         while True:
-            ready, _, _ = select.select([self._reader], [], [], limit)
+            seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([self._reader], [], [], seconds)
             if not ready:
                 assert self.signal_number is not None
                 end(self.signal_number, self.closing_line)
             if not (numbers := self._reader.recv(64)):  # closed by stop
                 self._reader.close()
                 return
-            if limit is None and not self.num_suspensions and (known := [n for n in numbers if n in NUMBERS]):
+            if deadline is None and not self.num_suspensions and (known := [n for n in numbers if n in NUMBERS]):
                 self.note(known[0])
-                limit = _UNWIND_SECONDS
+                deadline = time.monotonic() + _UNWIND_SECONDS
 
 
 _WATCHES: list[_Watch] = []  # one at most
@@ -133,6 +134,12 @@ def suspended() -> Iterator[None]:
     finally:
         for watch in watches:
             watch.num_suspensions -= 1
+
+
+def hand_over() -> None:
+    """For the rest of the watch the handlers that the caller sets decide."""
+    for watch in _WATCHES:
+        watch.num_suspensions += 1
 
 
 def take_handlers() -> None:

@@ -49,7 +49,7 @@ ROOMS["preprocessing"] = {
     *("dataset", "tracking", "cluster"),
 }
 ROOMS["serving"] = {
-    *("errors", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
+    *("errors", "exit_signals", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
 }
 ROOMS["evaluation"] = set(ROOMS) - {"listing", "sources", "remote", "preprocessing", "serving"}
 ROOMS["training"] = set(ROOMS) - {"listing", "sources", "remote", "preprocessing", "serving"}

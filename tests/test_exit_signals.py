@@ -200,6 +200,5 @@ def test_an_output_without_room_is_one_sentence(tmp_path: Path) -> None:
         command = [sys.executable, str(ROOT / "jobs/evaluate.py"), "--dry_run"]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=300)
     assert result.returncode == 1
-    assert result.stderr == (
-        "error: standard output cannot be written: No space left on device; the work itself is done\n"
-    )
+    sentence = "error: standard output cannot be written: No space left on device; send it to a place with room\n"
+    assert result.stderr == sentence

@@ -13,11 +13,14 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from pipeline import exit_signals
 from pipeline.cluster import ray_cluster
 from pipeline.config.inference import ServeConfig
 from pipeline.errors import UserError
@@ -68,10 +71,20 @@ def serving(config: ServeConfig) -> Iterator[Address]:
 
 
 def wait() -> None:
-    """Wait until this process gets SIGINT or SIGTERM."""
+    """Wait until this process gets SIGINT or SIGTERM; a second one, a second later or more, ends it at once."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+    since = 0.0
+
+    def end(number: int, _: FrameType | None) -> None:
+        nonlocal since
+        if ended.is_set() and time.monotonic() - since > exit_signals.SAME_SECONDS:
+            exit_signals.end(number, "ended at once")
+        since = since or time.monotonic()
+        ended.set()
+
+    exit_signals.hand_over()
+    for number in exit_signals.NUMBERS:
+        signal.signal(number, end)
     ended.wait()
 
 

@@ -47,6 +47,24 @@ def test_the_plan_is_kept(tmp_path: Path) -> None:
         check_plan(output, longer)
 
 
+@pytest.mark.parametrize("name", ["results.json", "results.csv", "report.html"])
+def test_a_file_of_somebody_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(
+        UserError, match=f"holds a {name} and no sweep, which would replace it; choose another --output"
+    ):
+        check_plan(open_folder(tmp_path), trials("1e-3"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", "[]", "[1]", '[{"varied": 1, "settings": {}}]'])
+def test_a_plan_of_somebody_elses_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan\.json is not the plan of a sweep; choose another --output"):
+        check_plan(open_folder(tmp_path), trials("1e-3"))
+    assert (tmp_path / "plan.json").read_text() == content
+
+
 def test_results_are_read_again(tmp_path: Path) -> None:
     output, planned = open_folder(tmp_path), trials("1e-3", "3e-3", "1e-2", "1e-1")
     assert [result.status for result in read_results(output, planned)] == ["waiting"] * 4
