@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -93,8 +94,8 @@ def guarded(job: Callable[[], None], *, resume: str) -> None:
             sys.exit(130)
         except Exception as error:
             _end_if_interrupted(closing_line)  # whatever code of others makes of it
-            if isinstance(error, OSError) and (sentence := _output_error()):
-                sys.exit(f"error: {sentence}")
+            if isinstance(error, OSError) and "print(" in (traceback.extract_tb(error.__traceback__)[-1].line or ""):
+                sys.exit(f"error: {_unwritable(error)}")
             raise
 
 
@@ -124,21 +125,18 @@ def _do_and_flush(job: Callable[[], None]) -> None:
 
 def _flush_output() -> None:
     """Write what is left now: an error at Python's own end could not be told from others."""
-    if sentence := _output_error():
-        raise UserError(sentence)
-
-
-def _output_error() -> str:
-    """Why standard output cannot be written, as on a full disk; empty where it can."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        _drop_output()
-        return f"standard output cannot be written: {error.strerror}; send it to a place with room"
-    return ""
+        raise UserError(_unwritable(error)) from error
+
+
+def _unwritable(error: OSError) -> str:
+    _drop_output()
+    return f"standard output cannot be written: {error.strerror}; send it to a place with room"
 
 
 def _is_unread() -> bool:

@@ -86,11 +86,17 @@ def test_a_perplexity_that_is_no_float_is_infinite_and_the_run_goes_on(tiny_data
     """A rate of 18 in place of 18e-4; MLflow, journal and report take what comes of it, after a restart, too."""
     uri, output = f"sqlite:///{tmp_path}/mlflow.db", open_folder(tmp_path / "run")
     output.make()
-    folder = {"tracking_uri": uri, "experiment": "e", "folder": output, "working_folder": tmp_path, "job": "pretrain"}
+    folder: dict[str, Any] = {
+        "tracking_uri": uri,
+        "experiment": "e",
+        "folder": output,
+        "working_folder": tmp_path,
+        "job": "pretrain",
+    }
     settings: dict[str, Any] = {"lr": 18.0, "val_every": 2, "checkpoint_every": 2, "train_steps": 6}
     settings |= {"schedule": "wsd", "warmup_steps": 1, "decay_fraction": 0.0}
     for steps in (4, 6):
-        run = open_run(**folder)  # type: ignore[arg-type]
+        run = open_run(**folder)
         tracker = MLflowTracker(run, output, sample_system=False)
         summary = train(tiny_data, tmp_path / "run", tracker, **{**settings, "train_steps": steps})
     assert summary.steps == 6 and summary.val_loss is not None and summary.val_loss > 710
