@@ -162,7 +162,7 @@ def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> No
         ("demo.py", "preprocessing.tokenize_job.tokenize", "goes on with what is not done yet"),
     ],
 )
-def test_interruption(
+def test_interruption(  # noqa: PLR0917  # fixtures, and what parametrize gives
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
