@@ -174,6 +174,7 @@ class DemoConfig:
     """Random seed of the stories; the same seed gives the same stories on every machine."""
 
     def __post_init__(self) -> None:
+        require_plain(self, seeds=("story_seed",))
         require_positive(self, "story_bytes")
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from pipeline.config.command_line import parse_flags
-from pipeline.config.data import ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.data import DemoConfig, ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.config.inference import EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import PretrainConfig
@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 
 NEEDED: dict[type[Any], dict[str, Any]] = {
     PretrainConfig: {},
+    DemoConfig: {},
     TokenizeConfig: {},
     TrainTokenizerConfig: {},
     ImportShardsConfig: {"train": "a.bin", "val": "b.bin"},

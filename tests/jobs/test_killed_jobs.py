@@ -167,7 +167,7 @@ def test_demo(source: Path, tmp_path: Path) -> None:
         "evaluate:\n  checkpoint: out/run\n  device: cpu\n"
     )
     job = KillableJob(name="demo.py", flags=[f"--config={preset}"], home=tmp_path, output=tmp_path / "out")
-    killed_everywhere(job, r"\[2/3 training", r"step +\d+/100  loss", r"\[3/3 evaluation")
+    killed_everywhere(job, r"\[3/4 training", r"step +\d+/100  loss", r"\[4/4 evaluation")
 
 
 def test_serve_while_it_starts(model: Path, tmp_path: Path) -> None:
