@@ -170,7 +170,7 @@ def test_work_of_which_nothing_can_be_saved_is_not_waited_for(tmp_path: Path) ->
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_imports_of_a_job(tmp_path: Path, number: signal.Signals) -> None:
-    """sitecustomize.py, which Python imports first, sends the signal as the job asks for its first own module."""
+    """A module that Python imports first (sitecustomize) sends the signal as the job asks for its first own module."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "def hook(event, arguments):\n"
