@@ -4,7 +4,8 @@
     checkpoints/step-000500/    one folder for each checkpoint
     tracking.jsonl              journal: everything that the run reported
     tracking_sent.json          how much of the journal MLflow has
-    mlflow_run.json             address of the run in MLflow
+    mlflow_run.json             address of the run in MLflow, and of this folder, so that a copy of it is noticed
+    run.json                    the run that a branch or a copy began from
     best.json                   step and val loss of the best checkpoint
     summary.json                results of the finished run
     evaluation.json             results of jobs/evaluate.py
@@ -21,6 +22,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 JOURNAL_FILE = "tracking.jsonl"
 JOURNAL_SENT_FILE = "tracking_sent.json"
 MLFLOW_RUN_FILE = "mlflow_run.json"
+RUN_FILE = "run.json"
 BEST_FILE = "best.json"
 SUMMARY_FILE = "summary.json"
 SCORES_FILE = "evaluation.json"

@@ -44,6 +44,13 @@ class PretrainConfig:
     """Start from these weights instead of random ones: a checkpoint, a run folder (its newest checkpoint), a folder in
     Hugging Face's format, or hf://OWNER/NAME[@REVISION]. context_length and theta may be other than they were there."""
 
+    branch_from: str | None = None
+    """Begin as a branch of another run: its folder, or s3:// or gs://. The checkpoint of that run which step names is
+    copied into output, and training goes on from there, with the optimizer's state and the same data order."""
+    step: int | None = None
+    """Number of optimizer steps after which a branch leaves the run of branch_from, which must have a checkpoint
+    there."""
+
     depth: int | None = None
     """Number of transformer blocks from which the shape of the network, tokens, batch, learning rate and weight decay
     follow, where they are not given (pipeline/config/size_rules.py). If not given, they are those of the recipe."""
@@ -212,6 +219,7 @@ class PretrainConfig:
         for name, value in size_rules.fill_in(vars(self), num_workers=most_workers).items():
             object.__setattr__(self, name, value)  # frozen for its users; the record of a run has to say what it was
         self._check_schedule()
+        self._check_branch()
         check_recipe(self)
         check_loop(self)
         self.model_config(vocab_size=257)  # the shape is checked before any data is opened
@@ -282,6 +290,21 @@ class PretrainConfig:
             return self.decay_from
         assert self.decay_fraction is not None
         return self.train_steps - round(self.train_steps * self.decay_fraction)
+
+    def _check_branch(self) -> None:
+        step, source = self.step, self.branch_from
+        require(
+            (step is None) == (source is None),
+            f"branch_from is {source} and step is {step}; a branch needs both: --branch_from RUN --step N",
+        )
+        require(
+            step is None or 0 < step < self.train_steps,
+            f"step is {step}; a branch must begin between 1 and the last step, train_steps {self.train_steps}",
+        )
+        require(
+            source is None or self.checkpoint is None,
+            f"checkpoint is {self.checkpoint} and branch_from is {source}; a run begins from one of them",
+        )
 
     def _check_schedule(self) -> None:
         self._resolve_fraction("warmup_fraction", "warmup_steps", is_used=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.tracking.mlflow_run import mlflow_errors, mlflow_uri
+from pipeline.tracking.mlflow_writer import ABANDONED_TAG
 
 SCHEMES = ("models:/", "runs:/")
 """How the address of a model in MLflow begins."""
@@ -70,5 +71,7 @@ def _named_checkpoint(address: str) -> str | None:
         tags = MlflowClient().get_logged_model(name).tags
     else:
         return None
+    if why := tags.get(ABANDONED_TAG):
+        raise UserError(f"{address} is a checkpoint that is gone: {why}; choose another version, or {model}@best")
     checkpoint: str | None = tags.get("checkpoint")
     return checkpoint

@@ -133,12 +133,13 @@ def _train(job: TrialJob) -> dict[str, Any]:
     config = job.config
     if job.files.stop_requested():
         return {"outcome": STOPPED}
-    run = None
+    run, output = None, open_folder(config.output)
     try:
+        launch.begin_branch(config, data=open_folder(config.data), output=output)  # MLflow's run names its parent
         run = open_run(
             tracking_uri=config.tracking_uri,
             experiment=config.experiment,
-            folder=open_folder(config.output),
+            folder=output,
             working_folder=working_folder(),
             job="pretrain",
             parent=job.parent_run,

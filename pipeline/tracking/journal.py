@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -56,8 +56,12 @@ class Journal:
         """Steps with a sample."""
         self.checkpoints: dict[int, set[str]] = {}
         """Step of each logged checkpoint -> names of its metrics, and "best" where it was the best."""
+        self.rollbacks: list[tuple[int, int]] = []
+        """Position behind each rollback, and the step that it went back to."""
         self.start_time: int | None = None
         """Time of the first entry, in milliseconds since 1970."""
+        self._settings: dict[str, Any] = {}  # in force
+        self._trained: dict[int, tuple[dict[str, Any], float]] = {}  # step -> the settings then, and the learning rate
         self._lock = threading.Lock()
         self._held: list[bytes] = []
         self._mirrored = 0
@@ -66,15 +70,15 @@ class Journal:
         self.path = self._local.path / JOURNAL_FILE
         self._file = self.path.open("ab", buffering=0)
         self.size = _cut_to_whole_lines(self.path)
-        for entry, _ in self.read(0):
-            self._count(entry)
+        for entry, position in self.read(0):
+            self._count(entry, position)
 
     def append(self, kind: str, **values: Any) -> None:
         """Add an entry. If the disk accepts nothing, there is a warning, and a later call writes the entry."""
         entry = {"kind": kind, "time": int(time.time() * 1000), **values}
         with self._lock:
-            self._count(entry)
             self._held.append(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            self._count(entry, self.size + sum(map(len, self._held)))
             self._write()
 
     def _write(self) -> None:
@@ -135,17 +139,80 @@ class Journal:
         self.mirror()
         self._file.close()
 
-    def _count(self, entry: Entry) -> None:
-        """Bring the attributes up to date."""
+    def changes(
+        self, step: int, settings: Mapping[str, Any], learning_rate: Callable[[int], float]
+    ) -> dict[str, tuple[Any, Any]]:
+        """In which settings the steps after ``step`` that the journal has differ from the ones that will be done.
+
+        Args:
+            settings: what decides the numbers of a step, besides its learning rate.
+            learning_rate: rate of a step, counted from 0.
+
+        Returns:
+            Setting -> its values before and now; nothing where the same steps will be done again.
+        """
+        found: dict[str, tuple[Any, Any]] = {}
+        now = json.loads(json.dumps(dict(settings)))
+        for done, (before, rate) in sorted(self._trained.items()):
+            if done <= step:
+                continue
+            for name in now.keys() & before.keys():  # an older version did not know every setting
+                if before[name] != now[name]:
+                    found.setdefault(name, (before[name], now[name]))
+            if (new_rate := learning_rate(done - 1)) != rate and not any(name.startswith("rate of") for name in found):
+                found[f"rate of step {done}"] = (rate, new_rate)
+        return found
+
+    def _count(self, entry: Entry, position: int) -> None:
+        """Bring the attributes up to date; the entry ends at ``position``."""
         self.start_time = self.start_time or entry["time"]
-        if entry["kind"] == "metrics":
+        kind = entry["kind"]
+        if kind == "metrics":
             for name in entry["values"]:
                 self.last_step[name] = max(self.last_step[name], entry["step"])
-        elif entry["kind"] == "sample":
+            if "train/lr" in entry["values"]:
+                self._trained[entry["step"]] = (self._settings, entry["values"]["train/lr"])
+        elif kind == "params":
+            self._settings = {**self._settings, **json.loads(json.dumps(entry["values"]))}
+        elif kind == "inputs":
+            prints = {f"{item['context']}_fingerprint": item["fingerprint"] for item in entry["values"]}
+            self._settings = {**self._settings, **prints}
+        elif kind == "sample":
             self.samples.append(entry["step"])
-        elif entry["kind"] == "checkpoint":
+        elif kind == "checkpoint":
+            if entry["best"]:  # there is one at a time
+                for names in self.checkpoints.values():
+                    names.discard("best")
             known = self.checkpoints.setdefault(entry["step"], set())
             known.update(entry["values"], ["best"] if entry["best"] else [])
+        elif kind == "rollback":
+            self.rollbacks.append((position, entry["step"]))
+            self._forget_after(entry["step"])
+
+    def _forget_after(self, step: int) -> None:
+        for name in filter(_has_optimizer_steps, self.last_step):
+            self.last_step[name] = min(self.last_step[name], step)
+        self.samples = [each for each in self.samples if each <= step]
+        self.checkpoints = {each: names for each, names in self.checkpoints.items() if each <= step}
+        self._trained = {each: then for each, then in self._trained.items() if each <= step}
+
+
+def given_up(entry: Entry, step: int) -> Entry | None:
+    """What is left of an entry above a rollback to ``step``; None where nothing is."""
+    kind = entry["kind"]
+    if kind == "metrics":
+        values = {n: v for n, v in entry["values"].items() if entry["step"] <= step or not _has_optimizer_steps(n)}
+        return {**entry, "values": values} if values else None
+    if kind in ("sample", "checkpoint"):
+        return entry if entry["step"] <= step else None
+    if kind in ("params", "tags", "inputs"):
+        return entry if step else None  # from step 0 on it is another run
+    return None if kind in ("page", "rollback") else entry
+
+
+def _has_optimizer_steps(metric: str) -> bool:
+    """The figures of the node count seconds instead."""
+    return not metric.startswith("system/")
 
 
 def read_journal(folder: Folder, start: int = 0) -> Iterator[Entry]:
@@ -160,8 +227,8 @@ def count_waiting(folder: Folder, run_id: str) -> int:
 
 
 def weight(entry: Entry) -> int:
-    """Number of points in an entry of metrics; 0 for a start, 1 for any other entry."""
-    if entry["kind"] == "start":
+    """Number of points in an entry of metrics; 0 for a start and a rollback, 1 for any other entry."""
+    if entry["kind"] in ("start", "rollback"):
         return 0
     return len(entry["values"]) if entry["kind"] == "metrics" else 1
 

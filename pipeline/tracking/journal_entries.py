@@ -97,6 +97,15 @@ class Page(_Entry):
     name: FileName
 
 
+class Rollback(_Entry):
+    """Training goes on from an earlier step with other settings: what is above of later steps counts no more."""
+
+    kind: Literal["rollback"]
+    step: Step
+    changed: dict[str, tuple[Any, Any]]
+    """Setting -> its values before and now."""
+
+
 class Status(_Entry):
     """The end of a process of the run."""
 
@@ -105,7 +114,8 @@ class Status(_Entry):
 
 
 AnyEntry: Any = Annotated[
-    Start | Params | Tags | Inputs | Metrics | Sample | Checkpoint | File | Page | Status, Field(discriminator="kind")
+    Start | Params | Tags | Inputs | Metrics | Sample | Checkpoint | File | Page | Rollback | Status,
+    Field(discriminator="kind"),
 ]
 
 

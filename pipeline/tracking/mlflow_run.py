@@ -6,8 +6,10 @@ because mlflow_tracker.py keeps everything that is logged.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sqlite3
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +21,14 @@ from pipeline.redaction import redact
 from pipeline.run_files import MLFLOW_RUN_FILE
 from pipeline.storage.folders import Folder
 from pipeline.storage.json_files import read_json, write_json
+from pipeline.tracking.journal import read_journal
+from pipeline.tracking.lineage import Parent, branch_tags, is_copy, last_step, read_parent, write_parent
+from pipeline.tracking.store_errors import sqlite_path, trouble_of
 
 logger = logging.getLogger(__name__)
 
-_MOST_CHARACTERS = 160  # of an error message; those of urllib3 repeat themselves
+_KEPT_TAGS = ("mlflow.runName", "job", "mlflow.source.name", "mlflow.parentRunId", "mlflow.user")
+_LOCK_SECONDS = 10  # that a locked sqlite store is waited for; MLflow's client would take two minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,8 @@ class MLflowRun:
     tracking_uri: str
     experiment_id: str
     run_id: str
+    rollbacks: int = 0
+    """Number of rollbacks of the journal that this run comes after: each has begun another run of MLflow."""
 
     @property
     def location(self) -> str:
@@ -67,7 +75,8 @@ def open_run(
         UserError: the store does not answer, and no run of it is recorded in ``folder``.
     """
     uri = mlflow_uri(tracking_uri, working_folder)
-    recorded = _recorded_run(folder, uri)
+    _note_copy(folder)
+    recorded = _recorded_run(folder, uri, working_folder)
     if uri == mlflow_uri(None, working_folder) and not os.environ.get("MLFLOW_TRACKING_URI"):
         _require_writable(working_folder)
     try:
@@ -75,24 +84,72 @@ def open_run(
         if recorded is not None and _known_run(client, recorded):
             if reopen:
                 client.update_run(recorded.run_id, status="RUNNING")
+            write_record(folder, recorded)
             return recorded
         experiment_id = _experiment_id(client, experiment, working_folder)
         tags = {"mlflow.runName": folder.url.rpartition("/")[2], "job": job, "mlflow.source.name": f"jobs/{job}.py"}
-        if parent is not None:
-            tags["mlflow.parentRunId"] = parent
-        run_id = client.create_run(experiment_id, tags=tags).info.run_id
+        run_id = client.create_run(experiment_id, tags=tags | _link(client, folder, parent)).info.run_id
     except mlflow_errors() as error:
+        trouble = trouble_of(error, uri)
         if recorded is not None and recorded.experiment_id:
-            logger.warning("MLflow at %s does not answer; going on without it", redact(uri))
+            logger.warning("%s; the run goes on without it", trouble)
             return recorded
-        raise UserError(
-            f"MLflow at {redact(uri)} does not answer ({first_line(error)}); start it, or unset "
-            "MLFLOW_TRACKING_URI to track in a file of the working folder"
-        ) from error
-    run = MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id)
+        raise UserError(str(trouble)) from error
+    rollbacks = sum(entry["kind"] == "rollback" for entry in read_journal(folder))
+    run = MLflowRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id, rollbacks=rollbacks)
     folder.make()
-    write_json(folder, MLFLOW_RUN_FILE, asdict(run) | {"tracking_uri": redact(uri)})
+    write_record(folder, run)
     return run
+
+
+def write_record(folder: Folder, run: MLflowRun) -> None:
+    """Note in ``folder`` which run of MLflow belongs to it."""
+    record = asdict(run) | {"tracking_uri": redact(run.tracking_uri), "folder": folder.url}
+    if _read_record(folder) != _Record(**record):
+        write_json(folder, MLFLOW_RUN_FILE, record)
+
+
+def current_run(folder: Folder, run: MLflowRun) -> MLflowRun:
+    """The run that ``folder`` records now, where a rollback has begun another one since ``run`` was opened."""
+    record = _read_record(folder)
+    if record is None or (record.tracking_uri, record.folder) != (redact(run.tracking_uri), folder.url):
+        return run
+    return record.run(run.tracking_uri)
+
+
+def next_run(client: Any, run: MLflowRun, step: int) -> MLflowRun:
+    """The run of MLflow that goes on from step ``step`` of ``run``, after the next rollback; it may exist already."""
+    rollbacks = run.rollbacks + 1
+    own = {**branch_tags(run.run_id, step), "rollbacks": str(rollbacks)}
+    condition = " AND ".join(f"tags.{name} = '{value}'" for name, value in own.items())
+    found = client.search_runs([run.experiment_id], filter_string=condition)
+    if found:
+        run_id = found[0].info.run_id
+    else:
+        before = client.get_run(run.run_id).data.tags
+        kept = {name: before[name] for name in _KEPT_TAGS if name in before}
+        run_id = client.create_run(run.experiment_id, tags=kept | own).info.run_id
+    return replace(run, run_id=run_id, rollbacks=rollbacks)
+
+
+def _link(client: Any, folder: Folder, parent: str | None) -> dict[str, str]:
+    """The tags that name what a new run belongs to: the run it is shown under, and the one it began from."""
+    origin = read_parent(folder)
+    shown_under = parent
+    if parent is None and origin and origin.run_id and _find(client, origin.run_id):  # else it is another store's
+        shown_under = origin.run_id
+    tags = origin.tags() if origin else {}
+    return tags | ({"mlflow.parentRunId": shown_under} if shown_under else {})
+
+
+def _note_copy(folder: Folder) -> None:
+    """Make a copy of another run's folder a run of its own, which names that one as the run it began from."""
+    record = _read_record(folder)
+    if record is None or not is_copy(folder, record.folder, record.run_id):
+        return
+    logger.warning("%s is a copy of %s: it goes on as a run of its own", folder, record.folder)
+    write_parent(folder, Parent(folder=record.folder, step=last_step(folder), run_id=record.run_id))
+    folder.delete(MLFLOW_RUN_FILE)
 
 
 def _require_writable(working_folder: Path) -> None:
@@ -111,20 +168,35 @@ def _require_writable(working_folder: Path) -> None:
 def find_run(*, tracking_uri: str | None, folder: Folder, working_folder: Path) -> MLflowRun | None:
     """The MLflow run recorded in ``folder``; None where there is none, or where the store does not know it."""
     uri = mlflow_uri(tracking_uri, working_folder)
-    recorded = _recorded_run(folder, uri)
+    recorded = _recorded_run(folder, uri, working_folder)
     known = recorded and _known_run(mlflow_client(uri), recorded)
     return replace(recorded, experiment_id=str(known.info.experiment_id)) if recorded and known else None
 
 
 def recorded_run_id(folder: Folder) -> str | None:
     """Id of the MLflow run recorded in ``folder``, or None; whether the store knows the run is not checked."""
-    recorded = _read_record(folder)
-    return recorded.run_id if recorded else None
+    record = _read_record(folder)
+    return record.run_id if record and not is_copy(folder, record.folder, record.run_id) else None
 
 
 def mlflow_uri(tracking_uri: str | None, working_folder: Path) -> str:
-    """The given store, or else that of MLFLOW_TRACKING_URI, or else sqlite in the working folder."""
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(working_folder / "mlflow.db")
+    """The given store, or else that of MLFLOW_TRACKING_URI, or else sqlite in the working folder.
+
+    A relative path counts from the working folder: other processes of the job run in other folders.
+    """
+    given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return _absolute(given, working_folder) if given else _sqlite_uri(working_folder / "mlflow.db")
+
+
+def _absolute(uri: str, working_folder: Path) -> str:
+    scheme, slashes, rest = uri.partition(":///")
+    path, mark, query = rest.partition("?")
+    if scheme in ("sqlite", "sqlite+pysqlite") and slashes:
+        is_relative = path and not path.startswith(("/", ":memory:", "file:"))
+        return _sqlite_uri(working_folder / unquote(path)) + mark + query if is_relative else uri
+    path = uri.removeprefix("file:")
+    is_path = not path.startswith("/") and ":" not in path and path != "databricks"
+    return str(working_folder / Path(path).expanduser()) if is_path else uri
 
 
 def _sqlite_uri(path: Path) -> str:
@@ -145,25 +217,27 @@ def mlflow_client(uri: str) -> Any:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns at every attempt
     from mlflow import MlflowClient
 
-    scheme, _, path = uri.partition(":///")
-    if scheme in ("sqlite", "sqlite+pysqlite"):
-        Path(unquote(path.partition("?")[0])).parent.mkdir(parents=True, exist_ok=True)
+    if path := sqlite_path(uri):
+        _require_sqlite(Path(path))
     return MlflowClient(tracking_uri=uri)
 
 
+def _require_sqlite(path: Path) -> None:
+    """Make the folder of a sqlite store; sqlite3.Error for a file that cannot be read now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with contextlib.closing(sqlite3.connect(path, timeout=_LOCK_SECONDS)) as database:
+            database.execute("SELECT 1 FROM sqlite_master").fetchone()
+
+
 def mlflow_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of the client when a store does not answer or is broken."""
+    """The exceptions of the client when a store does not answer or is broken; store_errors.py says what they mean."""
     import requests
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
-    return (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error message, shortened and without passwords."""
-    text = redact(next(iter(str(error).splitlines()), type(error).__name__))
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+    databases = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, ModuleNotFoundError)
+    return (MlflowException, requests.RequestException, *databases, OSError)
 
 
 def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
@@ -181,12 +255,12 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
-def _recorded_run(folder: Folder, uri: str) -> MLflowRun | None:
-    """The run recorded in ``folder`` for this store; older records have no experiment_id."""
-    recorded = _read_record(folder)
-    if recorded is None or recorded.tracking_uri != redact(uri):
+def _recorded_run(folder: Folder, uri: str, working_folder: Path) -> MLflowRun | None:
+    """The run recorded in ``folder`` for this store; older records have no experiment_id, and relative addresses."""
+    record = _read_record(folder)
+    if record is None or redact(uri) not in (record.tracking_uri, _absolute(record.tracking_uri, working_folder)):
         return None
-    return replace(recorded, tracking_uri=uri)
+    return None if is_copy(folder, record.folder, record.run_id) else record.run(uri)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,23 +268,36 @@ class _Record(MLflowRun):
     """The content of mlflow_run.json."""
 
     experiment_id: str = ""
+    folder: str = ""
+    """Address of the folder it was written to, so that a copy is noticed."""
+
+    def run(self, uri: str) -> MLflowRun:
+        return MLflowRun(
+            tracking_uri=uri, experiment_id=self.experiment_id, run_id=self.run_id, rollbacks=self.rollbacks
+        )
 
 
-def _read_record(folder: Folder) -> MLflowRun | None:
+def _read_record(folder: Folder) -> _Record | None:
     mend = "delete it, and the run goes on as a new one of MLflow"
-    record = read_json(folder, MLFLOW_RUN_FILE, _Record, mend=mend)
-    return MLflowRun(**asdict(record)) if record else None
+    return read_json(folder, MLFLOW_RUN_FILE, _Record, mend=mend)
 
 
 def _known_run(client: Any, recorded: MLflowRun) -> Any | None:
     """The run as the store has it; None where it was deleted. Raises where the store does not answer."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(recorded.run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    run = _find(client, recorded.run_id)
+    if run is None:
         logger.warning("MLflow at %s no longer knows run %s", redact(recorded.tracking_uri), recorded.run_id)
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _find(client: Any, run_id: str) -> Any | None:
+    """The run, deleted or not; None where the store has none of that id."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None

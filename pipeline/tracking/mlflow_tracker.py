@@ -20,11 +20,13 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.redaction import redact
+from pipeline.run_files import CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import Folder
-from pipeline.tracking.journal import Entry, Journal, weight
-from pipeline.tracking.mlflow_run import MLflowRun, first_line, mlflow_client, mlflow_errors
+from pipeline.tracking.journal import Entry, Journal, given_up, weight
+from pipeline.tracking.mlflow_run import MLflowRun, current_run, mlflow_client, mlflow_errors, next_run, write_record
 from pipeline.tracking.mlflow_writer import MLflowWriter, is_refused
 from pipeline.tracking.report import write_pages
+from pipeline.tracking.store_errors import first_line, is_deleted, trouble_of
 from pipeline.tracking.system_metrics import SystemSampler
 from pipeline.tracking.tracker import RunInput, Status, Tracker
 
@@ -58,12 +60,32 @@ class MLflowTracker(Tracker):
         sample_system: bool = False,
         write_pages: Callable[[Folder, Iterable[Entry]], list[str]] = write_pages,
     ) -> None:
-        self.run, self.folder = run, folder
+        self.folder = folder
         self._page_writer = write_pages
         self.journal = Journal(folder)
         self.uploader = JournalUploader(run, self.journal, registered_model)
         self.journal.append("start")
         self._sampler = SystemSampler(self._log_system) if sample_system else None
+
+    @property
+    def run(self) -> MLflowRun:
+        """The MLflow run that is written to; a rollback begins another one."""
+        return self.uploader.run
+
+    def log_start(self, step: int, settings: Mapping[str, Any], learning_rate: Callable[[int], float]) -> None:
+        settings = {name: redact(v) if isinstance(v, str) else v for name, v in settings.items()}
+        changed = self.journal.changes(step, settings, learning_rate)
+        if not changed:
+            return
+        shown = ", ".join(f"{name} {now} instead of {before}" for name, (before, now) in changed.items())
+        logger.warning(
+            "the steps after %d are done again with %s: they are told anew, in a new MLflow run", step, shown
+        )
+        self.journal.append("rollback", step=step, changed=changed)
+        self.flush()
+        if self.folder is not None:  # what says how the steps that are given up ended
+            for name in (SUMMARY_FILE, SCORES_FILE, REPORT_FILE, CURVES_FILE):
+                self.folder.delete(name)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         values = {name: redact(v) if isinstance(v, str) else v for name, v in params.items()}
@@ -156,10 +178,12 @@ class JournalUploader:
     """A thread that sends a journal's entries to MLflow, beginning with the first that the store does not have."""
 
     def __init__(self, run: MLflowRun, journal: Journal, registered_model: str | None) -> None:
-        self.run, self.journal = run, journal
+        self.journal = journal
+        self.run = run if journal.folder is None else current_run(journal.folder, run)
         self.registered_model = registered_model
-        self._sent = journal.sent(run.run_id)
+        self._sent = journal.sent(self.run.run_id)
         self._failures = 0  # failed attempts since the last success
+        self._trouble = ""  # the last one that was logged
         self._attempts_failed = 0  # failed attempts in all
         self._wake = threading.Event()
         self._stopped = self._mirror_requested = False
@@ -195,39 +219,76 @@ class JournalUploader:
             period = min(_MOST_PERIOD_SECONDS, _PERIOD_SECONDS * 2 ** min(self._failures, 5))
             self._wake.wait(period)
             self._wake.clear()
+            errors: tuple[type[Exception], ...] = (UserError, *mlflow_errors())  # the folder may be full too
             try:
-                if writer is None:
+                while writer is None or self._send_all(writer):
                     client = mlflow_client(self.run.tracking_uri)
                     writer = MLflowWriter(self.run, client, self.journal.folder, self.registered_model)
-                self._send_all(writer)
-            except mlflow_errors() as error:
-                self._failed(error)
+            except errors as error:
+                self._failed(error, writer)
             # Not at every period: an object in a bucket is always written as a whole.
             if self._mirror_requested or time.monotonic() - self._mirrored > _MIRROR_SECONDS:
                 self._mirror_requested, self._mirrored = False, time.monotonic()
                 self.journal.mirror()
 
-    def _send_all(self, writer: MLflowWriter) -> None:
-        """Send until nothing is left; raises the client's error where the store does not answer."""
+    def _send_all(self, writer: MLflowWriter) -> bool:
+        """Send until nothing is left; returns whether the next entries belong to another run of MLflow.
+
+        Raises the client's error where the store does not answer.
+        """
         while self._sent < self.journal.size and not self._stopped:
             batch: list[Entry] = []
-            end = self._sent
+            end = begin = self._sent
             for entry, position in self.journal.read(self._sent):
+                if entry["kind"] == "rollback" and position > self._begin and not batch:
+                    self._begin_next_run(writer, entry["step"], position)
+                    return True
                 alone = entry["kind"] != "metrics"
                 if batch and (alone or len(batch) == _MOST_ENTRIES):
                     break
-                batch.append(entry)
                 end = position
-                if alone:
-                    break
+                if left := self._of_this_run(entry, position):
+                    batch.append(left)
+                    if alone:
+                        break
             self._send(writer, batch)
             self._sent = max(end, self._sent)
-            if not batch:  # the rest is damaged
+            if end == begin:  # the rest is damaged
                 self._sent = self.journal.size
             self.journal.mark_sent(self.run.run_id, self._sent)
             if self._failures:
                 logger.info("MLflow at %s answers again", redact(self.run.tracking_uri))
-                self._failures = 0
+                self._failures, self._trouble = 0, ""
+        return False
+
+    @property
+    def _rollbacks(self) -> list[tuple[int, int]]:
+        """Those that the run of MLflow comes after."""
+        return self.journal.rollbacks[: max(0, self.run.rollbacks)]
+
+    @property
+    def _begin(self) -> int:
+        """Position in the journal up to which this run of MLflow only has what rollbacks have left."""
+        return self._rollbacks[-1][0] if self._rollbacks else 0
+
+    def _of_this_run(self, entry: Entry, position: int) -> Entry | None:
+        """What is left of an entry after the rollbacks that this run of MLflow comes after."""
+        steps = [step for behind, step in self._rollbacks if position <= behind]
+        return given_up(entry, min(steps)) if steps else entry
+
+    def _begin_next_run(self, writer: MLflowWriter, step: int, position: int) -> None:
+        """Go on with another run of MLflow, and mark the one that has the steps that were given up."""
+        run = next_run(writer.client, self.run, step)
+        status, time_of_end = "KILLED", None
+        for entry, end in self.journal.read(0):
+            if end < position and entry["kind"] == "status":
+                status, time_of_end = entry["status"], entry["time"]
+        writer.give_up_after(step, run.run_id, status, time_of_end)
+        assert self.journal.folder is not None
+        write_record(self.journal.folder, run)
+        logger.info("MLflow: %s goes on after step %d as %s", self.run.run_id, step, run.location)
+        self.run, self._sent = run, 0
+        self.journal.mark_sent(run.run_id, 0)
 
     def _send(self, writer: MLflowWriter, batch: Sequence[Entry]) -> None:
         """Send entries of one kind; an entry that the store refuses is left out with a warning."""
@@ -236,20 +297,18 @@ class JournalUploader:
         try:
             writer.write(batch)
         except mlflow_errors() as error:
-            if not is_refused(error):
+            if is_deleted(error) or not is_refused(error):
                 raise
             what = json.dumps(batch[0])[:200]
             logger.warning("MLflow refuses an entry (%s), which is left out: %s", first_line(error), what)
         except (UserError, LookupError, ValueError) as error:
             logger.warning("an entry of the journal is left out (%s): %s", error, json.dumps(batch[0])[:200])
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, writer: MLflowWriter | None) -> None:
         self._failures += 1
         self._attempts_failed += 1
-        if self._failures == 1:
-            logger.warning(
-                "MLflow at %s does not answer (%s); the run goes on and keeps its entries in %s",
-                redact(self.run.tracking_uri),
-                first_line(error),
-                self.journal.path,
-            )
+        deleted = writer.deleted_experiment() if writer is not None and is_deleted(error) else None
+        trouble = trouble_of(error, self.run.tracking_uri, deleted)
+        if trouble.what != self._trouble:
+            self._trouble = trouble.what
+            logger.warning("%s; the run goes on and keeps its entries in %s", trouble, self.journal.path)

@@ -18,7 +18,8 @@ from pathlib import Path
 from pipeline.console import log_plainly
 from pipeline.paths import working_folder
 from pipeline.redaction import redact
-from pipeline.tracking.mlflow_run import MLflowRun, first_line, mlflow_client, mlflow_errors, mlflow_uri
+from pipeline.tracking.mlflow_run import MLflowRun, mlflow_client, mlflow_errors, mlflow_uri
+from pipeline.tracking.store_errors import trouble_of
 
 logger = logging.getLogger("pipeline.tracking.mlflow_ui")  # __name__ is __main__ under python -m
 
@@ -53,7 +54,7 @@ def main() -> None:
     try:
         run = newest_run(uri)
     except mlflow_errors() as error:
-        sys.exit(f"error: MLflow at {redact(uri)} does not answer ({first_line(error)})")
+        sys.exit(f"error: {trouble_of(error, uri)}")
     if uri.startswith("http"):
         logger.info("the newest run: %s", page_of(run, redact(uri)))
         return

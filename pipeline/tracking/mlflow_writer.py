@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.run_files import CHECKPOINTS_FOLDER, run_folder_of
 from pipeline.storage.folders import Folder, LocalFolder
 from pipeline.tracking.journal import Entry
-from pipeline.tracking.mlflow_run import MLflowRun
+from pipeline.tracking.mlflow_run import MLflowRun, mlflow_errors
 
 _MAX_BATCH = 1000  # MLflow's limit of metrics per request
 _MAX_PARAM_CHARACTERS = 6000  # MLflow's limit
@@ -22,6 +23,8 @@ _TABLES_TAG = "mlflow.loggedArtifacts"  # what the UI shows as tables
 _COMMIT_TAG = "mlflow.source.git.commit"  # what the UI shows beside the source
 _VERSIONS_TAG = "mlflow.modelVersions"  # a link of a model in the UI; a server sets it, a sqlite store does not
 _BEST = "best"
+ABANDONED_TAG = "abandoned"
+"""Tag of a model whose checkpoint belonged to steps that its run has done again otherwise."""
 _DESCRIPTION = "Checkpoints of training runs, each the best of its run by val loss when it was saved: see its tags"
 _REFUSALS = {
     "INVALID_PARAMETER_VALUE",
@@ -54,7 +57,7 @@ class MLflowWriter:
             self._write_metrics(entries)
             return
         action = {
-            "start": lambda entry: None,
+            "start": self._write_start,
             "params": self._write_params,
             "tags": self._write_tags,
             "inputs": self._write_inputs,
@@ -62,21 +65,60 @@ class MLflowWriter:
             "checkpoint": self._write_checkpoint,
             "file": self._write_file,
             "page": self._write_page,
+            "rollback": lambda entry: None,  # one that this run of MLflow comes after
             "status": self._write_status,
         }[kind]
         for entry in entries:
             action(entry)
+
+    def give_up_after(self, step: int, successor: str, status: str, end_time: int | None) -> None:
+        """Mark the run, whose later steps are done again as the MLflow run ``successor``, and what it registered."""
+        from mlflow.exceptions import MlflowException
+
+        self._set_tags({"abandoned_after_step": step, "continued_as": successor})
+        self.client.set_terminated(self.run.run_id, status, end_time=end_time)
+        why = f"its run went back to step {step}"
+        for output in getattr(self.client.get_run(self.run.run_id).outputs, "model_outputs", []):
+            if output.step > step:
+                self.client.set_logged_model_tags(output.model_id, {ABANDONED_TAG: why})
+        for version in self.client.search_model_versions(f"run_id = '{self.run.run_id}'"):
+            told = version.tags.get("step", "")
+            if told.isdecimal() and int(told) > step:
+                self.client.set_model_version_tag(version.name, version.version, ABANDONED_TAG, why)
+            try:  # the successor's own best takes it
+                holder = self.client.get_model_version_by_alias(version.name, _BEST)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+            else:
+                if holder.run_id == self.run.run_id:
+                    self.client.delete_registered_model_alias(version.name, _BEST)
+
+    def deleted_experiment(self) -> str | None:
+        """Id of the run's experiment, if that is deleted."""
+        try:
+            experiment = self.client.get_experiment(self.run.experiment_id)
+        except mlflow_errors():
+            return None
+        return self.run.experiment_id if experiment.lifecycle_stage == "deleted" else None
+
+    def _write_start(self, entry: Entry) -> None:
+        """A process of the run begins: an end that was told before was not the last one."""
+        if self.folder is not None:  # else it is a job about the run
+            self.client.update_run(self.run.run_id, status="RUNNING")
 
     def _write_params(self, entry: Entry) -> None:
         """Log parameters. MLflow's cannot change, so a setting that a resumed run changes becomes a tag."""
         from mlflow.entities import Param
 
         values = {name: str(value)[:_MAX_PARAM_CHARACTERS] for name, value in entry["values"].items()}
-        logged = self.client.get_run(self.run.run_id).data.params
+        data = self.client.get_run(self.run.run_id).data
+        logged = data.params
         new = [Param(name, value) for name, value in values.items() if name not in logged]
         for start in range(0, len(new), 100):  # MLflow's limit of params per request
             self.client.log_batch(self.run.run_id, params=new[start : start + 100])
-        changed = {name: value for name, value in values.items() if logged.get(name, value) != value}
+        in_force = {name: data.tags.get(f"resumed.{name}", value) for name, value in logged.items()}
+        changed = {name: value for name, value in values.items() if in_force.get(name, value) != value}
         self._set_tags({f"resumed.{name}": value for name, value in changed.items()})
 
     def _write_tags(self, entry: Entry) -> None:
@@ -144,7 +186,7 @@ class MLflowWriter:
         """Log a checkpoint as an MLflow model with the checkpoint's address; no file is copied."""
         from mlflow.entities import LoggedModelStatus
 
-        step, path = entry["step"], entry["path"]
+        step, path = entry["step"], self._address(entry)
         model_id = self._model(step, path)
         for key, value in entry["values"].items():
             name = f"checkpoint/{key}"
@@ -154,6 +196,13 @@ class MLflowWriter:
             self._set_tags({"best_step": str(step), "best_val_loss": str(entry["values"].get("val_loss"))})
             if self.registered_model:
                 self._register(self.registered_model, entry, model_id)
+
+    def _address(self, entry: Entry) -> str:
+        """The checkpoint's address; in a folder that was copied or moved it is no longer that of the entry."""
+        path = str(entry["path"])
+        if self.folder is None or run_folder_of(path) is None:
+            return path
+        return f"{self.folder}/{CHECKPOINTS_FOLDER}/{path.rstrip('/').rpartition('/')[2]}"
 
     def _model(self, step: int, path: str) -> str:
         """Id of the MLflow model of a checkpoint, which is created unless it exists."""
@@ -197,7 +246,7 @@ class MLflowWriter:
         mine = [version for version in versions if version.name == name and version.tags.get("step") == step]
         model = self.client.get_logged_model(model_id)
         tags = {
-            "checkpoint": entry["path"],
+            "checkpoint": self._address(entry),
             "step": step,
             "val_loss": repr(entry["values"]["val_loss"]),
             "validation_fingerprint": data,

@@ -7,6 +7,7 @@ evaluation.json. What they do not hold is left out of the page. MLflow gets it a
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import functools
 import io
@@ -25,6 +26,7 @@ from pipeline.run_files import CHECKPOINTS_FOLDER, CURVES_FILE, REPORT_FILE, SCO
 from pipeline.storage.folders import Folder
 from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tracking.journal import Entry
+from pipeline.tracking.lineage import read_parent
 from pipeline.tracking.run_history import RunHistory
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ def render(
         begin=f"{begin:%Y-%m-%d}" if begin else None,
         result=_result(summary, scores),
         curves=None if curves is None else base64.b64encode(curves).decode("ascii"),
-        inputs=[_input(item) for item in history.inputs],
+        inputs=[*_origin(folder, history), *(_input(item) for item in history.inputs)],
         recipe=[(name, value) for name, value in params if name not in _NO_RECIPE and value is not None],
         speed=_speed(history, summary),
         samples=[*history.samples[:1], *history.samples[1:][-(_MOST_SAMPLES - 1) :]],  # the first and the last ones
@@ -204,6 +206,18 @@ def _input(item: Mapping[str, Any]) -> tuple[str, str]:
     numbers = {name: value for name, value in item["profile"].items() if isinstance(value, int | float)}
     figures = ", ".join(f"{value:,} {name}" for name, value in numbers.items())
     return item["context"], f"{item['source']}: {figures}; sha256 {item['fingerprint']}"
+
+
+def _origin(folder: Folder, history: RunHistory) -> Rows:
+    """Which run it began from, and where it went back to an earlier step with other settings."""
+    rows: Rows = []
+    with contextlib.suppress(DamagedFileError):
+        if parent := read_parent(folder):
+            rows.append(("branch of", f"{parent.folder}, at step {parent.step:,}"))
+    for step, last, changed in history.rollbacks:
+        shown = ", ".join(f"{name} {now} instead of {before}" for name, (before, now) in changed.items())
+        rows.append(("went back", f"from step {last:,} to step {step:,}: {shown}"))
+    return rows
 
 
 def _speed(history: RunHistory, summary: Mapping[str, Any]) -> Rows:

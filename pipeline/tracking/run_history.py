@@ -27,6 +27,8 @@ class RunHistory:
     """Step, prompt and generated text."""
     periods: list[tuple[float, float, int]] = field(default_factory=list)
     """Begin and end of each process, in seconds since 1970, and its number of training workers."""
+    rollbacks: list[tuple[int, int, dict[str, tuple[Any, Any]]]] = field(default_factory=list)
+    """The step that each rollback went back to, the last one done before, and the settings that changed."""
 
     @classmethod
     def from_journal(cls, entries: Iterable[Entry]) -> RunHistory:
@@ -65,3 +67,13 @@ class RunHistory:
                 self.metrics[name][entry["step"]] = value
         elif kind == "sample":
             self.samples.append((entry["step"], entry["prompt"], entry["text"]))
+        elif kind == "rollback":
+            self._roll_back(entry["step"], entry["changed"])
+
+    def _roll_back(self, step: int, changed: dict[str, tuple[Any, Any]]) -> None:
+        """Leave out what was told of steps after ``step``."""
+        self.rollbacks.append((step, max(self.metrics["train/loss"], default=step), changed))
+        for name, points in self.metrics.items():
+            if not name.startswith("system/"):
+                self.metrics[name] = {each: value for each, value in points.items() if each <= step}
+        self.samples = [sample for sample in self.samples if sample[0] <= step]

@@ -37,6 +37,13 @@ class Tracker:
     No method raises because a server or a disk fails, and none waits for a server but ``finish``.
     """
 
+    def log_start(self, step: int, settings: Mapping[str, Any], learning_rate: Callable[[int], float]) -> None:
+        """Say after how many steps training begins, before anything else is logged.
+
+        If later steps were logged before and ``settings``, which decide their numbers, or their learning rates (by
+        step, counted from 0) were others, then those steps are told anew, and what was logged of them counts no more.
+        """
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log the settings of the run."""
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from pipeline.checkpoints.reader import find_checkpoint
+from pipeline.checkpoints.copying import copy_checkpoint
+from pipeline.checkpoints.reader import find_checkpoint, list_checkpoints, read_description
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers, show_progress
 from pipeline.config.run_plan import opening
 from pipeline.config.training import PretrainConfig
@@ -21,13 +22,15 @@ from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import PROGRAM_ERRORS, RunStopped, UserError
 from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
+from pipeline.run_files import CHECKPOINTS_FOLDER
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.storage.locks import exclusive_output
-from pipeline.tracking.mlflow_run import MLflowRun, mlflow_client, open_run
+from pipeline.tracking.lineage import Parent, read_parent, write_parent
+from pipeline.tracking.mlflow_run import MLflowRun, current_run, mlflow_client, open_run, recorded_run_id
 from pipeline.tracking.mlflow_tracker import MLflowTracker, send_waiting
 from pipeline.tracking.ray_metrics import RayMetrics
 from pipeline.tracking.tracker import Tracker, Trackers
-from pipeline.training.run_folder import RunSummary, finished_summary, require_own
+from pipeline.training.run_folder import RunSummary, check_resumable, finished_summary, open_splits, require_own
 from pipeline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ def pretrain(
 def _pretrain_alone(
     config: PretrainConfig, data: Folder, output: Folder, files: SharedFiles | None, shows_progress: bool
 ) -> tuple[RunSummary, MLflowRun]:
+    begin_branch(config, data=data, output=output)
     summary = finished_summary(config, data=data, output=output)
     require_own(output)
     output.make()
@@ -84,14 +88,15 @@ def _pretrain_alone(
     )
     if summary is not None:
         send_waiting(run, output, config.registry_name)
-        return summary, run
+        return summary, current_run(output, run)
     if shows_progress:
         _announce(config, data)
     settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress)
     files = files or SharedFiles(folder=str(output))
     files.delete_of_killed()
     with _marked_where_killed(run):
-        return run_workers(pretrain_worker, settings, group_settings(config), output, files), run
+        summary = run_workers(pretrain_worker, settings, group_settings(config), output, files)
+    return summary, current_run(output, run)
 
 
 @contextlib.contextmanager
@@ -107,6 +112,45 @@ def _marked_where_killed(run: MLflowRun) -> Iterator[None]:
                 update = functools.partial(client.update_run, run.run_id, status="KILLED")
                 call_in_thread(update, give_up=lambda: time.monotonic() > deadline)
         raise
+
+
+def begin_branch(config: PretrainConfig, *, data: Folder, output: Folder) -> None:
+    """Make ``output`` the branch that --branch_from asks for, unless it is that already; nothing without the flag.
+
+    A branch is a run of its own that begins at a checkpoint of another one, which is copied into its folder, with the
+    optimizer state and the data order; from then on it is a run like any other.
+
+    Raises:
+        UserError: there is no such checkpoint, the branch's settings do not fit it, or ``output`` is another run.
+    """
+    if config.branch_from is None or config.step is None:
+        return
+    source = resolve_output(config.branch_from)
+    checkpoints = open_folder(f"{output}/{CHECKPOINTS_FOLDER}")
+    parent, has_begun = read_parent(output), bool(list_checkpoints(checkpoints))
+    is_same = parent is not None and (parent.folder, parent.step) == (source.url, config.step)
+    if has_begun and is_same:
+        return
+    if has_begun or (parent is not None and not is_same):
+        was = f"a branch of {parent.folder} at step {parent.step}" if parent else "a run of its own"
+        raise UserError(f"{output} is {was}; give another --output, or leave --branch_from and --step out to go on")
+    place = _checkpoint_of(source, config.step)
+    _, manifest = open_splits(config, data)
+    check_resumable(place, read_description(place).info, config, manifest)
+    output.make()
+    write_parent(output, Parent(folder=source.url, step=config.step, run_id=recorded_run_id(source)))
+    copy_checkpoint(place, checkpoints, config.step)
+
+
+def _checkpoint_of(source: Folder, step: int) -> Folder:
+    found = dict(list_checkpoints(open_folder(f"{source}/{CHECKPOINTS_FOLDER}")))
+    if step in found:
+        return found[step]
+    there = ", ".join(f"{each}" for each in found) or "none"
+    raise UserError(
+        f"{source} has no checkpoint of step {step}; the steps with one: {there} (--keep_checkpoints and --keep_every "
+        "keep more of them)"
+    )
 
 
 def _with_inputs(config: PretrainConfig, output: Folder) -> PretrainConfig:

@@ -19,11 +19,11 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score
 from pipeline.evaluation.validation import ValidationResult, bits_per_byte, perplexity_text, validation_loss
 from pipeline.generation.sampling import continue_text
-from pipeline.storage.folders import Folder
+from pipeline.storage.folders import Folder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.optimizer import compiles
-from pipeline.training.run_folder import Best, read_best, write_best
+from pipeline.training.run_folder import Best, best_left, read_best, write_best
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,16 @@ class PeriodicEvaluation:
         self._bits_of_a_nat: float | None = None
         """Bits per byte of text that one nat per token makes; None until it is asked for."""
         self._questions = encode_all(read_questions(config.hellaswag), tokenizer) if config.hellaswag else None
+
+    def mend_best(self, checkpoints: Folder) -> None:
+        """Replace a best checkpoint that is gone by the best of those in ``checkpoints``; logs on rank 0."""
+        before, self.best = self.best, best_left(self.output)
+        if self.best == before or not self.workers.is_rank_zero:
+            return
+        write_best(self.output, self.best)
+        if self.best is not None:
+            path = open_folder(f"{checkpoints}/step-{self.best.step:06d}")
+            self.tracker.log_checkpoint(self.best.step, path, {"val_loss": self.best.val_loss}, best=True)
 
     def compile(self) -> None:
         """Compile the forward pass of validation now, so that no step waits for it later. Collective.

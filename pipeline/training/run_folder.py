@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoints.metadata import CheckpointInfo
-from pipeline.checkpoints.reader import check_shape, newest_info
+from pipeline.checkpoints.reader import check_shape, list_checkpoints, newest_info
+from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
 from pipeline.dataset.manifest import Manifest
@@ -24,10 +27,23 @@ from pipeline.run_files import (
 from pipeline.storage.folders import Folder, as_folder, open_folder
 from pipeline.storage.json_files import read_json, write_json
 from pipeline.tokenizer.bpe import Tokenizer
+from pipeline.tracking.journal import read_journal
 from pipeline.tracking.tracker import RunInput
-from pipeline.training.schedule import check_schedule
+from pipeline.training.schedule import SETTINGS, check_schedule
 
 _ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
+_NOT_IN_A_STEP = {
+    *("data", "output", "branch_from", "step", "depth", "tokens_per_parameter", "vocab_size", "dry_run"),
+    *("lr", *SETTINGS),  # the learning rates themselves are compared
+    *("batch_size", "grad_accum_steps", "num_workers", "resize_seconds"),  # how sums are rounded, at most
+    *("device", "compile", "deterministic", "recompute", "collective_timeout", "max_failures", "skip_nonfinite"),
+    *("profile_steps", "log_every", "val_every", "val_tokens", "sample_every", "sample_prompt", "sample_tokens"),
+    *("hellaswag", "hellaswag_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+    *("tracking_uri", "experiment", "registered_model", "price_per_hour", "tokens_per_second"),
+}
+"""Settings that may change without a step becoming another one."""
+_OF_THE_START = {"checkpoint", "init_std", "embedding_init_std", "zero_init_projections", "zero_init_output"}
+"""Settings that decide the weights before the first step only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +93,40 @@ def read_best(output: Folder) -> Best | None:
     return read_json(output, BEST_FILE, Best, mend="delete it; the next validation writes it again")
 
 
-def write_best(output: Folder, best: Best) -> None:
-    write_json(output, BEST_FILE, asdict(best))
+def write_best(output: Folder, best: Best | None) -> None:
+    if best is None:
+        output.delete(BEST_FILE)
+    else:
+        write_json(output, BEST_FILE, asdict(best))
+
+
+def best_left(output: Folder) -> Best | None:
+    """The best checkpoint among those that there are; None where none is known to have been validated.
+
+    Where the one of best.json is gone, the journal tells the val losses of the others.
+    """
+    steps = {step for step, _ in list_checkpoints(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))}
+    best = read_best(output)
+    if best is None or best.step in steps:
+        return best
+    losses: dict[int, float] = {}
+    for entry in read_journal(output):
+        if entry["kind"] == "rollback":
+            losses = {step: loss for step, loss in losses.items() if step <= entry["step"]}
+        elif entry["kind"] == "checkpoint" and "val_loss" in entry["values"]:
+            losses[entry["step"]] = entry["values"]["val_loss"]
+    left = [(loss, step) for step, loss in losses.items() if step in steps and math.isfinite(loss)]
+    return Best(step=min(left)[1], val_loss=min(left)[0]) if left else None
+
+
+def step_settings(config: PretrainConfig, manifest: Manifest, start_step: int) -> dict[str, Any]:
+    """What decides the numbers of the steps after ``start_step``, besides their learning rates.
+
+    Done again with other settings, they are other steps.
+    """
+    left_out = _NOT_IN_A_STEP | (_OF_THE_START if start_step else set())
+    settings = {name: value for name, value in to_dict(config).items() if name not in left_out}
+    return settings | {"training_fingerprint": manifest.fingerprint}
 
 
 def require_own(output: Folder) -> None:
@@ -177,8 +225,13 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
     place, info = newest
     check_resumable(place, info, config, manifest)
     found = read_json(output, SUMMARY_FILE, RunSummary, mend="delete it and run the same command again")
-    is_done = found is not None and min(info.step, found.steps) >= config.train_steps
-    return found if is_done else None
+    if found is None or min(info.step, found.steps) < config.train_steps:
+        return None
+    best = best_left(output)
+    if best is None or best.step != found.best_step:  # the one it names may be gone
+        step, loss = (best.step, best.val_loss) if best else (None, None)
+        found = replace(found, best_step=step, best_val_loss=loss)
+    return found
 
 
 def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:

@@ -64,7 +64,7 @@ def _advice(before: PretrainConfig, now: PretrainConfig, done: int) -> str:
     if before.schedule == now.schedule == "wsd":
         start = min(before.first_decay_step, now.first_decay_step)
         if start < done:
-            return f"go on from a checkpoint of step {start} or before, alone in the folder of a new --output"
+            return f"go on from a checkpoint of step {start} or before, with --branch_from, --step and a new --output"
     keep = [name for name in SETTINGS if getattr(before, name) != getattr(now, name)]
     flags = " ".join(f"--{name} {getattr(before, name)}" for name in keep)
     return f"give {flags} as before"

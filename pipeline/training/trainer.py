@@ -48,7 +48,7 @@ from pipeline.training.nonfinite import NonFiniteFinder
 from pipeline.training.optimizer import build_optimizer, compiles, learning_rate
 from pipeline.training.periodic_evaluation import PeriodicEvaluation
 from pipeline.training.profiling import StepProfiler
-from pipeline.training.run_folder import RunSummary, check_resumable, open_splits, run_inputs
+from pipeline.training.run_folder import RunSummary, check_resumable, open_splits, run_inputs, step_settings
 from pipeline.training.step import StepAbandoned, StepResult, accumulate_gradients
 from pipeline.training.step_guard import Outcome, StepGuard
 from pipeline.training.throughput import ThroughputMeter
@@ -132,6 +132,7 @@ class Trainer:
             UserError: any rank cannot continue; every rank raises it.
         """
         self._announce()
+        self.evaluation.mend_best(self.writer.folder)
         with (
             self.guard,
             self.profiler,
@@ -301,6 +302,8 @@ class Trainer:
         if self.is_deterministic and self.workers.device.type == "cuda":
             for sentence in determinism.nondeterministic_settings():
                 logger.warning(sentence)
+        settings = step_settings(self.config, self.manifest, self.start_step)
+        self.tracker.log_start(self.start_step, settings, lambda step: learning_rate(self.config, step))
         self.tracker.log_params({**to_dict(self.config), "parameters": self.model_config.num_parameters})
         self.tracker.log_tags(hardware.hardware_tags(self.workers))
         self.tracker.log_inputs(run_inputs(self.data, self.manifest))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,3 +55,59 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.5)
     raise AssertionError("the server did not start")
+
+
+@contextlib.contextmanager
+def behind_proxy(server: str, prefix: str, user: str, password: str) -> Iterator[str]:
+    """Address of a proxy that passes ``prefix``/... on to ``server`` for whoever gives the password."""
+    expected = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization") != expected:
+                self.answer(401, b"who are you?", {"WWW-Authenticate": "Basic"})
+            elif not self.path.startswith(f"{prefix}/"):
+                self.answer(404, b"<html>nothing here</html>", {})
+            else:
+                self.answer(*self.passed_on(body))
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
+        def do_PATCH(self) -> None:
+            self.do_GET()
+
+        def do_DELETE(self) -> None:
+            self.do_GET()
+
+        def passed_on(self, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+            kept = {name: value for name, value in self.headers.items() if name in ("Content-Type", "Accept")}
+            address = server + self.path.removeprefix(prefix)
+            request = urllib.request.Request(address, data=body or None, headers=kept, method=self.command)
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return response.status, response.read(), {"Content-Type": response.headers.get("Content-Type", "")}
+            except urllib.error.HTTPError as error:
+                return error.code, error.read(), {"Content-Type": error.headers.get("Content-Type", "")}
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *values: object) -> None:
+            pass
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()

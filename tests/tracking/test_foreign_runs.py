@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.run_files import BATCH_SIZES_FILE, BEST_FILE, JOURNAL_SENT_FILE, MLFLOW_RUN_FILE, SUMMARY_FILE
+from pipeline.run_files import (
+    BATCH_SIZES_FILE,
+    BEST_FILE,
+    JOURNAL_SENT_FILE,
+    MLFLOW_RUN_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+)
 from pipeline.storage.folders import open_folder
 from pipeline.tracking import report
 from pipeline.tracking.journal import Journal, count_waiting, read_journal
+from pipeline.tracking.lineage import read_parent
 from pipeline.tracking.mlflow_run import MLflowRun, recorded_run_id
 from pipeline.tracking.mlflow_writer import MLflowWriter
 from pipeline.tracking.run_history import RunHistory
@@ -128,7 +136,7 @@ WRONG = [b"[]", b"null", b"7", b"", b"[" * 100_000, b'{"step": "x"}', b'{"run_id
 @pytest.mark.parametrize("content", WRONG, ids=lambda content: repr(content[:20]))
 def test_every_damaged_file_of_a_run_is_one_sentence_or_is_put_aside(run: Path, content: bytes) -> None:
     folder = open_folder(run)
-    for name in (BEST_FILE, MLFLOW_RUN_FILE, JOURNAL_SENT_FILE, SUMMARY_FILE, BATCH_SIZES_FILE):
+    for name in (BEST_FILE, MLFLOW_RUN_FILE, RUN_FILE, JOURNAL_SENT_FILE, SUMMARY_FILE, BATCH_SIZES_FILE):
         (run / name).write_bytes(content)
     write(run, {"kind": "start"})
     assert count_waiting(folder, "r") == 0
@@ -136,6 +144,8 @@ def test_every_damaged_file_of_a_run_is_one_sentence_or_is_put_aside(run: Path, 
         run_folder.read_best(folder)
     with pytest.raises(UserError, match=r"mlflow_run\.json is damaged .*; delete it"):
         recorded_run_id(folder)
+    with pytest.raises(UserError, match=r"run\.json is damaged .*; delete it"):
+        read_parent(folder)
     if content != b"[]":
         with pytest.raises(UserError, match=r"batch_size\.json is damaged .*; delete it"):
             largest_batch._known_size(folder, {})

@@ -191,7 +191,7 @@ def test_a_plateau_is_extended_and_decayed_in_two_branches(tiny_data: Path, tmp_
 def test_a_decay_that_has_begun_is_not_left_again(tiny_data: Path, tmp_path: Path) -> None:
     config = config_with(**WSD, decay_fraction=0.25)
     train(config, tiny_data, tmp_path)
-    advice = "go on from a checkpoint of step {} or before, alone in the folder of a new --output, or start another run"
+    advice = "go on from a checkpoint of step {} or before, with --branch_from, --step and a new --output, or start"
     with pytest.raises(UserError, match=advice.format(9)):
         trainer(dataclasses.replace(config, train_steps=16), tiny_data, tmp_path)
     decayed = dataclasses.replace(config, train_steps=16, decay_fraction=None, decay_from=6)
