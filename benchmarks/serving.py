@@ -1,10 +1,14 @@
 """The time of one short request to jobs/serve.py alone and beside clients that take all they can get.
 
-The target is 3 times the time alone, at most. ``python benchmarks/serving.py CHECKPOINT [--repeats N]`` starts the
-server on that model, on loopback, and prints for each kind of bad client the median and the longest time of the short
-request, their ratios to the median alone, and what the server still holds when they have gone: connections and texts.
+The target is 3 times the time alone, at most. ``python benchmarks/serving.py CHECKPOINT [--rounds N] [--repeats N]``
+starts the server on that model, on loopback. Each kind of bad client comes and goes ``--rounds`` times; each time some
+short requests are timed without them and then beside them, so that whatever else the machine does slows both. It prints
+the medians of all, the median of the rounds' ratios of medians, the longest request beside them, and what the server
+holds when they have gone for good: texts, connections, and more threads, files and memory than after the first round.
 ``--without_ray`` takes web server, gate and engine in one process, without Ray Serve between them.
 """
+
+from __future__ import annotations
 
 import os
 import sys
@@ -15,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import re
 import signal
@@ -24,6 +29,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import IO
 
 import psutil
@@ -167,21 +173,71 @@ def bad_clients(port: int, count: int, behave: Callable[[socket.socket, threadin
             thread.join(90)
 
 
-def left_over(port: int, process: psutil.Process) -> str:
-    """What the server holds half a minute later, at most: texts, connections, memory of the process that listens."""
-    for _ in range(30):
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What the process that listens and its replica hold."""
+
+    threads: int
+    files: int
+    megabytes: float
+
+    @classmethod
+    def by(cls, process: psutil.Process) -> Held:
+        """As it is now."""
+        both = [process]
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                both += [child] if "ServeReplica" in " ".join(child.cmdline()) else []
+        return cls(
+            threads=sum(it.num_threads() for it in both),
+            files=sum(it.num_fds() for it in both),
+            megabytes=sum(it.memory_info().rss for it in both) / 1e6,
+        )
+
+
+def wait_until_free(port: int, process: psutil.Process) -> str:
+    """What texts and connections the server still has when none is left, or after a minute."""
+    for _ in range(120):
         texts = json.loads(ask(port, "GET", "/healthz"))["texts"]
         connections = sum(it.laddr.port == port and it.status == "ESTABLISHED" for it in process.net_connections("tcp"))
         if not texts and not connections:
             break
-        time.sleep(1)
-    return f"{texts} texts, {connections} connections, {process.memory_info().rss / 1e6:.0f} MB"
+        time.sleep(0.5)
+    return f"{texts} texts, {connections} connections"
+
+
+def measure(
+    port: int,
+    process: psutil.Process,
+    behaviour: tuple[str, int, Callable[[socket.socket, threading.Event], None]],
+    arguments: argparse.Namespace,
+) -> str:
+    """The line of one kind of bad client."""
+    name, count, behave = behaviour
+    alone, beside, ratios, left, first = [], [], [], "", None
+    for _ in range(arguments.rounds):
+        alone.append(short_seconds(port, arguments.repeats))
+        with bad_clients(port, count, behave):
+            beside.append(short_seconds(port, arguments.repeats))
+        ratios.append(statistics.median(beside[-1]) / statistics.median(alone[-1]))
+        left = wait_until_free(port, process)
+        first = first or Held.by(process)
+    assert first is not None
+    last = Held.by(process)
+    before, after = (statistics.median(itertools.chain(*times)) for times in (alone, beside))
+    return (
+        f"{count:3} {name:20}{before:9.3f}{after:9.3f}{statistics.median(ratios):8.2f}{max(map(max, beside)):9.3f}   "
+        f"{left}, {last.threads - first.threads:+} threads, {last.files - first.files:+} files, "
+        f"{last.megabytes - first.megabytes:+.1f} MB"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", help="a part of the name of the kinds to measure")
     parser.add_argument("--without_ray", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -190,18 +246,10 @@ def main() -> None:
         return
     with server(arguments.checkpoint, with_ray=not arguments.without_ray) as (port, process):
         short_seconds(port, 3)
-        print(f"{'':24}{'median s':>10}{'longest':>10}{'ratios to alone':>18}   left")
-        for name, count, behave in BEHAVIOURS:
-            alone = statistics.median(short_seconds(port, arguments.repeats))
-            with bad_clients(port, count, behave):
-                found = short_seconds(port, arguments.repeats)
-            median, longest = statistics.median(found), max(found)
-            ratios = f"{median / alone:.2f} {longest / alone:.2f}"
-            left = left_over(port, process)
-            print(
-                f"{count:3} {name:20}{median:10.3f}{longest:10.3f}{ratios:>18}   {left}; alone {alone:.3f} s",
-                flush=True,
-            )
+        print(f"{'seconds':24}{'alone':>9}{'beside':>9}{'ratio':>8}{'longest':>9}   left")
+        for behaviour in BEHAVIOURS:
+            if arguments.only in behaviour[0]:
+                print(measure(port, process, behaviour, arguments), flush=True)
 
 
 if __name__ == "__main__":

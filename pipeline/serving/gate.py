@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -49,7 +50,7 @@ class Gate:
         self._app, self._config, self._token_sha256 = app, config, token_sha256
         self._most_requests = config.max_waiting * config.num_replicas
         self._num_requests = 0
-        self._body_bytes = 0
+        self._arrivals: dict[_Arrival, None] = {}  # the oldest first
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         is_completion = scope["path"] == COMPLETIONS and scope["method"] == "POST"
@@ -91,25 +92,51 @@ class Gate:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared[:20]) > most:
             raise too_large
+        arrival = _Arrival(asyncio.timeout(self._config.request_seconds / 10))
+        self._arrivals[arrival] = None
         try:
-            async with asyncio.timeout(self._config.request_seconds / 10):
+            async with arrival.deadline:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += (chunk := message.get("body", b""))
-                    self._body_bytes += len(chunk)
+                    body += message.get("body", b"")
                     if len(body) > most:
                         raise too_large
-                    if self._body_bytes > _BODIES_AT_ONCE * self._config.max_body_bytes:
-                        message = "the server receives too many large requests; try again in a moment"
-                        raise RequestError(message, status=429, code="rate_limit_exceeded")
                     if not message.get("more_body", False):
                         return bytes(body)
+                    self._make_room(arrival, len(body))
         except TimeoutError:
+            if arrival.gives_way:
+                message = "the server receives too many large requests; try again in a moment"
+                raise RequestError(message, status=429, code="rate_limit_exceeded") from None
             raise RequestError("the body did not arrive in time", status=408) from None
         finally:
-            self._body_bytes -= len(body)
+            del self._arrivals[arrival]
+
+    def _make_room(self, arrival: _Arrival, num_bytes: int) -> None:
+        """Note what a body holds; where all together hold too much, the ones that began first give way.
+
+        So those who send half a body and wait keep nobody out who sends a whole one.
+        """
+        arrival.num_bytes = num_bytes
+        too_many = sum(it.num_bytes for it in self._arrivals) - _BODIES_AT_ONCE * self._config.max_body_bytes
+        for oldest in self._arrivals:
+            if too_many <= 0:
+                return
+            if oldest.num_bytes and not oldest.deadline.expired():
+                too_many -= oldest.num_bytes
+                oldest.num_bytes, oldest.gives_way = 0, True
+                oldest.deadline.reschedule(asyncio.get_running_loop().time())
+
+
+@dataclass(eq=False)
+class _Arrival:
+    """A body that is being received."""
+
+    deadline: asyncio.Timeout
+    num_bytes: int = 0
+    gives_way: bool = False
 
 
 def _received(body: bytes, receive: Any) -> Any:

@@ -190,6 +190,7 @@ class Replica:
     """The class that Ray Serve starts: the web application in a process of its own, with its network."""
 
     def __init__(self, config: ServeConfig) -> None:
+        _keep_port_to_node()
         self._app = build_app(config)
 
     def check_health(self) -> None:
@@ -225,6 +226,20 @@ class Replica:
             await task  # raises what the application raised
         finally:
             task.cancel()
+
+
+def _keep_port_to_node() -> None:
+    """Let the gRPC port that Ray Serve opens for this replica, after it was made, be at this node's address.
+
+    Ray Serve 2.60 opens it at all addresses and has no setting for it; a local Ray's node is 127.0.0.1.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+    address = ray.util.get_node_ip_address()
+    host = f"[{address}]" if ":" in address else address
+    replica.add_port_to_grpc_server = lambda server, _: add_port(server, f"{host}:0")
 
 
 def build_app(config: ServeConfig) -> Any:

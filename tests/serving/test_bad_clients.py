@@ -118,6 +118,17 @@ def test_three_hundred_that_never_finish_keep_nobody_out(patient: WebServer, sen
         assert all(is_over(client) for client in held[:200])  # 60 connections are all that there are
 
 
+def test_half_sent_bodies_that_fill_the_memory_for_them_give_way(checkpoint: Path) -> None:
+    """Together they would hold more than the server takes; no clock helps it, and a later one is received whole."""
+    body = json.dumps({"prompt": "x", "max_tokens": 2}).encode().ljust(950)
+    half = HEAD + b"Content-Length: 1000\r\n\r\n" + b"x" * 900
+    with running(checkpoint, max_body_bytes=1000, request_seconds=36000) as server, clients(server, 300, half) as held:
+        for _ in range(5):
+            status, _, answer = server.ask("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            assert status == 200, answer
+        assert all(b" 429 " in client.recv(1000) for client in held[:200])  # 71 are all that there is room for
+
+
 def test_an_answer_that_nobody_reads_ends_its_connection(checkpoint: Path) -> None:
     """Its texts leave the batch, though the client stays and the texts have an hour."""
     with running(checkpoint, head_seconds=1, request_seconds=3600, max_tokens=FOR_EVER) as server:
