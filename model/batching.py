@@ -7,13 +7,18 @@ a logit). Tokens are read back once a step, for all sequences together.
 Rows are shared between groups, one for each request of a client: a text whose group has had few tokens takes the row of
 one whose group has had many, which waits and is read again later. Groups are compared by levels that double, as in a
 multi-level feedback queue (Corbato et al. 1962, An Experimental Time-Sharing System): few interruptions for long texts.
+
+A step of many long texts takes several times that of one short text. So texts whose group has had far fewer tokens than
+another's are decoded alone for a while between two steps of all, and a few rows are kept for the first tokens of small
+requests: with those, the time of a short request among long ones stays near its time alone, and long ones keep half.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import defaultdict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,7 +32,7 @@ PROMPT_TOKENS_AT_ONCE = 2048
 """Prompt tokens in one forward pass, padding included: sequences that are being decoded wait for it."""
 
 FIRST_LEVEL_TOKENS = 16
-"""Tokens of a group below which nobody may interrupt it; every further level is twice as long."""
+"""Tokens, read or new, of a group below which nobody may interrupt it; every further level is twice as long."""
 
 Reason = Literal["stop", "length"]
 
@@ -84,21 +89,33 @@ class _Group:
     """Texts that are not finished."""
     num_tokens: int = 0
     """Tokens that its texts have got so far."""
+    num_read: int = 0
+    """Tokens that were read for it, again for texts that had been interrupted: so rows change hands the more seldom
+    the more that costs."""
 
     @property
     def level(self) -> int:
-        return (self.num_tokens // FIRST_LEVEL_TOKENS).bit_length()
+        return ((self.num_tokens + self.num_read) // FIRST_LEVEL_TOKENS).bit_length()
 
 
 class Batch:
     """Decodes up to ``max_texts`` requests at a time; the others wait, first come, first served within a group.
 
     A group that has had far fewer tokens may take rows of another, but for the half of all rows whose texts came first.
+    An eighth more rows are for the first tokens (FIRST_LEVEL_TOKENS) of groups that have no more texts than that.
+
+    Args:
+        clock: seconds; it decides how often texts of few tokens are decoded alone, and no token.
     """
 
-    def __init__(self, decoder: Decoder, *, max_texts: int) -> None:
+    def __init__(self, decoder: Decoder, *, max_texts: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.decoder = decoder
         self.max_texts = max_texts
+        self._extra_rows = max_texts // 8
+        self._clock = clock
+        self._all_seconds = self._few_seconds = 0.0  # of the last step of all, and of texts of few tokens alone
+        self._spent = 0.0  # seconds in steps of the latter since the last step of all
+        self._has_few = False  # whether there are such texts
         self._active: list[_Text] = []  # in the decoder's rows
         self._groups: dict[Hashable, _Group] = {}
         self._numbers = itertools.count()
@@ -131,47 +148,110 @@ class Batch:
                 self._forget(text)
 
     def step(self) -> list[Step]:
-        """One more token for every sequence being decoded, the first for new ones; empty when all are finished."""
+        """One more token for the sequences being decoded, the first for new ones; empty when all are finished.
+
+        Not every sequence has a token in each step: those of few tokens may be ahead of the others.
+        """
         self._turn_full_windows()
-        done: list[Step] = []
-        if self._active:
-            tokens = torch.tensor([text.window[-1] for text in self._active], device=self.decoder.device)
-            if _are_greedy(self._active):
-                drawn = self.decoder.step_greedy(tokens).tolist()
-            else:
-                drawn = _draw(self.decoder.step(tokens), self._active)
-            done += self._extend(self._active, drawn)
-            self._remove_finished(done)
-        if taken := self._take():
-            windows = [text.window for text in taken]
-            if _are_greedy(taken):
-                drawn = self.decoder.add_greedy(windows).tolist()
-            else:
-                drawn = _draw(self.decoder.add(windows), taken)
-            self._active += taken
-            read = self._extend(taken, drawn)
-            self._remove_finished(read)
-            done += read
+        self._leave_extra_rows()
+        began = self._clock()
+        first = self._first_row()
+        done = self._decode(first)
+        if first:
+            self._few_seconds = self._clock() - began
+        done += self._read(first)
+        seconds = self._clock() - began
+        if first:
+            self._spent += seconds
+        else:
+            self._all_seconds, self._spent = seconds, 0.0
         return done
 
-    def _take(self) -> list[_Text]:
-        """The next waiting texts for which there is a row, free or to be taken from a longer group."""
+    def _decode(self, first: int) -> list[Step]:
+        """The next token of the texts from row ``first`` on."""
+        if not (texts := self._active[first:]):
+            return []
+        tokens = torch.tensor([text.window[-1] for text in texts], device=self.decoder.device)
+        if _are_greedy(texts):
+            drawn = self.decoder.step_greedy(tokens, first).tolist()
+        else:
+            drawn = _draw(self.decoder.step(tokens, first), texts)
+        done = self._extend(texts, drawn)
+        self._remove_finished(done)
+        return done
+
+    def _read(self, first: int) -> list[Step]:
+        """The first token of texts that wait for a row, or one more of those that were interrupted."""
+        if not (taken := self._take(first)):
+            return []
+        windows = [text.window for text in taken]
+        if _are_greedy(taken):
+            drawn = self.decoder.add_greedy(windows).tolist()
+        else:
+            drawn = _draw(self.decoder.add(windows), taken)
+        self._active += taken
+        done = self._extend(taken, drawn)
+        self._remove_finished(done)
+        return done
+
+    def _first_row(self) -> int:
+        """0 where all are decoded in this step, else the row from which on texts have had few tokens.
+
+        Those are alone as long as they take no longer than the last step of all, and where that saves half of it.
+        """
+        levels = [text.group.level for text in self._active]
+        few = [level == min(levels) < max(levels) - 1 for level in levels]
+        first = len(few) - sum(few)
+        self._has_few = any(few)
+        if not self._has_few:
+            self._few_seconds = 0.0  # of other texts
+        if not self._has_few or self._few_seconds > min(self._all_seconds / 2, self._all_seconds - self._spent):
+            return 0
+        ahead = [row for row in range(first) if few[row]]
+        behind = [row for row in range(first, len(few)) if not few[row]]
+        for row, other in zip(ahead, behind, strict=True):
+            self.decoder.swap(row, other)
+            self._active[row], self._active[other] = self._active[other], self._active[row]
+        return first
+
+    def _leave_extra_rows(self) -> None:
+        """Texts that have had their first tokens in the rows that are kept for these take one of the others."""
+        while sum(text.group.num_tokens >= FIRST_LEVEL_TOKENS for text in self._active) > self.max_texts:
+            victim = self._victim(0)
+            assert victim is not None  # half of the rows are not protected
+            self._interrupt(victim)
+
+    def _take(self, first: int) -> list[_Text]:
+        """The next waiting texts for which there is a row, free or to be taken from a longer group.
+
+        Beside texts of few tokens, only one that was interrupted is read again in a step of all, none in another.
+        """
         longest = 0
         taken: list[_Text] = []
-        while waiting := [group for group in self._groups.values() if group.waiting]:
-            victim = None
-            group = min(waiting, key=lambda group: group.waiting[0].number)
-            if len(self._active) + len(taken) >= self.max_texts:
-                group = min(waiting, key=lambda group: (group.level, group.waiting[0].number))
-                if (victim := self._victim(group.level)) is None:
-                    break
+        while (found := self._next(len(self._active) + len(taken))) is not None:
+            group, victim = found
+            if group.num_tokens and (first or (self._has_few and taken)):
+                break
             longest = max(longest, len(group.waiting[0].window))
             if taken and longest * (len(taken) + 1) > PROMPT_TOKENS_AT_ONCE:
                 break
             taken.append(group.waiting.popleft())
+            group.num_read += len(taken[-1].window)
             if victim is not None:
                 self._interrupt(victim)
         return taken
+
+    def _next(self, num_rows: int) -> tuple[_Group, int | None] | None:
+        """Whose turn it is where ``num_rows`` are taken, and whose row it gets, None for a free one."""
+        waiting = sorted((it for it in self._groups.values() if it.waiting), key=lambda it: it.waiting[0].number)
+        if waiting and num_rows < self.max_texts:
+            return waiting[0], None
+        small = [group for group in waiting if not group.num_tokens and group.num_texts <= self._extra_rows]
+        if small and num_rows < self.max_texts + self._extra_rows:
+            return small[0], None
+        group = min(waiting, key=lambda it: it.level, default=None)
+        victim = None if group is None else self._victim(group.level)
+        return None if group is None or victim is None else (group, victim)
 
     def _victim(self, level: int) -> int | None:
         """The row that a text of a group at ``level`` may take; None where there is none.

@@ -74,20 +74,20 @@ class Decoder:
         """
         return self._logits(self._read(prompts))
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token (B,) int64 to each text; returns the logits (B, V), float32, of the next.
+    def step(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Append one token (B,) int64 to each text from row ``first`` on; returns the logits (B, V), float32, after it.
 
         ValueError where a text has no room for it.
         """
-        return self._logits(self._advance(tokens))
+        return self._logits(self._advance(tokens, first))
 
     def add_greedy(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """As add; returns the likeliest ids (B,) int64, the lowest among equals: add(prompts).argmax(-1), sooner."""
         return self._likeliest(self._read(prompts))
 
-    def step_greedy(self, tokens: Tensor) -> Tensor:
+    def step_greedy(self, tokens: Tensor, first: int = 0) -> Tensor:
         """As step; returns the likeliest ids (B,) int64, the lowest among equals: step(tokens).argmax(-1), sooner."""
-        return self._likeliest(self._advance(tokens))
+        return self._likeliest(self._advance(tokens, first))
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
@@ -98,6 +98,15 @@ class Decoder:
             for memory in self._memories:
                 memory[:, row, :, :length] = memory[:, last, :, :length]
         self.lengths.pop()
+
+    @torch.inference_mode()
+    def swap(self, row: int, other: int) -> None:
+        """Let two texts change their rows."""
+        length = max(self.lengths[row], self.lengths[other])
+        for memory in self._memories:
+            both = memory[:, [row, other], :, :length]  # a copy
+            memory[:, row, :, :length], memory[:, other, :, :length] = both[:, 1], both[:, 0]
+        self.lengths[row], self.lengths[other] = self.lengths[other], self.lengths[row]
 
     @torch.inference_mode()
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -119,36 +128,38 @@ class Decoder:
         return self._normed(x[torch.arange(len(prompts), device=self.device), last])
 
     @torch.inference_mode()
-    def _advance(self, tokens: Tensor) -> Tensor:
-        """The hidden state (B, D) of each text's new token, normed, in ``dtype``."""
-        longest = max(self.lengths) + 1
+    def _advance(self, tokens: Tensor, first: int) -> Tensor:
+        """The hidden state (B, D) of the new token of each text from row ``first`` on, normed, in ``dtype``."""
+        lengths = self.lengths[first:]
+        longest = max(lengths) + 1
         if longest > self.config.context_length:
             raise ValueError(f"a text already has the context_length of {self.config.context_length} tokens")
         self._make_room(self.num_texts, longest)
-        now = self._now(longest)
+        now = self._now(lengths)
         x = self._embedding[tokens].float()  # (B, D)
-        scratch = self._scratch if self.num_texts == 1 else None
+        scratch = self._scratch if len(lengths) == 1 else None
         for layer, memory in zip(self._layers, self._memories, strict=True):
-            x = layer.step(x, memory.narrow(1, 0, self.num_texts).narrow(3, 0, longest), now, scratch)
-        self.lengths = [length + 1 for length in self.lengths]
+            x = layer.step(x, memory.narrow(1, first, len(lengths)).narrow(3, 0, longest), now, scratch)
+        self.lengths[first:] = [length + 1 for length in lengths]
         return self._normed(x)
 
-    def _now(self, longest: int) -> _Now:
-        if min(self.lengths) + 1 == longest:
+    def _now(self, lengths: list[int]) -> _Now:
+        longest = max(lengths) + 1
+        if min(lengths) + 1 == longest:
             return _Now(turn=self._turns[longest - 1], places=None, mask=None)
-        positions = torch.tensor(self.lengths, device=self.device)
+        positions = torch.tensor(lengths, device=self.device)
         hidden = torch.arange(longest, device=self.device) > positions[:, None]
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        rows = torch.arange(self.num_texts, device=self.device)
+        rows = torch.arange(len(lengths), device=self.device)
         return _Now(turn=self._turns[positions, None, None], places=(rows, positions), mask=mask[:, None, None])
 
     def _make_room(self, num_rows: int, length: int) -> None:
-        """Capacity for that many texts and positions, doubled when it does not suffice."""
+        """Capacity for that many texts and positions; it grows geometrically, so that little is copied."""
         _, rows, _, capacity, _ = self._memories[0].shape
         if num_rows <= rows and length <= capacity:
             return
         if num_rows > rows:
-            rows = max(num_rows, 2 * rows)
+            rows = max(num_rows, min(2 * rows, TYPICAL_TEXTS), rows + rows // 8)
         while length > capacity:
             capacity = min(max(FIRST_CAPACITY, 2 * capacity), self.config.context_length)
         for index, old in enumerate(self._memories):

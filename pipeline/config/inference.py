@@ -131,7 +131,8 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bf16"] = "auto"
     """Number format of the matrix products; auto is bf16 on a GPU and float32 on the CPU."""
     max_batch_size: int = 16
-    """Number of sequences that one replica decodes at a time."""
+    """Number of sequences that one replica decodes at a time, and an eighth more for the first tokens of small
+    requests."""
     max_waiting: int = 256
     """Number of requests for each replica, running ones included; further ones are answered with 429."""
     max_connections: int = 500

@@ -231,6 +231,8 @@ def _pairs(path: Path | str, entries: list[Any]) -> list[list[str]]:
 
 
 def _special_tokens(path: Path | str, added: Any) -> dict[str, int]:
+    if not isinstance(added, list):
+        raise UserError(f"{path} has added_tokens that are no list; mend the file")
     special_tokens = {}
     for entry in added:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or type(entry.get("id")) is not int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -118,8 +120,27 @@ def test_a_text_that_comes_later_joins_the_others(model: Transformer) -> None:
 GREEDY: dict[str, Any] = {"length": 3, "max_new_tokens": 400, "temperature": 0.9}
 
 
+class TimedDecoder(Decoder):
+    """Every row of a step takes a second, and so does every token of a prompt."""
+
+    seconds = 0.0
+
+    def _advance(self, tokens: torch.Tensor, first: int) -> torch.Tensor:
+        self.seconds += len(tokens)
+        return super()._advance(tokens, first)
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        self.seconds += sum(map(len, prompts))
+        return super()._read(prompts)
+
+
+def timed_batch(model: Transformer, max_texts: int) -> Batch:
+    decoder = TimedDecoder(model)
+    return Batch(decoder, max_texts=max_texts, clock=lambda: decoder.seconds)
+
+
 def greedy_batch(model: Transformer, *, max_texts: int, groups: int, texts: int) -> Batch:
-    batch = Batch(Decoder(model), max_texts=max_texts)
+    batch = timed_batch(model, max_texts)
     for group in range(groups):
         for number in range(texts):
             batch.add((group, number), request(GREEDY, 100 * group + number), group=group)
@@ -136,6 +157,52 @@ def test_a_short_request_takes_a_place_from_long_ones(model: Transformer) -> Non
         steps = [any(step.key == "short" for step in batch.step()) for _ in range(6)]
         assert steps == [True] * 6
         assert len(batch) == 96
+
+
+@pytest.mark.parametrize("groups", [1, 20])
+def test_a_short_request_takes_three_times_its_time_alone_at_most(model: Transformer, groups: int) -> None:
+    """Though a step of all takes sixteen times as long as one of it alone, and all places are taken."""
+    short = Request(tokens=[5], max_new_tokens=16, seed=1)
+    alone = seconds_of(timed_batch(model, 16), short)
+    batch = greedy_batch(model, max_texts=16, groups=groups, texts=16)
+    for _ in range(100):
+        batch.step()
+    oldest = sorted(batch._active, key=lambda text: text.number)[:8]
+    tokens = sum(group.num_tokens for group in batch._groups.values())
+    ratios = [seconds_of(batch, short) / alone for _ in range(40)]
+    assert statistics.median(ratios) <= 3, ratios
+    assert statistics.mean(ratios) <= 4, "now and then it waits for the reading of long texts"
+    kept = {*batch._active, *(text for group in batch._groups.values() for text in group.waiting)}
+    assert all(text in batch._active for text in oldest if text in kept)
+    assert sum(group.num_tokens for group in batch._groups.values()) - tokens > 16 * 40, "long ones go on as well"
+
+
+def seconds_of(batch: Batch, wanted: Request) -> float:
+    assert isinstance(batch.decoder, TimedDecoder)
+    began = batch.decoder.seconds
+    batch.add("wanted", wanted, group="wanted")
+    while not any(step.key == "wanted" and step.finished for step in batch.step()):
+        pass
+    return batch.decoder.seconds - began
+
+
+def test_texts_that_are_ahead_of_others_are_the_texts_that_they_are_alone(model: Transformer) -> None:
+    batch = greedy_batch(model, max_texts=16, groups=2, texts=9)
+    texts: dict[Any, list[int]] = {}
+    alone: dict[str, list[int]] = {}
+    for number in range(12):
+        for _ in range(11):
+            for step in batch.step():
+                texts.setdefault(step.key, []).append(step.token or 0)
+        name, wanted = f"short {number}", request({"length": 1 + number, "max_new_tokens": 30}, number)
+        batch.add(name, wanted, group=name)
+        single = Batch(Decoder(model), max_texts=1)
+        single.add("x", wanted)
+        alone[name] = finish(single)[0]["x"]
+    ahead = [step for step in batch.step() if str(step.key).startswith("short")]
+    assert ahead
+    texts, _ = finish(batch, texts | {step.key: [*texts.get(step.key, []), step.token or 0] for step in ahead})
+    assert {name: texts[name] for name in alone} == alone
 
 
 def test_interrupted_texts_are_the_texts_that_they_are_alone(model: Transformer) -> None:

@@ -60,6 +60,19 @@ def test_texts_come_and_go(model: Transformer) -> None:
     check(model, fresh, decoder.add(fresh))
 
 
+def test_the_last_rows_go_ahead_and_rows_change_places(model: Transformer) -> None:
+    rows = random_rows(9, 131, 3, 1)
+    decoder = Decoder(model)
+    decoder.add(rows)
+    for step, (first, row, other) in enumerate([(2, 0, 3), (0, 1, 1), (3, 2, 3), (1, 0, 2), (0, 3, 0), (2, 1, 2)]):
+        tokens = torch.arange(4 - first) + 10 * step
+        rows[first:] = [[*each, token] for each, token in zip(rows[first:], tokens.tolist(), strict=True)]
+        check(model, rows[first:], decoder.step(tokens, first))
+        decoder.swap(row, other)
+        rows[row], rows[other] = rows[other], rows[row]
+    assert decoder.lengths == [len(each) for each in rows]
+
+
 def test_a_decoder_for_one_text(model: Transformer) -> None:
     """It works in tensors that are made once, while it is alone; with another beside it, and alone again."""
     decoder = Decoder(model, texts=1)

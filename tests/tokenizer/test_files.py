@@ -284,6 +284,7 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("added_tokens", 0, "special", to=False), "special: false"),
         (change("added_tokens", 0, "lstrip", to=True), "lstrip"),
         (change("added_tokens", 0, to="x"), "no content or no id"),
+        (change("added_tokens", to=1e308), "added_tokens that are no list"),
     ],
 )
 def test_other_files_are_refused_by_name(
