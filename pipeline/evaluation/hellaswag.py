@@ -91,7 +91,7 @@ def _question(path: Path | str, number: int, line: str) -> Question:
         if missing:
             raise UserError(f"{path}, line {number} has no {missing[0]}; give a hellaswag_val.jsonl")
         return prepare(values)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path}, line {number} is no HellaSwag question with an answer: {error}") from error
 
 

@@ -258,6 +258,8 @@ def build_app(config: ServeConfig) -> Any:
     from pipeline.serving.http_app import WebApp
     from pipeline.serving.openai_protocol import Limits
 
+    # oneDNN keeps code for the last 1,024 shapes of a product, up to 0.7 MB each; every length of a prompt is one.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     device = init_distributed(config.device).device
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_replicas))
     pretrained = open_model(Path(config.checkpoint), device)

@@ -164,6 +164,7 @@ def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
         ('{"label": 1}', "line 1 has no activity_label"),
         (json.dumps(question() | {"label": ""}), "with an answer"),
         (json.dumps(question() | {"label": 4}), "label is 4"),
+        (json.dumps(question() | {"label": float("inf")}), "with an answer"),
         (json.dumps(question() | {"endings": 7}), "line 1 is no"),
     ):
         file.write_text(text)
