@@ -21,6 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_NAME_BYTES = 255  # what file systems take
 _AGAIN = "export or fetch the folder again"
 
 
@@ -98,7 +99,8 @@ def _file_names(path: Path) -> list[str]:
         raise UserError(f"{path / INDEX_FILE} has no weight_map, which names the file of each tensor; {_AGAIN}")
     for tensor, name in places.items():
         # A name with a folder in it could make another file of this machine a part of the model.
-        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+        is_name = isinstance(name, str) and name.isprintable() and len(name.encode()) <= _NAME_BYTES
+        if not is_name or not name.endswith(".safetensors") or Path(name).name != name:
             raise UserError(
                 f"{path / INDEX_FILE} says that {tensor} lies in {name!r}, which is no safetensors file of its own "
                 f"folder; {_AGAIN}"

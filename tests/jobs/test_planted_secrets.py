@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
+from pipeline.tracking import mlflow_ui
 from tests.support.mlflow_server import serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,9 +108,10 @@ def test_no_planted_secret_is_written_or_printed(source: str, tmp_path_factory: 
     assert holders(home) == []
 
 
-def test_the_interface_gets_the_address_of_its_store_by_the_environment() -> None:
-    recipe = subprocess.run(
-        ["make", "--dry-run", "--assume-old=setup", "ui"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    command = recipe[recipe.index("mlflow ui") :]
-    assert "MLFLOW_BACKEND_STORE_URI=" in recipe and "TRACKING_URI" not in command
+def test_the_interface_gets_the_address_of_its_store_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(mlflow_ui.subprocess, "Popen", lambda command, *, env: started.append((command, env)))
+    mlflow_ui._start_server(f"postgresql://me:{PASSWORD}@host/db")
+    ((command, environment),) = started
+    assert "ui" in command and PASSWORD not in str(command)
+    assert PASSWORD in environment["MLFLOW_BACKEND_STORE_URI"]

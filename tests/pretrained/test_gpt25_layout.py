@@ -213,6 +213,8 @@ def test_files_and_index_are_not_believed(tmp_path: Path) -> None:
         ),
         (json.dumps({"weight_map": dict.fromkeys(TENSORS, str(outside))}), "no safetensors file of its own"),
         (json.dumps({"weight_map": dict.fromkeys(TENSORS, 5)}), "no safetensors file of its own"),
+        (json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}), "no safetensors file of its own"),
+        (json.dumps({"weight_map": {"a": "\ud83d.safetensors"}}), "no safetensors file of its own"),
         (json.dumps({"weight_map": []}), "has no weight_map"),
         ("{}", "has no weight_map"),
         ("[" * 100_000, "cannot be read"),
