@@ -110,7 +110,7 @@ def check_copies(files: TensorFiles, names: TensorNames, config: ModelConfig) ->
 
 
 def _check_tables(files: TensorFiles, names: TensorNames, config: ModelConfig) -> None:
-    files.check_shapes(dict.fromkeys(names.tables, (config.context_length, config.head_dim // 2)))
+    files.check_shapes(dict.fromkeys(sorted(names.tables), (config.context_length, config.head_dim // 2)))
     rotation = RotaryEmbedding(config.head_dim, config.theta).angles(0, config.context_length, torch.device("cpu"))
     for name in sorted(names.tables):
         expected = rotation.cos if name.endswith(".cos") else rotation.sin
