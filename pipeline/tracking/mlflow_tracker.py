@@ -306,9 +306,9 @@ class JournalUploader:
 
     def _failed(self, error: Exception, writer: MLflowWriter | None) -> None:
         self._failures += 1
-        self._attempts_failed += 1
         deleted = writer.deleted_experiment() if writer is not None and is_deleted(error) else None
         trouble = trouble_of(error, self.run.tracking_uri, deleted)
         if trouble.what != self._trouble:
             self._trouble = trouble.what
             logger.warning("%s; the run goes on and keeps its entries in %s", trouble, self.journal.path)
+        self._attempts_failed += 1  # last: whoever waits in ``drain`` has been told
