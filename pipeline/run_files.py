@@ -11,6 +11,7 @@
     evaluation.json             results of jobs/evaluate.py
     batch_size.json             sizes that --batch_size auto has found
     profile/                    traces and tables of --profile_steps
+    logs/                       driver.log, controller.log, rank-000.log, ...: what the processes logged (log_files.py)
     report.html  curves.png     the report of the run, and its curves as a picture
 """
 
@@ -28,6 +29,7 @@ SUMMARY_FILE = "summary.json"
 SCORES_FILE = "evaluation.json"
 BATCH_SIZES_FILE = "batch_size.json"
 PROFILE_FOLDER = "profile"
+LOGS_FOLDER = "logs"
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
 

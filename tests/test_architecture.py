@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "run_files": set(),
     "redaction": set(),
     "storage": {"errors"},
+    "log_files": {"errors", "redaction", "console", "storage"},
     "tokenizer": {"errors", "storage"},
     "paths": {"errors", "storage"},
     "config": {"errors", "paths", "redaction", "tokenizer.patterns"},
@@ -37,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
-    "cluster": {"errors", "exit_signals", "storage", "paths", "config", "console", "distributed"},
+    "cluster": {"errors", "exit_signals", "storage", "paths", "config", "console", "log_files", "distributed"},
 }
 ROOMS["pretrained"] = {
     *("errors", "storage", "paths", "redaction", "tokenizer", "checkpoints", "tracking", "run_files"),

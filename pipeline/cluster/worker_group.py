@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import logging
 import os
@@ -22,10 +23,20 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import (
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    SchedulingState,
+)
 
 from pipeline.cluster import rendezvous
+from pipeline.cluster.waiting import WaitingReporter, describe_places
 from pipeline.distributed import determinism
 from pipeline.distributed.startup_timer import StartupTimer
+from pipeline.log_files import keep_log
+from pipeline.storage.folders import open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +148,39 @@ def _import_module(name: str) -> None:
 def was_lost_while_starting(error: TrainingFailedError) -> bool:
     """Whether Ray Train gave up because a worker died just when it was given its work."""
     return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
+
+
+class ControllerLog(ControllerCallback):
+    """Lives in the controller: keeps its log, and says every minute what it waits for while no group runs.
+
+    Args:
+        num_workers: the fewest workers of a group.
+        resources: what each worker takes, such as {"GPU": 1}.
+        logs: address of the folder for log files; empty for none.
+    """
+
+    def __init__(self, *, num_workers: int, resources: dict[str, float], logs: str) -> None:
+        self._num_workers, self._resources, self._logs = num_workers, resources, logs
+        self._ends = contextlib.ExitStack()
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        if self._logs:
+            self._ends.enter_context(keep_log(open_folder(self._logs), "controller"))
+        self._waiting = WaitingReporter(functools.partial(describe_places, self._num_workers, self._resources))
+        self._ends.callback(self._waiting.end)
+        self._waiting.begin()
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if isinstance(current_state, SchedulingState | ReschedulingState | RestartingState | ResizingState):
+            self._waiting.begin()
+        else:
+            self._waiting.end()
+
+    async def before_controller_shutdown(self) -> None:
+        self._ends.close()
+
+    def before_controller_abort(self) -> None:
+        self._ends.close()
 
 
 class LostWorkerLogger(UserCallback):

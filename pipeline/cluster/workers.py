@@ -30,6 +30,7 @@ from pipeline.console import log_plainly
 from pipeline.distributed.process_group import backend_name
 from pipeline.distributed.signals import GivenUp, StopRequest, call_in_thread, stop_on_signals
 from pipeline.errors import PROGRAM_ERRORS, RunStopped, UserError
+from pipeline.log_files import LogFile, keep_log
 from pipeline.storage.folders import Folder, open_folder
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class GroupSettings:
     """Seconds between two attempts to add workers to an elastic group."""
     stop_on_signals: bool = False
     """Whether SIGTERM and Ctrl-C ask the workers to stop, through the stop file."""
+    logs: str = ""
+    """Address of the folder for the logs of workers and controller; empty keeps none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,7 @@ def run_workers(
     ray_cluster.require(num_workers=fewest, gpus=use_gpu)
     files = files or SharedFiles(folder=str(folder))
     logger.info("starting %s worker%s: processes, then torch, then the network", most, "s" if most > 1 else "")
-    with _environment(_ray_train_settings(elastic=fewest < most)):
+    with _environment(_ray_train_settings(elastic=fewest < most)), _own_cluster():
         try:
             outcome = _fit_until_done(worker, settings, group, files, use_gpu=use_gpu)
         finally:
@@ -228,12 +231,12 @@ def _ray_trainer(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipeline.cluster.worker_group import LostWorkerLogger, WorkerGroupConfig
+    from pipeline.cluster.worker_group import ControllerLog, LostWorkerLogger, WorkerGroupConfig
 
     fewest, most = worker_range(group.num_workers)
     return TorchTrainer(
         # no train_loop_config: Ray shows that to everyone, and MLflow's address may hold a password
-        functools.partial(_run_worker, worker, settings, files),  # type: ignore[arg-type]  # Ray knows no results
+        functools.partial(_run_worker, worker, settings, files, group.logs),  # type: ignore[arg-type]  # Ray knows no results
         torch_config=WorkerGroupConfig(
             backend=backend_name(use_gpu),
             timeout_s=int(group.collective_timeout) + 60,  # the watchdog of the trainer comes first, and says where
@@ -250,7 +253,10 @@ def _ray_trainer(
             name=worker.__name__,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=group.max_failures),
-            callbacks=[LostWorkerLogger()],  # type: ignore[list-item]  # Ray Train v2
+            callbacks=[  # type: ignore[list-item]  # Ray Train v2
+                LostWorkerLogger(),
+                ControllerLog(num_workers=fewest, resources={"GPU" if use_gpu else "CPU": 1}, logs=group.logs),
+            ],
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Ray Train v2
         ),
     )
@@ -266,6 +272,19 @@ def _ray_train_settings(*, elastic: bool) -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def _own_cluster() -> Iterator[None]:
+    """A context in which Ray Train's own processes know the joined cluster, where several run on one machine."""
+    import ray
+
+    from pipeline.cluster.worker_group import pass_on_address
+
+    address = ray.get_runtime_context().gcs_address
+    with _environment({"RAY_ADDRESS": address}):
+        pass_on_address(address)
+        yield
+
+
+@contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """A context in which ``variables`` are set, except those that are set already."""
     new = {name: value for name, value in variables.items() if name not in os.environ}
@@ -277,7 +296,9 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _run_worker(worker: Worker[SettingsT, Any], settings: SettingsT, files: SharedFiles) -> WorkerOutcome:
+def _run_worker(
+    worker: Worker[SettingsT, Any], settings: SettingsT, files: SharedFiles, logs: str = ""
+) -> WorkerOutcome:
     """Runs in every worker. A UserError becomes its outcome: Ray Train would restart the group, which mends nothing.
     So does an error of the program itself, which would come again at the same step.
 
@@ -288,7 +309,8 @@ def _run_worker(worker: Worker[SettingsT, Any], settings: SettingsT, files: Shar
     if sentence := files.read_error():
         return WorkerOutcome(error=sentence)
     try:
-        return WorkerOutcome(result=worker(settings, files))
+        with _log_kept(logs):
+            return WorkerOutcome(result=worker(settings, files))
     except RunStopped as error:
         return WorkerOutcome(stopped=str(error))
     except (UserError, *PROGRAM_ERRORS) as error:
@@ -315,6 +337,13 @@ def _explained(error: Exception) -> str:
     )
 
 
+def _log_kept(logs: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which this worker's log is kept in the folder at ``logs``, under its rank; empty keeps none."""
+    if not logs:
+        return contextlib.nullcontext()
+    return keep_log(open_folder(logs), f"rank-{int(os.environ['RANK']):03d}", with_output=True)
+
+
 def _leave_process_group() -> None:
     """Close the connections. The network holds the group too; it goes with the frames of the error, collected here."""
     import torch.distributed as dist
@@ -337,6 +366,9 @@ def choose_gpu(group: GroupSettings) -> bool:
 
 
 def show_progress(is_rank_zero: bool) -> None:
-    """Send the progress lines of rank 0 to the terminal of the driver; other ranks log warnings only."""
+    """Send the progress lines of rank 0 to the terminal of the driver; of other ranks it gets warnings only."""
     log_plainly()
-    logging.getLogger("pipeline").setLevel(logging.INFO if is_rank_zero else logging.WARNING)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler, LogFile):
+            handler.setLevel(logging.NOTSET if is_rank_zero else logging.WARNING)

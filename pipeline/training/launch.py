@@ -20,9 +20,10 @@ from pipeline.distributed.process_group import init_distributed
 from pipeline.distributed.signals import FileWatcher, Interruptions, call_in_thread, end_after_peer_error
 from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import PROGRAM_ERRORS, RunStopped, UserError
+from pipeline.log_files import keep_log
 from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
-from pipeline.run_files import CHECKPOINTS_FOLDER
+from pipeline.run_files import CHECKPOINTS_FOLDER, LOGS_FOLDER
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.storage.locks import exclusive_output
 from pipeline.tracking.lineage import Parent, read_parent, write_parent
@@ -76,27 +77,36 @@ def _pretrain_alone(
     summary = finished_summary(config, data=data, output=output)
     require_own(output)
     output.make()
-    if summary is None:
+    if summary is not None:
+        run = _open_run(config, output, reopen=False)
+        send_waiting(run, output, config.registry_name)
+        return summary, current_run(output, run)
+    logs = f"{output}/{LOGS_FOLDER}"
+    with keep_log(open_folder(logs), "driver"):
         config = _with_inputs(config, output)
-    run = open_run(
+        run = _open_run(config, output, reopen=True)
+        if shows_progress:
+            _announce(config, data)
+        settings = WorkerSettings(
+            config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress
+        )
+        group = replace(group_settings(config), logs=logs)
+        files = files or SharedFiles(folder=str(output))
+        files.delete_of_killed()
+        with _marked_where_killed(run):
+            summary = run_workers(pretrain_worker, settings, group, output, files)
+    return summary, current_run(output, run)
+
+
+def _open_run(config: PretrainConfig, output: Folder, *, reopen: bool) -> MLflowRun:
+    return open_run(
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
         folder=output,
         working_folder=working_folder(),
         job="pretrain",
-        reopen=summary is None,
+        reopen=reopen,
     )
-    if summary is not None:
-        send_waiting(run, output, config.registry_name)
-        return summary, current_run(output, run)
-    if shows_progress:
-        _announce(config, data)
-    settings = WorkerSettings(config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress)
-    files = files or SharedFiles(folder=str(output))
-    files.delete_of_killed()
-    with _marked_where_killed(run):
-        summary = run_workers(pretrain_worker, settings, group_settings(config), output, files)
-    return summary, current_run(output, run)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,9 +49,16 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A head node of four logical CPUs with a home of its own; yields the submitter's environment."""
+    environment = own_environment() | {"GPT25_HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with head_node(environment) as address:
+        yield {**environment, "RAY_API_SERVER_ADDRESS": address}
+
+
+@contextlib.contextmanager
+def head_node(environment: dict[str, str]) -> Iterator[str]:
+    """A head node that `ray start` has started in ``environment``; yields the address of its dashboard."""
     gcs, dashboard = free_ports(2)
     session = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the paths of sockets have a limit of 107 bytes
-    environment = own_environment() | {"GPT25_HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
     command = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
     head = subprocess.Popen(
         [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={session}"],
@@ -60,7 +70,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_until_listening(dashboard, head)
-        yield {**environment, "RAY_API_SERVER_ADDRESS": address}
+        yield address
     finally:
         stop(head)
         shutil.rmtree(session, ignore_errors=True)
@@ -80,7 +90,7 @@ def stop(head: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until_listening(port: int, head: subprocess.Popen[bytes]) -> None:
-    for _ in range(240):
+    for _ in range(1200):
         assert head.poll() is None, "ray start ended by itself"
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -89,8 +99,9 @@ def wait_until_listening(port: int, head: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the dashboard did not start")
 
 
-def submit(job: str, preset: str, environment: dict[str, str]) -> str:
+def submit(job: str, preset: str, environment: dict[str, str], *flags: str) -> str:
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{job}.py", "--config", preset]
+    command += flags
     for _ in range(120):  # the dashboard answers some time before the agent that starts jobs does
         result = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False
@@ -116,3 +127,22 @@ def test_both_jobs_on_a_cluster(cluster: dict[str, str], tmp_path: Path) -> None
     assert {job: run.info.status for job, run in runs.items()} == {"tokenize": "FINISHED", "pretrain": "FINISHED"}
     assert runs["pretrain"].data.metrics["train/loss"] == pytest.approx(summary["last_loss"])
     assert "done before" in submit("tokenize", str(preset), cluster)
+
+
+def test_the_readmes_commands_work_with_the_token_that_a_local_job_left(tmp_path: Path) -> None:
+    """Ray's head asks for the token as soon as there is one; whoever submits a job has to be told to show it."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    variables |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    code = "from pipeline.cluster.ray_cluster import set_local_environment; set_local_environment()"
+    subprocess.run(["python", "-c", code], cwd=ROOT, env=variables, check=True)
+    token = (tmp_path / ".ray" / "auth_token").read_text()
+    block = (ROOT / "README.md").read_text().partition("## On a cluster\n")[2].partition("\n## ")[0]
+    exports = dict(re.findall(r"^    export (\w+)=(\S+)", block, re.MULTILINE))
+    assert "ray job submit --working-dir . -- python jobs/pretrain.py" in block and "`ray start --head`" in block
+    with head_node(variables | exports) as address:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=600)
+        request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+        assert urllib.request.urlopen(request, timeout=600).status == 200
+        environment = variables | exports | {"RAY_API_SERVER_ADDRESS": address}
+        assert "train_steps: 80000" in submit("pretrain", "configs/gpt2.5.yaml", environment, "--dry_run")

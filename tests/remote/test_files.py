@@ -216,9 +216,9 @@ def test_what_arrived_is_not_asked_for_again(http: Place) -> None:
 
 
 def test_a_server_that_falls_silent(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_http, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(remote_http, "_SILENCE_SECONDS", 1.0)  # long enough for the answers that are not delayed
     file = http.put("a.bin", CONTENT)
-    http.fail(delay_seconds=1.0, times=2)
+    http.fail(delay_seconds=3.0, times=2)
     assert is_whole(file)
     assert len(http.traffic.asked) >= 6
 

@@ -245,7 +245,7 @@ def test_clients_that_leave_give_their_place_back(checkpoint: Path) -> None:
             for _ in range(5):
                 with socket.create_connection(("127.0.0.1", server.port)) as client:
                     send(client, body)
-                    time.sleep(0.1)
+                    server.wait_for_texts(1)
             server.wait_until_idle()
 
 
