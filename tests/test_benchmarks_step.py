@@ -141,7 +141,7 @@ def test_the_command_when_ended_ends_its_part_too(tmp_path: Path) -> None:
         process.terminate()
         process.stdout.read()
     assert process.returncode == 143
-    assert parts and not psutil.wait_procs(parts, timeout=60)[1]
+    assert parts and not psutil.wait_procs(parts, timeout=1200)[1]
 
 
 def tiny_setting(micro_batch: int = 1) -> train_step_models.Setting:

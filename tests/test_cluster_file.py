@@ -248,7 +248,7 @@ def on_node(home: Path, command: str) -> dict[str, str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=1200,
     )
     arguments, *lines = result.stdout.splitlines()
     return {"arguments": arguments, **dict(line.split("=", 1) for line in lines if "=" in line)}

@@ -21,7 +21,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     folder = tmp_path_factory.mktemp("ranks")
     script = str(Path(__file__).parents[1] / "support" / "checkpoint_process.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    result = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)], result.stderr
 

@@ -154,7 +154,7 @@ def test_only_the_copy_keeps_training_waiting_and_its_memory_is_used_again(
     may_write, write = threading.Event(), dcp.save
 
     def wait_and_write(*arguments: Any, **options: Any) -> object:
-        assert may_write.wait(60)
+        assert may_write.wait(1200)
         return write(*arguments, **options)
 
     monkeypatch.setattr(dcp, "save", wait_and_write)

@@ -21,7 +21,7 @@ from tests.support.factories import tiny_config
 from tests.support.fixtures import ROOT
 from tests.support.listening import beyond_loopback, is_loopback, listening
 
-WAIT_SECONDS = 300
+WAIT_SECONDS = 1200
 
 
 def test_addresses_are_told_apart() -> None:
@@ -53,7 +53,7 @@ def test_a_run_with_two_workers(tiny_data: Path, tmp_path: Path) -> None:
     finally:
         family = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
         job.send_signal(signal.SIGTERM)
-        job.wait(120)
+        job.wait(1200)
         for process in family:
             if process.is_running():
                 process.kill()

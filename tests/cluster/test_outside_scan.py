@@ -32,7 +32,7 @@ from tests.support.models import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-WAIT_SECONDS = 900
+WAIT_SECONDS = 1200
 HERE = "10.79.0.1"
 
 
@@ -62,7 +62,7 @@ def ip(*words: str) -> None:
 def scanned(neighbour: str, *options: str) -> dict[int, str]:
     """Port -> answer of this machine, as the neighbour sees it; all ports, unless ``--ports=...`` names some."""
     command = ["ip", "netns", "exec", neighbour, sys.executable, str(ROOT / "tests/support/scan.py"), HERE, *options]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1200)
     return {int(port): answer for port, answer in json.loads(result.stdout)[HERE].items()}
 
 
@@ -87,7 +87,7 @@ def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes
         family = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
         job.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(120)
+            job.wait(1200)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

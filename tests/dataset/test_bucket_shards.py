@@ -74,7 +74,7 @@ def test_processes_that_start_together_copy_once(bucket: Folder, s3: S3, tmp_pat
             time.sleep(0.05)
         time.sleep(0.3)
         assert asked(".bin") == []
-    answers = [process.communicate(timeout=120)[0].decode().split() for process in processes]
+    answers = [process.communicate(timeout=1200)[0].decode().split() for process in processes]
     assert answers == [["1002", str(sum(range(999)) + 7)]] * 3
     assert (len(asked(".bin")), len(set(asked(".bin")))) == (2, 2)
 

@@ -122,7 +122,7 @@ def test_equals_lm_evaluation_harness(
     command += ["--batch_size", "8", "--output_path", str(tmp_path / "out")]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     result = subprocess.run(
-        command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=300, check=False
+        command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=1200, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     (file,) = (tmp_path / "out").rglob("results*.json")

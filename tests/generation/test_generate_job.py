@@ -67,7 +67,7 @@ def test_the_command(checkpoint: Path, prompts_file: Path, tmp_path: Path) -> No
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=1200,
             check=False,
         )
         assert result.returncode == 0, result.stderr

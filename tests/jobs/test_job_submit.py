@@ -104,7 +104,7 @@ def submit(job: str, preset: str, environment: dict[str, str], *flags: str) -> s
     command += flags
     for _ in range(120):  # the dashboard answers some time before the agent that starts jobs does
         result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False
         )
         if "No available agent to submit job" not in result.stdout + result.stderr:
             break

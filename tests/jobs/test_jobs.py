@@ -31,7 +31,7 @@ JOBS = sorted(path.name for path in (ROOT / "jobs").glob("[a-z]*.py"))
 def job(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("GPT25_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
     command = [sys.executable, str(ROOT / "jobs" / name), *flags]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def error_of(name: str, *flags: str, cwd: Path) -> str:
@@ -119,7 +119,7 @@ def test_training_on_nothing(tmp_path: Path) -> None:
 def test_a_cluster_that_does_not_answer(tiny_data: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9", "GPT25_HOME": str(tmp_path)}
     command = [sys.executable, str(ROOT / "jobs" / "pretrain.py"), "--data", str(tiny_data), "--output", "run"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 1
     assert "error: no Ray cluster at RAY_ADDRESS 127.0.0.1:9" in result.stderr
     assert "Traceback" not in result.stderr

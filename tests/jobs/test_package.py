@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` uploads, made by Ray's own packaging: the code, and nothing that jobs have made."""
+"""What `ray job submit --working-dir .` uploads, by Ray's own packaging: the code, and nothing that jobs have made."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def job(name: str, home: Path, *flags: str) -> str:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     command = [sys.executable, str(ROOT / "jobs" / name), "--config", str(home / "preset.yaml"), *flags]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

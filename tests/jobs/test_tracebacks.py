@@ -22,7 +22,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, what: str) -> None:
     source = odd if what == "argument" else os.fsencode(tmp_path)
     command = [os.fsencode(sys.executable), os.fsencode(ROOT / "jobs/tokenize.py"), b"--source", source, b"--dry_run"]
     folder = odd if what == "current folder" else os.fsencode(tmp_path)
-    result = subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=300)
+    result = subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=1200)
     assert result.returncode == 1
     assert result.stderr.decode().startswith(f"error: the {what} {tmp_path}/caf\\xe9 is not UTF-8 text; rename")
     assert b"Traceback" not in result.stderr

@@ -75,7 +75,7 @@ def test_the_kernel_equals_torch() -> None:
         "check_targets_that_do_not_exist()\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=1200)
 
 
 def plain_kernel(logits: Tensor, targets: Tensor, vocab_size: int, num_rows: int, with_gradients: bool) -> Tensor:

@@ -107,7 +107,7 @@ class Mailbox:
         def all_to_all(outgoing: list[Tensor], counts: list[int]) -> list[Tensor]:
             for receiver, flat in enumerate(outgoing):
                 self.queues[rank][receiver].put(flat.clone())
-            received = [sender[rank].get(timeout=60) for sender in self.queues]
+            received = [sender[rank].get(timeout=1200) for sender in self.queues]
             assert [len(flat) for flat in received] == counts
             return received
 

@@ -240,7 +240,7 @@ class Chaos:
         return sorted(found, key=lambda process: process.pid)
 
     def wait_for_work(self) -> list[psutil.Process]:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 1200
         while not (workers := self.workers()):
             self.require_running()
             assert time.monotonic() < deadline, self.story("nobody works")
@@ -277,7 +277,7 @@ class Chaos:
         return "\n".join([*self.log, end, self.log_path.read_text(errors="replace")[-5000:]])
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_ten_kills(config: TokenizeConfig, expected: dict[str, str], three_nodes: Cluster, tmp_path: Path) -> None:
     ray.shutdown()
     output, hurry = tmp_path / "out", tmp_path / "hurry"
@@ -288,7 +288,7 @@ def test_ten_kills(config: TokenizeConfig, expected: dict[str, str], three_nodes
         for kind in chaos.kinds():
             chaos.kill(kind)
         hurry.touch()
-        status = chaos.driver.wait(600)
+        status = chaos.driver.wait(1200)
     finally:
         chaos.driver.kill()
         chaos.driver.wait()

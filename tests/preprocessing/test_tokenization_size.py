@@ -97,7 +97,7 @@ def write_alone(source: Path, output: Path, tokenizer: Path) -> dict[str, Any]:
     """Figures of a process that makes shards of a source."""
     command = [sys.executable, "-m", "tests.support.writing_process", *map(str, (source, output, tokenizer))]
     command.append(str(ITEM_BYTES))
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=550)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200)
     assert result.returncode == 0, result.stderr
     figures: dict[str, Any] = json.loads(result.stdout)
     print(f"{source.name}: {figures}")  # noqa: T201

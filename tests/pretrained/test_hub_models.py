@@ -34,7 +34,7 @@ def job(name: str, *flags: str, hub: str, home: Path, token: str | None = TOKEN)
     if token is not None:
         environment["HF_TOKEN"] = token
     command = [sys.executable, str(ROOT / "jobs" / name), *flags]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def test_push_and_back(checkpoint: Path, hub: FakeModelHub, tmp_path: Path) -> None:

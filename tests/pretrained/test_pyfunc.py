@@ -125,7 +125,7 @@ def test_mlflow_models_serve(model_folder: Path, checkpoint: Path) -> None:
         assert answer["predictions"] == [expected(checkpoint, "import os", 15, seed=3)]
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=1200)
 
 
 def ask(url: str, body: dict[str, object], process: subprocess.Popen[bytes]) -> dict[str, list[str]]:

@@ -264,7 +264,7 @@ def test_several_processes_stay_below_the_bound_together(http: Place, tmp_path: 
     watcher = threading.Thread(target=watch)
     watcher.start()
     processes = [start(cache, files[index:] + files[:index], hold_seconds=0.05) for index in (0, 3, 6)]
-    outputs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    outputs = [process.communicate(timeout=1200)[0].splitlines() for process in processes]
     ended.set()
     watcher.join()
     expected = {f"{file.name} {sha256(CONTENT[i : i + sizes[i]])}" for i, file in enumerate(files)}
@@ -331,7 +331,7 @@ def test_left_over_parts_go_when_their_room_is_needed_the_oldest_first(http: Pla
 def test_a_disk_without_room(http: Place, cache: Cache) -> None:
     file = http.put("a.bin", CONTENT[:10_000_000])
     process = start(cache, [file], limit_bytes=5_000_000)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=1200)
     assert f"{cache.folder}/" in output
     assert output.endswith(".part cannot be written: File too large\n")
     assert fetched(cache, file) == sha256(CONTENT[:10_000_000])

@@ -49,7 +49,7 @@ def clients(server: WebServer, count: int, sent: bytes = b"") -> Iterator[list[s
     with contextlib.ExitStack() as stack:
         found = []
         for _ in range(count):
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=120))
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=1200))
             client.sendall(sent)
             found.append(client)
         yield found

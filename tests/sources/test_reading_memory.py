@@ -38,7 +38,7 @@ def block(size: int, *, special: str = 'é日🙂"\\\n') -> str:
 
 def read_alone(path: Path, mode: str = "file", item_bytes: int = 10**12) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.support.reading_process", str(path), mode, str(item_bytes)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200)
     path.unlink()
     assert result.returncode == 0, result.stderr
     figures: dict[str, Any] = json.loads(result.stdout)

@@ -111,7 +111,7 @@ class FileHandler(BaseHTTPRequestHandler):
         with traffic.lock:
             traffic.asked.append((path, start, stop))
         if traffic.together is not None and stop - start > 1:
-            traffic.together.wait(30)
+            traffic.together.wait(1200)
         time.sleep(traffic.latency_seconds + fault.delay_seconds)
         if fault.status is not None:
             return self.send_body(fault.status, b"refused", fault.headers)

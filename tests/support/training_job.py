@@ -24,7 +24,7 @@ from tests.support.fixtures import ROOT
 from tests.support.ray_environment import is_foreign, own_environment
 
 NODE: dict[str, Any] = {"object_store_memory": 100_000_000}
-WAIT_SECONDS = 300
+WAIT_SECONDS = 1200
 
 
 @contextlib.contextmanager

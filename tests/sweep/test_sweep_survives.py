@@ -26,7 +26,7 @@ from tests.support.ray_environment import own_environment
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 STEPS = 400
-WAIT_SECONDS = 900
+WAIT_SECONDS = 1200
 TRAINING = {
     **{"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 64, "context_length": 32, "tokens_per_step": 512},
     **{
@@ -125,7 +125,7 @@ def survive(job: Job) -> None:
     of_the_cluster = psutil.Process(job.driver.pid).children(recursive=True)
     job.driver.send_signal(signal.SIGKILL)
     job.driver.wait()
-    _, alive = psutil.wait_procs(of_the_cluster, timeout=60)
+    _, alive = psutil.wait_procs(of_the_cluster, timeout=180)
     assert not [process for process in alive if "ray::" in " ".join(process.cmdline())], "Ray ends with its driver"
     job.start()
     assert job.driver.wait(WAIT_SECONDS) == 0, job.log()[-5000:]
@@ -179,12 +179,12 @@ def check_mlflow(job: Job, url: str, folder: Path) -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(f"{url}/#/experiments/{record['experiment_id']}/runs?workflowType=machine_learning")
-        expect(page.get_by_text("sweep", exact=True).first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("sweep", exact=True).first).to_be_visible(timeout=300_000)
         for index in range(8):
-            expect(page.get_by_text(f"trial-{index:03d}", exact=True).first).to_be_visible(timeout=60_000)
+            expect(page.get_by_text(f"trial-{index:03d}", exact=True).first).to_be_visible(timeout=300_000)
         page.screenshot(path=str(folder / "runs.png"))
         page.goto(f"{url}/#/experiments/{record['experiment_id']}/runs/{record['run_id']}/artifacts/report.html")
         report = page.frame_locator("iframe").first
-        expect(report.get_by_role("heading", name="Trials")).to_be_visible(timeout=60_000)
+        expect(report.get_by_role("heading", name="Trials")).to_be_visible(timeout=300_000)
         page.screenshot(path=str(folder / "report.png"))
         browser.close()

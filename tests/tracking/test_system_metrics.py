@@ -21,7 +21,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, float]:
     reported: queue.Queue[Mapping[str, float]] = queue.Queue()
     sampler = SystemSampler(reported.put)
     try:
-        return reported.get(timeout=60)
+        return reported.get(timeout=1200)
     finally:
         sampler.stop()
 

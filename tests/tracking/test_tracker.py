@@ -66,7 +66,7 @@ def track(run: MLflowRun, folder: Path, **settings: Any) -> MLflowTracker:
 def kill(tracker: MLflowTracker) -> None:
     """Nothing more is sent, as if the process were gone."""
     tracker.uploader.stop()
-    tracker.uploader._thread.join(300)
+    tracker.uploader._thread.join(1200)
     assert not tracker.uploader._thread.is_alive()
 
 
@@ -307,7 +307,7 @@ def test_a_server_and_then_the_run_are_killed_and_nothing_is_lost_or_doubled(
         assert "does not answer" in caplog.text and "the run goes on" in caplog.text
         assert start(tmp_path, url) == run, "a restart goes on without the server"
     command = [sys.executable, "-c", DYING, url, run.experiment_id, run.run_id, str(folder)]
-    assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == -9
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=1200).returncode == -9
     last = track(start(tmp_path, url), folder, registered_model="gpt")
     log_everything(last, checkpoint, range(4, 11))
     last.finish("FINISHED")

@@ -35,7 +35,7 @@ def run(data: Path, folder: Path, **changes: Any) -> list[dict[str, Any]]:
     )
     script = str(Path(__file__).parents[1] / "support" / "compiled_process.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    result = subprocess.run([*command, str(settings)], capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run([*command, str(settings)], capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"history.json.{rank}").read_text()) for rank in range(2)]
 

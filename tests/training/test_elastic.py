@@ -36,7 +36,7 @@ def config(tiny_data: Path, tmp_path: Path) -> PretrainConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_nodes_come_and_go(config: PretrainConfig, tmp_path: Path) -> None:
     with running_cluster(1) as cluster:
         first = cluster.add_node(num_cpus=2, **NODE)

@@ -44,7 +44,7 @@ def run(tiny_data: Path, tmp_path: Path) -> Run:
         file.write_text(json.dumps({"config": config, "data": str(data), "faults": faults, "result": result}))
         script = str(Path(__file__).parents[1] / "support" / "fault_process.py")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-        return subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=1200, check=False)
 
     return start
 

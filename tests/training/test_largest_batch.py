@@ -68,7 +68,7 @@ def test_nor_does_a_line_that_bends_mislead(windows: int, limit: int, bend: int,
 def test_ranks_measure_the_same_sizes_and_agree_on_what_fits_on_all() -> None:
     """The first rank has half the memory of the second: neither waits for the other in a collective of its own."""
     results: list[tuple[int, list[int]]] = []
-    meeting, said = threading.Barrier(2, timeout=300), [0, 0]
+    meeting, said = threading.Barrier(2, timeout=1200), [0, 0]
 
     def run(rank: int, limit: int) -> tuple[int, list[int]]:
         measured: list[int] = []
@@ -201,7 +201,7 @@ def torchrun(config: PretrainConfig, data: Path, folder: Path, *limits: int) -> 
     file.write_text(json.dumps({**settings, "faults": {"device": {"bytes": limits}} if limits else {}}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = str(Path(__file__).parents[1] / "support" / "fault_process.py")
-    done = subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(2)]
 

@@ -115,7 +115,7 @@ def torchrun(config: PretrainConfig, data: Path, tmp_path: Path, **fault: Any) -
     file.write_text(json.dumps({**settings, "faults": {"memory": fault}}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = str(Path(__file__).parents[1] / "support" / "fault_process.py")
-    return subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=1200, check=False)
 
 
 def test_under_torchrun_every_rank_says_it(tiny_data: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_three_ranks_share_the_questions(tiny_data: Path, questions: Path, tmp_p
         script,
         str(file),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "three" / "summary.json").read_text())
     alone = score(tmp_path / "three" / "checkpoints" / "step-000012", questions)

@@ -32,7 +32,7 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("three_ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command += [str(Path(step_process.__file__)), str(folder), "adamw", "muon"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -147,7 +147,7 @@ def test_the_next_micro_batch_is_read_before_it_is_asked_for() -> None:
     loader = BatchLoader(stream, order, context_length=8, rank=0, world_size=1, device=torch.device("cpu"))
     batches = loader.step(0)
     next(batches)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 1200
     while stream.readings < 4 and time.monotonic() < deadline:
         time.sleep(0.001)
     assert stream.readings == 4

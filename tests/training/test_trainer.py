@@ -68,7 +68,7 @@ def run(tiny_data: Path, tmp_path: Path) -> Run:
         script = str(Path(__file__).parents[1] / "support" / "trainer_process.py")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
         result = subprocess.run(
-            [*command, script, str(settings)], capture_output=True, text=True, timeout=300, check=False
+            [*command, script, str(settings)], capture_output=True, text=True, timeout=1200, check=False
         )
         assert result.returncode == 0, result.stderr
         found = json.loads(history.read_text())
