@@ -257,7 +257,7 @@ def _ray_trainer(
                 LostWorkerLogger(),
                 ControllerLog(num_workers=fewest, resources={"GPU" if use_gpu else "CPU": 1}, logs=group.logs),
             ],
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Ray Train v2
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # warns of what waiting.py says better
         ),
     )
 
