@@ -234,6 +234,11 @@ def _ray_trainer(
     from pipeline.cluster.worker_group import ControllerLog, LostWorkerLogger, WorkerGroupConfig
 
     fewest, most = worker_range(group.num_workers)
+    resources = {"GPU" if use_gpu else "CPU": 1.0}
+    callbacks: Any = [  # Ray Train v2
+        LostWorkerLogger(),
+        ControllerLog(num_workers=fewest, resources=resources, logs=group.logs),
+    ]
     return TorchTrainer(
         # no train_loop_config: Ray shows that to everyone, and MLflow's address may hold a password
         functools.partial(_run_worker, worker, settings, files, group.logs),  # type: ignore[arg-type]  # Ray knows no results
@@ -253,11 +258,8 @@ def _ray_trainer(
             name=worker.__name__,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=group.max_failures),
-            callbacks=[  # type: ignore[list-item]  # Ray Train v2
-                LostWorkerLogger(),
-                ControllerLog(num_workers=fewest, resources={"GPU" if use_gpu else "CPU": 1}, logs=group.logs),
-            ],
-            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # warns of what waiting.py says better
+            callbacks=callbacks,
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # waiting.py warns better
         ),
     )
 
