@@ -166,14 +166,15 @@ class LogFile(logging.Handler):
     def _upload(self) -> None:
         if self._temporary is None:
             return
+        has_rotated = self._has_rotated
         try:
             with self._writing:
-                written, has_rotated = self._file.tell(), self._has_rotated
+                written = self._file.tell()
                 if written == self._uploaded and not has_rotated:
                     return
                 paths = [_older(self._path, number) for number in range(OLDER_FILES + 1 if has_rotated else 1)]
                 contents = {path.name: path.read_bytes() for path in paths if path.exists()}
-                self._has_rotated = False
+                self._has_rotated = self._has_rotated and not has_rotated
             for name, content in contents.items():
                 self._folder.write(name, [content])
             self._uploaded = written

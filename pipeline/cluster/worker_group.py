@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 5
 _MOST_FAILED_JOINS = 5  # in a row; then it is no accident
+_LINES_OF_WORKERS = "ray_print_logs"  # the name of Ray's handler that shows them in the driver
 
 
 @dataclass
@@ -138,6 +139,19 @@ def pass_on_address(address: str) -> None:
     """
     os.environ.setdefault("RAY_ADDRESS", address)
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+
+
+def hide_cleaner() -> None:
+    """Keep the lines of Ray Train's PlacementGroupCleaner off this terminal: it prints its crash at the end."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    show = dict(dispatcher.handlers).get(_LINES_OF_WORKERS)
+    if show is not None:
+        dispatcher.remove_handler(_LINES_OF_WORKERS)
+        dispatcher.add_handler(
+            _LINES_OF_WORKERS,
+            lambda lines: None if lines.get("actor_name") == "PlacementGroupCleaner" else show(lines),
+        )
 
 
 def _import_module(name: str) -> None:

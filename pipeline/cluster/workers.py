@@ -278,11 +278,12 @@ def _own_cluster() -> Iterator[None]:
     """A context in which Ray Train's own processes know the joined cluster, where several run on one machine."""
     import ray
 
-    from pipeline.cluster.worker_group import pass_on_address
+    from pipeline.cluster.worker_group import hide_cleaner, pass_on_address
 
     address = ray.get_runtime_context().gcs_address
     with _environment({"RAY_ADDRESS": address}):
         pass_on_address(address)
+        hide_cleaner()
         yield
 
 

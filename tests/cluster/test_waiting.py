@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.cluster import waiting
 from pipeline.cluster.waiting import WaitingReporter, describe_autoscaler, describe_places
+from pipeline.cluster.worker_group import hide_cleaner
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers
 from pipeline.storage.folders import open_folder
 
@@ -84,7 +86,7 @@ def test_the_places_that_are_missing() -> None:
         "2 workers with 1 CPU each: they have their places, and their processes are starting"
     )
     taken = placement_group([{"CPU": 1}])
-    wanted = placement_group([{"CPU": 1}] * 2)
+    wanted = placement_group([{"CPU": 1}, {"CPU": 1}])
     try:
         ray.get(taken.ready())
         while "(1 free)" not in (told := describe_places(2, {"CPU": 1})):  # the figures come a moment later
@@ -93,6 +95,18 @@ def test_the_places_that_are_missing() -> None:
     finally:
         remove_placement_group(wanted)
         remove_placement_group(taken)
+
+
+def test_ray_s_own_helper_says_nothing_on_the_terminal() -> None:
+    shown: list[str] = []
+    dispatcher.add_handler("ray_print_logs", lambda lines: shown.append(lines["actor_name"]))
+    try:
+        hide_cleaner()
+        for name in ("RayTrainWorker", "PlacementGroupCleaner", "TrainController"):
+            dispatcher.emit({"actor_name": name, "lines": ["a line"]})
+    finally:
+        dispatcher.remove_handler("ray_print_logs")
+    assert shown == ["RayTrainWorker", "TrainController"]
 
 
 def done(settings: None, files: SharedFiles) -> str:
