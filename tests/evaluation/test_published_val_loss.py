@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.pretrained import resolve
 from pipeline.storage.folders import open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.training.trainer import Trainer
+from tests.support.fake_hub import NAME, running_hub
 from tests.support.llama_twin import llama_twin
 from tests.support.memory_tracker import MemoryTracker
 from tests.support.models import ALONE, run_config
@@ -65,14 +67,28 @@ def theirs(model: torch.nn.Module, tokens: np.ndarray, num_tokens: int) -> float
     return sum(losses) / len(losses)
 
 
-def test_import_training_and_the_val_loss_of_transformers(files: Path, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.fixture(params=["disk", "hub"])
+def place(request: pytest.FixtureRequest, files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the files are: a folder, or a data set of a local server that answers as the hub does."""
+    if request.param == "disk":
+        yield str(files)
+        return
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with running_hub({path.name: path.read_bytes() for path in files.iterdir()}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield f"hf://datasets/{NAME}"
+
+
+def test_import_training_and_the_val_loss_of_transformers(
+    files: Path, place: str, tiny_data: Path, tmp_path: Path
+) -> None:
     data, run = open_folder(tmp_path / "data"), tmp_path / "run"
     data.make()
     headerless = not has_header(files / "val_000000.bin")
     ShardImport(
         ImportShardsConfig(
-            train=str(files / "train_*.bin"),
-            val=str(files / "val_*.bin"),
+            train=f"{place}/train_*.bin",
+            val=f"{place}/val_*.bin",
             output=str(data),
             headerless=headerless,
             tokenizer=str(tiny_data / "tokenizer.json"),
