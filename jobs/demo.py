@@ -18,6 +18,7 @@ from pipeline.config.command_line import resolve
 from pipeline.config.data import DemoConfig, TokenizeConfig
 from pipeline.config.inference import EvaluateConfig
 from pipeline.config.training import PretrainConfig
+from pipeline.console import python_command
 from pipeline.errors import UserError
 
 
@@ -29,8 +30,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--config", default=os.path.join(sys.path[0], "configs", "demo.yaml"), help="YAML preset")
+    parser = Parser(
+        prog="python jobs/demo.py",
+        description=__doc__,
+        epilog="examples:\n  make demo\n  python jobs/demo.py --config configs/demo.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    group = parser.add_argument_group("settings")
+    group.add_argument("-h", "--help", action="help", help="Print this page, then stop.")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        default=os.path.join(sys.path[0], "configs", "demo.yaml"),
+        help="YAML preset with the sections tokenize, pretrain and evaluate. If not given, configs/demo.yaml.",
+    )
     flags = ["--config", parser.parse_args().config]
     demo = resolve(DemoConfig, "demo", flags, program="jobs/demo.py")
     tokenize = resolve(TokenizeConfig, "tokenize", flags, program="jobs/demo.py")
@@ -68,7 +82,7 @@ def main() -> None:
             ("val loss", f"{result.val_loss:.3f}, perplexity {result.perplexity:.1f}, on {result.val_tokens:,} tokens"),
             *_limits(result.val_loss, result.unigram_entropy, best),
             ("MLflow", f"{training_run.location}; data: run {data_run.run_id}"),
-            ("next", f"python jobs/generate.py --config {flags[1]}"),
+            ("next", f"{python_command()} jobs/generate.py --config {flags[1]}"),
         ],
     )
     print(f"\nsample\n  {pretrain.sample_prompt}{training.sample}".replace("\n\n", "\n  "))

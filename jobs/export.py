@@ -33,6 +33,4 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # the checkpoint may come first, without its flag
-        sys.argv.insert(1, "--checkpoint")
     run(ExportConfig, main, section="export", resume="begins again")

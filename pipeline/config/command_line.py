@@ -14,18 +14,22 @@ import difflib
 import io
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 
+from pipeline.config.help import asks_for_help, format_help
+from pipeline.config.help_groups import POSITIONALS
 from pipeline.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
 _WHOLE = (int, int | None, int | Literal["auto"] | None)
 _NO_NUMBER = re.compile(r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[(.*)\]")
+_NO_MATCH = re.compile(r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \[(.*)\]")
 _SCIENTIFIC = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
 SECTIONS = (
@@ -45,10 +49,12 @@ SECTIONS = (
 def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str], *, program: str) -> ConfigT:
     """Fill ``config_class`` from its defaults, then the preset's ``section`` (--config FILE), then the flags.
 
-    A preset's values take the same way as flags, so both are checked by the same parser. Prints the help and exits
-    with code 0 on --help; every mistake is a UserError of one sentence.
+    What may come first without its flag (help_groups.py) gets it. A preset's values take the same way as flags, so both
+    are checked by the same parser. Prints the help and exits with code 0 on --help; every mistake is a UserError of one
+    sentence.
     """
-    path, flags = _split_config_flag(list(arguments))
+    _help_if_asked(config_class, section, arguments, program)
+    path, flags = _split_config_flag(_with_named_first(section, list(arguments)))
     preset = load_preset(path, section, config_class) if path else {}
     if preset and not flags:
         try:
@@ -69,6 +75,7 @@ def resolve_with_rest(
     Raises:
         UserError: a mistake, a name among them that neither class has.
     """
+    _help_if_asked(config_class, section, arguments, program)
     path, flags = _split_config_flag(list(arguments))
     own, names = _names(config_class), _names(rest[0])
     preset = load_preset(path, section, config_class) if path else {}
@@ -79,6 +86,19 @@ def resolve_with_rest(
         if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
             raise _unknown(flag, [*own, *names, "config"], program)
     return config, [*as_flags({name: value for name, value in shared.items() if name not in own}), *left]
+
+
+def _help_if_asked(config_class: type[Any], section: str, arguments: Sequence[str], program: str) -> None:
+    if asks_for_help(arguments):
+        sys.stdout.write(format_help(config_class, section, program))
+        raise SystemExit(0)
+
+
+def _with_named_first(section: str, arguments: list[str]) -> list[str]:
+    """The arguments, the first with its flag where it may stand alone."""
+    name = POSITIONALS.get(section)
+    is_alone = name is not None and arguments and not arguments[0].startswith("-")
+    return [f"--{name}", *arguments] if is_alone else arguments
 
 
 def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -175,6 +195,7 @@ def _parse_known(config_class: type[ConfigT], flags: list[str], program: str) ->
                 prog=program,
                 return_unknown_args=True,
                 use_underscores=True,
+                add_help=False,
             )
     except SystemExit as stop:
         if not stop.code:
@@ -222,7 +243,8 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
     paragraph = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
     sentence = " ".join(paragraph).rstrip(".") or "the flags cannot be parsed"
-    return _NO_NUMBER.sub(lambda match: f"could not convert string to {match[1].lower()}: {match[2]}", sentence)
+    sentence = _NO_NUMBER.sub(lambda match: f"could not convert string to {match[1].lower()}: {match[2]}", sentence)
+    return _NO_MATCH.sub(lambda match: f"{match[2]} is not {re.sub('[{}]', '', match[1])}", sentence)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

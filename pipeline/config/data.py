@@ -82,9 +82,9 @@ class TokenizeConfig(ReadingConfig):
     val_fraction: float = 0.005
     """Share of the documents held out for validation, chosen by a hash of their text (but see val_split)."""
     limit_documents: int | None = None
-    """Read only this many rows, lines or files, from the start of the source."""
+    """Read only this many rows, lines or files, from the start of the source. If not given, all."""
     limit_bytes: int | None = None
-    """Read only about this many bytes of text, up to the next row group or range of lines."""
+    """Read only about this many bytes of text, up to the next row group or range of lines. If not given, all."""
     dedup: Literal["off", "exact"] = "off"
     """With exact, documents whose text occurred before in the source are left out; the source is then read twice."""
     verify: bool = False

@@ -26,13 +26,13 @@ class EvaluateConfig:
     hellaswag_questions: int | None = None
     """Number of questions to use, from the first. If not given, all of them."""
     batch_size: int = 32
-    """Windows per forward pass on one worker; HellaSwag passes hold as many tokens."""
+    """Sequences of context_length tokens per forward pass on one worker; HellaSwag passes hold as many tokens."""
     num_workers: int = 1
     """Number of workers that share the val set and the questions."""
     device: Device = "auto"
     """Device to compute on; auto takes a GPU where there is one."""
     output: str | None = None
-    """Additional JSON file for the result, which is always written to evaluation.json of the run folder."""
+    """Additional JSON file for the result. If not given, it is only in evaluation.json of the run folder."""
     tracking_uri: str | None = None
     """MLflow server or store that holds the training run. If not given, MLFLOW_TRACKING_URI, or else sqlite."""
     dry_run: bool = False
@@ -52,7 +52,10 @@ class GenerateConfig:
     prompt: str = "Once upon a time, "
     """Text to continue; an empty prompt generates a document from its beginning."""
     prompts: str | None = None
-    """File of prompts: a .jsonl file with the key prompt, or a text file with one prompt per line."""
+    """File of prompts: a .jsonl file with the key prompt, or a text file with one prompt per line. If not given,
+    prompt is the only one."""
+    interactive: bool = False
+    """Ask for prompts in the terminal, one after another, in place of prompt: Ctrl-C stops a text, Ctrl-D ends."""
     output: str | None = None
     """JSON lines file for prompts and texts. If not given, they are printed."""
     max_new_tokens: int = 200
@@ -62,11 +65,13 @@ class GenerateConfig:
     batch_size: int = 16
     """Number of sequences decoded at a time; it changes the speed, not the texts."""
     temperature: float = 0.8
-    """Divides the logits before sampling: higher is more varied, and 0 always takes the likeliest token."""
+    """Softmax temperature: logits are divided by it before sampling. Above 1 texts vary more, below 1 less, and 0
+    always takes the likeliest token (greedy decoding)."""
     top_k: int | None = None
-    """Sample only from the k likeliest tokens. If not given, from all."""
+    """Number of likeliest tokens to sample from. If not given, all are."""
     top_p: float | None = 0.9
-    """Sample only from the likeliest tokens that together have this probability."""
+    """Nucleus sampling: only the likeliest tokens are sampled from that together have this probability, between 0 and
+    1. 1 samples from all."""
     seed: int = 1337
     """Random seed; the same seed gives the same text."""
     device: Device = "auto"
@@ -81,6 +86,10 @@ class GenerateConfig:
         require_positive(self, "max_new_tokens", "num_samples", "batch_size", "top_k")
         most = 2**63 - self.num_samples  # the last text has the seed num_samples - 1 further on
         require(-(2**63) <= self.seed <= most, f"seed is {self.seed}; it must lie between {-(2**63)} and {most}")
+        for name in ("prompts", "output") if self.interactive else ():
+            value = getattr(self, name)
+            what = f"{name} is {value}, but --interactive takes prompts from the terminal and prints texts there"
+            require(value is None, f"{what}; give one of them")
         require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
 
@@ -98,7 +107,8 @@ class ExportConfig:
     max_file_bytes: int = 5_000_000_000
     """Largest size of one weights file, in bytes; larger models are split over several files."""
     push_to_hub: str | None = None
-    """Repository OWNER/NAME on the hub that the folder is uploaded to; HF_TOKEN must hold a token for it."""
+    """Repository OWNER/NAME on the hub that the folder is uploaded to; HF_TOKEN must hold a token for it. If
+    not given, nothing is uploaded."""
     mlflow: bool = False
     """Also log the folder as an MLflow model, for mlflow models serve and mlflow.pyfunc.load_model."""
     tracking_uri: str | None = None

@@ -41,8 +41,9 @@ class PretrainConfig:
     """Folder of the run, with checkpoints and summary; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. A run whose
     folder is given again resumes from its newest checkpoint."""
     checkpoint: str | None = None
-    """Start from these weights instead of random ones: a checkpoint, a run folder (its newest checkpoint), a folder in
-    Hugging Face's format, or hf://OWNER/NAME[@REVISION]. context_length and theta may be other than they were there."""
+    """Weights to start from: a checkpoint, a run folder (its newest checkpoint), a folder in Hugging Face's format, or
+    hf://OWNER/NAME[@REVISION]. context_length and theta may be other than they were there. If not given, the weights
+    are random."""
 
     branch_from: str | None = None
     """Begin as a branch of another run: its folder, or s3:// or gs://. The checkpoint of that run which step names is
@@ -63,19 +64,19 @@ class PretrainConfig:
     num_heads: WholeNumber = _BY_DEPTH
     """Number of attention heads per block. If not given, heads are 128 wide with depth; without it, there are 12."""
     d_model: WholeNumber = _BY_DEPTH
-    """Width of the residual stream. If not given, 64 x depth in multiples of 128, or else 768."""
+    """Width of the residual stream (hidden size). If not given, 64 x depth in multiples of 128, or else 768."""
     d_ff: WholeNumber = _BY_DEPTH
     """Width of the hidden layer in each SwiGLU. If not given, 8/3 of the width with depth, or else 2048."""
     context_length: int = 1024
-    """Number of tokens that the model sees at once."""
+    """Number of tokens that the model sees at once, which is the length of a training sequence."""
     theta: float = 10_000.0
-    """Base of the frequencies of the rotary position embedding."""
+    """Base of the RoPE frequencies, rope_theta in Hugging Face's config.json; a larger one suits a longer context."""
     norm_eps: float = 1e-5
-    """Number added to the mean square in RMSNorm."""
+    """Epsilon of RMSNorm, which is added to the mean square before its root is taken."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the output projection too."""
     qk_norm: bool = False
-    """Norm the query and the key of each head before the attention, as Qwen3 does."""
+    """Apply RMSNorm to the query and the key of each head before the attention, as Qwen3 does."""
     init_std: float | Literal["fan_in"] = 0.02
     """Standard deviation of the matrices of the blocks, and of an output matrix of its own, at the start. With fan_in,
     0.577 over the square root of the number of the matrix's columns."""
@@ -93,10 +94,11 @@ class PretrainConfig:
     """Tokens per optimizer step over all workers; the number of micro-batches follows from it. If not given, it grows
     with depth, or else is 524288."""
     batch_size: WholeNumber | Literal["auto"] = _BY_DEPTH
-    """Windows per micro-batch on one worker; auto finds the largest number that fits into the memory of the GPU. If not
-    given, 32, or fewer with depth where the network is larger than the recipe's."""
+    """Sequences of context_length tokens per micro-batch, which is one forward and backward pass on one worker; the
+    batch of a step is tokens_per_step. With auto, as many as the memory of the GPU holds. If not given, 32, or fewer
+    with depth where the network is larger than the recipe's."""
     grad_accum_steps: int | None = None
-    """Micro-batches per step and worker. If not given, it follows from tokens_per_step."""
+    """Micro-batches per step on each worker (gradient accumulation). If not given, it follows from tokens_per_step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer to use; with muon, AdamW still updates embeddings, output and vectors."""
     lr: Number = _BY_DEPTH
@@ -109,7 +111,7 @@ class PretrainConfig:
     vector_lr: float | None = None
     """Highest learning rate of the vectors, which are the weights of the norms. If not given, lr."""
     min_lr_fraction: float = 0.1
-    """Last learning rate as a fraction of the highest."""
+    """Learning rate of the last step, as a fraction of the highest."""
     warmup_fraction: float | None = None
     """Fraction of the steps over which the learning rate rises to its highest. If neither this nor warmup_steps is
     given, 0.05."""
@@ -124,24 +126,25 @@ class PretrainConfig:
     decay_from: int | None = None
     """With wsd, the number of steps after which the learning rate begins to fall, in place of decay_fraction."""
     beta1: float = 0.9
-    """Decay rate of the mean gradient in AdamW."""
+    """Decay rate of AdamW's running mean of the gradient."""
     beta2: float = 0.95
-    """Decay rate of the mean squared gradient in AdamW."""
+    """Decay rate of AdamW's running mean of the squared gradient."""
     eps: float = 1e-8
-    """Number added to the denominator in AdamW."""
+    """Epsilon of AdamW, which is added to the denominator of its update."""
     weight_decay: Number = _BY_DEPTH
-    """Weight decay of matrices, per unit of learning rate; vectors have none. If not given, 0.1; with depth, less for a
-    network that is larger than the recipe's, and more for a smaller one."""
+    """Decoupled weight decay of matrices, which each step multiplies by its learning rate; vectors have none. If not
+    given, 0.1; with depth, less for a network that is larger than the recipe's, and more for a smaller one."""
     embedding_weight_decay: float | None = None
     """Weight decay of the embedding matrix and of the output matrix. If not given, weight_decay."""
     muon_momentum: float = 0.95
-    """Decay rate of the mean gradient in Muon."""
+    """Nesterov momentum of Muon: the decay rate of its running mean of the gradient."""
     muon_iterations: int = 5
     """Number of Newton-Schulz iterations by which Muon makes a step orthogonal."""
     muon_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     """Coefficients a, b, c of the polynomial a x + b x^3 + c x^5 of a Newton-Schulz iteration."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it. With 0, gradients are never scaled."""
+    """Largest L2 norm of the gradient of all parameters together; a larger gradient is scaled down to it. With 0,
+    gradients are never scaled."""
     seed: int = 1337
     """Random seed for weight initialization and data order."""
 
@@ -206,7 +209,8 @@ class PretrainConfig:
     """Name in the model registry of MLflow under which the best checkpoint gets the alias best. If not given, the name
     of the experiment; with none, no model is registered."""
     price_per_hour: float | None = None
-    """Price of one worker per hour in dollars, for the cost in the report and in dry_run."""
+    """Price of one worker per hour in dollars, for the cost in the report and in dry_run. If not given, they name
+    none."""
     tokens_per_second: float | None = None
     """Measured tokens per second of one worker, for the hours in dry_run. If not given, an estimate for one H100."""
     dry_run: bool = False
