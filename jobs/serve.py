@@ -1,7 +1,7 @@
 """A model behind an OpenAI-compatible address: ``python jobs/serve.py runs/demo``; see --help.
 
-/v1/completions (stream and not), /v1/models, /healthz, and a page to try prompts at /. Only this machine reaches it
-unless --host says otherwise; GPT25_SERVE_TOKEN holds the token that clients must send, if there is one.
+/v1/completions (stream and not), /v1/models, /health, /metrics, and a page to try prompts at /. Only this machine
+reaches it unless --host says otherwise; GPT25_SERVE_TOKEN holds the token that clients must send, if there is one.
 """
 
 import os
@@ -23,6 +23,7 @@ def main(config: ServeConfig) -> None:
             [
                 ("page", f"{address.url}/"),
                 ("completions", f"{address.url}/v1/completions"),
+                ("metrics", f"{address.url}/metrics"),
                 ("model", address.model_name),
                 ("token", "from GPT25_SERVE_TOKEN" if address.has_token else "none"),
                 ("end", "Ctrl-C"),
@@ -34,6 +35,4 @@ def main(config: ServeConfig) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # the checkpoint may come first, without its flag
-        sys.argv.insert(1, "--checkpoint")
     run(ServeConfig, main, section="serve", resume="starts the server again")

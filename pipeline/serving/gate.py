@@ -1,5 +1,7 @@
 """What every request passes before a replica hears of it: host name, access token, body, number of requests at a time.
 
+It counts what passes and answers /metrics itself: it alone sees all requests, those that it refuses among them.
+
 It stands in the process that listens, so the replicas know no token, and get whole bodies within the limits only. Of
 the token only the hash is known here; it is compared in constant time.
 """
@@ -17,11 +19,13 @@ from starlette.datastructures import Headers
 
 from pipeline.config.inference import ServeConfig
 from pipeline.errors import UserError
+from pipeline.serving.metrics import PROGRESS, Progress, ServerMetrics
 from pipeline.serving.openai_protocol import RequestError, error_response
 
 COMPLETIONS = "/v1/completions"
+METRICS = "/metrics"
 LEAST_TOKEN_CHARACTERS = 16
-_OPEN = ("/", "/healthz")  # these need no token
+_OPEN = ("/", "/health", "/healthz")  # these need no token
 _BODIES_AT_ONCE = 64  # times max_body_bytes: bytes of all bodies that are being received
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
@@ -49,10 +53,24 @@ class Gate:
     def __init__(self, app: Any, config: ServeConfig, *, token_sha256: str | None) -> None:
         self._app, self._config, self._token_sha256 = app, config, token_sha256
         self._most_requests = config.max_waiting * config.num_replicas
+        self._metrics = ServerMetrics(most_requests=self._most_requests)
         self._num_requests = 0
         self._arrivals: dict[_Arrival, None] = {}  # the oldest first
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        status = 499  # the client left before an answer began
+
+        async def noting(message: dict[str, Any]) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, noting)
+        finally:
+            self._metrics.count(scope["path"], status)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         is_completion = scope["path"] == COMPLETIONS and scope["method"] == "POST"
         try:
             self._check(scope)
@@ -65,11 +83,32 @@ class Gate:
             return
         if body is None:
             return  # the client is gone
-        self._num_requests += is_completion
-        try:
+        if scope["path"] == METRICS and scope["method"] in ("GET", "HEAD"):
+            await self._metrics.response()(scope, receive, send)
+        elif is_completion:
+            await self._complete(scope, _received(body, receive), send)
+        else:
             await self._app(scope, _received(body, receive), send)
+
+    async def _complete(self, scope: Any, receive: Any, send: Any) -> None:
+        self._num_requests += 1
+        try:
+            with self._metrics.completion() as completion:
+
+                async def sending(message: dict[str, Any]) -> None:
+                    if message["type"] == PROGRESS:
+                        completion.take(message)
+                    else:
+                        await send(message)
+
+                # An application in this process tells at once; a replica has its own, and sends what it tells.
+                progress = Progress(completion.take)
+                try:
+                    await self._app({**scope, "progress": progress}, receive, sending)
+                finally:
+                    progress.tell()
         finally:
-            self._num_requests -= is_completion
+            self._num_requests -= 1
 
     def _check(self, scope: Any) -> None:
         headers = Headers(scope=scope)

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from starlette.routing import Route
 from model.batching import Reason
 from pipeline.config.inference import ServeConfig
 from pipeline.serving.engine import Engine, EngineError, TokenDelta
+from pipeline.serving.metrics import Progress
 from pipeline.serving.openai_protocol import (
     Answer,
     Completion,
@@ -51,6 +53,7 @@ class WebApp:
         self._started = int(time.time())
         routes = [
             Route("/", self._guarded(self._page)),
+            Route("/health", self._guarded(self._health)),
             Route("/healthz", self._guarded(self._health)),
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{name:path}", self._guarded(self._model)),
@@ -98,6 +101,10 @@ class WebApp:
         deadline = time.monotonic() + self._config.request_seconds
         completion = parse(await request.body(), self._limits, self._tokenizer)
         answer = Answer(completion, self._limits.model_name)
+        progress: Progress | None = request.scope.get("progress")
+        if progress is not None:
+            progress.add_prompt(completion.prompt_tokens)
+            completion = replace(completion, on_tokens=progress.add)
         if not completion.stream:
             return await self._whole(request, completion, answer, deadline)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -147,6 +154,8 @@ class WebApp:
                 except TimeoutError:
                     message = f"the text was not finished within {self._config.request_seconds:g} seconds; ask for less"
                     raise RequestError(message, status=408, code="timeout") from None
+                if completion.on_tokens is not None:
+                    completion.on_tokens(delta.num_tokens)
                 yield delta
 
     @property

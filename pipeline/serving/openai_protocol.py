@@ -10,7 +10,7 @@ import difflib
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -71,6 +71,8 @@ class Completion:
     include_usage: bool
     """Whether a stream ends with a chunk that has the token counts."""
     prompt_tokens: int
+    on_tokens: Callable[[int], None] | None = None
+    """Told the number of new tokens, as they come."""
 
 
 Ids = Annotated[list[int], Field(min_length=1)]

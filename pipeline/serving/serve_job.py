@@ -151,6 +151,7 @@ class Replicas:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
+        from pipeline.serving.metrics import PROGRESS
         from pipeline.serving.openai_protocol import RequestError, error_response
 
         body = (await receive())["body"]
@@ -162,6 +163,9 @@ class Replicas:
         try:
             async for messages in answers:
                 for message in messages:
+                    if message["type"] == PROGRESS:
+                        await send(message)
+                        continue
                     has_begun = True
                     is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
                     if is_complete:
@@ -199,6 +203,8 @@ class Replica:
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict[str, Any]]]:
         """The application's messages to the web server, as many at a time as there are."""
+        from pipeline.serving.metrics import Progress
+
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         request: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -208,9 +214,11 @@ class Replica:
             return request.pop()
 
         async def run() -> None:
+            progress = Progress(messages.put_nowait)
             try:
-                await self._app(scope, receive, messages.put)
+                await self._app({**scope, "progress": progress}, receive, messages.put)
             finally:
+                progress.tell()
                 messages.put_nowait(None)
 
         task = asyncio.create_task(run())

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,32 @@ STOP_AT_FIRST_TEXT = """() => {
   observer.observe(text, { childList: true });
 }"""
 """The click comes from within the page: a text that ends by itself could be over before one from outside arrives."""
+
+
+def test_the_metrics_have_what_a_replica_made(server: Server) -> None:
+    """Counts come from the replica's process to the one that listens, with an answer in one piece and with a stream."""
+
+    def figures() -> dict[str, float]:
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    before = figures()
+    for stream in (False, True):
+        body = json.dumps({"prompt": "import os", "max_tokens": 150, "seed": 3, "stream": stream}).encode()
+        request = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            content = answer.read()
+        if not stream:
+            made = json.loads(content)["usage"]["completion_tokens"]
+    end = time.monotonic() + 60
+    while (after := figures())["gpt25_requests_in_progress"]:
+        assert time.monotonic() < end, after
+    assert after["gpt25_completion_tokens_total"] - before["gpt25_completion_tokens_total"] == 2 * made
+    assert after["gpt25_first_token_seconds_count"] - before["gpt25_first_token_seconds_count"] == 2
+    assert after["gpt25_requests_waiting"] == 0
+    with urllib.request.urlopen(f"{server.url}/health", timeout=60) as answer:
+        assert json.loads(answer.read())["status"] == "ok"
 
 
 def test_the_page_in_a_browser(server: Server, checkpoint: Path) -> None:
