@@ -1,7 +1,7 @@
 """Text from a model: ``python jobs/generate.py --checkpoint runs/demo --prompt "..."``; --help lists the flags.
 
 The model is a checkpoint, a run, an exported folder, hf://OWNER/NAME or models:/... of MLflow. Text appears as it is
-generated; with --output it is written to a file of JSON lines.
+generated; with --output it is written to a file of JSON lines; with --interactive prompts are asked for, one by one.
 """
 
 import os
@@ -10,24 +10,55 @@ import sys
 # Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from jobs._run import run
 from pipeline.config.inference import GenerateConfig
+from pipeline.console import plain
+from pipeline.errors import UserError
 
 
 def main(config: GenerateConfig) -> None:
     from pipeline.generation import generate_job
 
+    if config.interactive:
+        interact(generate_job.Generator(config), config)
+        return
     if config.output is not None:
         count, output = generate_job.write_texts(config)
         print(f"generate: {count} texts in {output}")
         return
-    texts = itertools.groupby(generate_job.generate_texts(config), key=lambda chunk: chunk.text_number)
-    for number, chunks in texts:
-        show(number, chunks, config.num_samples, has_prompts=config.prompts is not None)
+    show_all(generate_job.generate_texts(config), config.num_samples, has_prompts=config.prompts is not None)
+
+
+def interact(generator: Any, config: GenerateConfig) -> None:
+    """Ask for a prompt and print the text, until the end of the input; Ctrl-C stops one text.
+
+    Each prompt gets other seeds than those before it, so that the same one twice gives two texts.
+    """
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # lets input() edit its line, and bring earlier ones back
+        print("Type a prompt (\\n stands for the end of a line); Ctrl-C stops a text, Ctrl-D ends.")
+    for seed in itertools.count(config.seed, config.num_samples):
+        try:
+            prompt = input("\n> " if sys.stdin.isatty() else "").replace("\\n", "\n")
+            show_all(generator.texts([prompt], seed=seed), config.num_samples, has_prompts=False)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(flush=True)
+        except UserError as error:
+            print(plain(str(error)), flush=True)
+
+
+def show_all(chunks: Iterator[Any], num_samples: int, *, has_prompts: bool) -> None:
+    """Print texts, one after another."""
+    for number, text in itertools.groupby(chunks, key=lambda chunk: chunk.text_number):
+        show(number, text, num_samples, has_prompts=has_prompts)
 
 
 def show(number: int, chunks: Iterator[Any], num_samples: int, *, has_prompts: bool) -> None:

@@ -77,28 +77,47 @@ def generate_texts(config: GenerateConfig) -> Iterator[TextChunk]:
         UserError: no such model or file of prompts, a prompt longer than the context.
     """
     prompts = [config.prompt] if config.prompts is None else read_prompts(config.prompts)
-    path = resolve_checkpoint(config.checkpoint)
-    device = init_distributed(config.device).device
-    pretrained = open_model(path, device)
-    wanted = list(itertools.product(prompts, range(config.num_samples)))
-    encoded = {
-        prompt: encode_prompt(pretrained.tokenizer, prompt, pretrained.config.context_length) for prompt in prompts
-    }
-    texts = min(config.batch_size, len(wanted))
-    decoder = Decoder(pretrained.model, dtype=compute_dtype(config.dtype, device), texts=texts)
-    batch = Batch(decoder, max_texts=texts)
-    for number, (prompt, sample) in enumerate(wanted):
-        request = Request(
-            tokens=encoded[prompt],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed + sample,
-            stop_id=pretrained.tokenizer.eot_id,
-        )
-        batch.add(number, request)
-    yield from _in_order(batch, pretrained.tokenizer, [prompt for prompt, _ in wanted])
+    yield from Generator(config).texts(prompts, seed=config.seed)
+
+
+class Generator:
+    """A model that is loaded once for any number of prompts.
+
+    Raises:
+        UserError: no such model.
+    """
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self._config = config
+        path = resolve_checkpoint(config.checkpoint)
+        self._device = init_distributed(config.device).device
+        self._pretrained = open_model(path, self._device)
+
+    def texts(self, prompts: Sequence[str], *, seed: int) -> Iterator[TextChunk]:
+        """num_samples texts for each prompt, one after another, chunk by chunk; UserError for one that is too long.
+
+        Args:
+            seed: of the first sample of each prompt; each further one takes the next number.
+        """
+        config, pretrained = self._config, self._pretrained
+        wanted = list(itertools.product(prompts, range(config.num_samples)))
+        length = pretrained.config.context_length
+        encoded = {prompt: encode_prompt(pretrained.tokenizer, prompt, length) for prompt in prompts}
+        texts = min(config.batch_size, len(wanted))
+        decoder = Decoder(pretrained.model, dtype=compute_dtype(config.dtype, self._device), texts=texts)
+        batch = Batch(decoder, max_texts=texts)
+        for number, (prompt, sample) in enumerate(wanted):
+            request = Request(
+                tokens=encoded[prompt],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                seed=seed + sample,
+                stop_id=pretrained.tokenizer.eot_id,
+            )
+            batch.add(number, request)
+        yield from _in_order(batch, pretrained.tokenizer, [prompt for prompt, _ in wanted])
 
 
 def _in_order(batch: Batch, tokenizer: Tokenizer, prompts: Sequence[str]) -> Iterator[TextChunk]:
