@@ -12,18 +12,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from jobs._interpreter import missing_package, require_version
+
+require_version()
 from pipeline import exit_signals
 
 if Path(sys.argv[0]).absolute().parent == Path(__file__).parent:  # a job, not a test that imports this
     exit_signals.end_quietly_until_watched()  # the imports below take a fifth of a second
 
-import yaml
+try:
+    import yaml
 
-from pipeline.config.command_line import resolve
-from pipeline.config.settings import to_dict
-from pipeline.console import log_plainly, plain
-from pipeline.errors import RunStopped, UserError
-from pipeline.paths import shown
+    from pipeline.config.command_line import resolve
+    from pipeline.config.settings import to_dict
+    from pipeline.console import log_plainly, plain
+    from pipeline.errors import RunStopped, UserError
+    from pipeline.paths import shown
+except ModuleNotFoundError as error:
+    sys.exit(missing_package(error))
 
 ConfigT = TypeVar("ConfigT")
 
@@ -88,6 +94,8 @@ def guarded(job: Callable[[], None], *, resume: str) -> None:
         except UserError as error:
             _end_if_interrupted(closing_line)
             sys.exit(f"error: {plain(str(error))}")
+        except ModuleNotFoundError as error:
+            sys.exit(missing_package(error))
         except KeyboardInterrupt:
             _end_if_interrupted(closing_line)
             print(closing_line, file=sys.stderr)

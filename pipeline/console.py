@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import shutil
 import sys
 import time
 import unicodedata
+from pathlib import Path
 
 from pipeline.redaction import redact
 
@@ -45,6 +49,15 @@ def plain(message: str) -> str:
         return text
     half = MOST_CHARACTERS // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def python_command() -> str:
+    """What to type in this folder for the interpreter that runs now: python where that is it, or else its path."""
+    found = shutil.which("python")
+    if found is not None and Path(found).absolute() == Path(sys.executable):
+        return "python"
+    below = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if below.startswith(os.pardir) else below)
 
 
 def _visible(character: str) -> str:

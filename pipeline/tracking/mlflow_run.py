@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sqlite3
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.errors import UserError
+from pipeline.paths import submitted
 from pipeline.redaction import redact
 from pipeline.run_files import MLFLOW_RUN_FILE
 from pipeline.storage.folders import Folder
@@ -48,7 +50,9 @@ class MLflowRun:
         if address.startswith("http"):
             # Without the last part, MLflow 3 shows the page of an experiment with agents.
             return f"{address}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
-        return f"run {self.run_id} in {address} (make ui shows it)"
+        is_found = self.tracking_uri == mlflow_uri(None, Path.cwd()) and not submitted()  # by make ui, in this folder
+        setting = "" if is_found else f"MLFLOW_TRACKING_URI={shlex.quote(address)} "
+        return f"run {self.run_id} in {address} ({setting}make ui shows it)"
 
 
 def open_run(

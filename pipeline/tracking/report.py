@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import jinja2
 from typing_extensions import TypedDict
 
-from pipeline.console import format_seconds
+from pipeline.console import format_seconds, python_command
 from pipeline.run_files import CHECKPOINTS_FOLDER, CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import Folder
 from pipeline.storage.json_files import DamagedFileError, read_json
@@ -100,6 +100,7 @@ def render(
     params = history.params.items()
     return _template().render(
         name=folder.url.rpartition("/")[2],
+        python=python_command(),
         history=history,
         summary=summary,
         begin=f"{begin:%Y-%m-%d}" if begin else None,
