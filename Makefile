@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow coverage chaos check format bench bench-data ui cluster-files lock clean
+.PHONY: setup demo test test-slow coverage chaos check format bench bench-data ui cluster-files lock docs clean
 
 setup: $(INSTALLED)
 
@@ -59,6 +59,12 @@ bench: setup
 # make bench-data PEER=PATH_TO_PYTHON_WITH_DATATROVE: the data pipeline against one bare core, plain tasks and datatrove
 bench-data: setup
 	@$(BIN)/python benchmarks/data_pipeline.py $(SECTIONS) --corpus $(CORPUS) --vocab $(GPT2)/vocab.json --merges $(GPT2)/merges.txt $(if $(PEER),--peer_python $(PEER))
+
+# the pages of docs/ as a site in build/docs; a warning, such as a link that leads nowhere, is an error
+docs: setup
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@$(BIN)/python -m sphinx -W --keep-going -E -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 ui: setup
 	@$(BIN)/python -m pipeline.tracking.mlflow_ui

@@ -37,7 +37,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "decay_from beta1 beta2 eps weight_decay embedding_weight_decay muon_momentum muon_iterations "
         "muon_coefficients grad_clip seed precision compile deterministic recompute skip_nonfinite",
         "data": "data val_every val_tokens hellaswag hellaswag_every",
-        "checkpoints": "output checkpoint checkpoint_every keep_checkpoints keep_every",
+        "checkpoints": "output checkpoint branch_from step checkpoint_every keep_checkpoints keep_every",
         "tracking": f"{_TRACKING} registered_model log_every sample_every sample_prompt sample_tokens profile_steps "
         "price_per_hour tokens_per_second",
         "cluster": "num_workers device resize_seconds collective_timeout max_failures",

@@ -47,10 +47,11 @@ class PretrainConfig:
 
     branch_from: str | None = None
     """Begin as a branch of another run: its folder, or s3:// or gs://. The checkpoint of that run which step names is
-    copied into output, and training goes on from there, with the optimizer's state and the same data order."""
+    copied into output, and training goes on from there, with the optimizer's state and the same data order. If not
+    given, a run is no branch."""
     step: int | None = None
     """Number of optimizer steps after which a branch leaves the run of branch_from, which must have a checkpoint
-    there."""
+    there. It must be given with branch_from."""
 
     depth: int | None = None
     """Number of transformer blocks from which the shape of the network, tokens, batch, learning rate and weight decay
