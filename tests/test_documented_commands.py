@@ -52,7 +52,9 @@ class Block:
 
 def blocks_of(page: str, text: str) -> list[Block]:
     """The blocks of a page, indented by four columns or fenced, that have a command for a shell."""
-    found, current, start, is_fenced = [], [], 0, False
+    found: list[Block] = []
+    current: list[str] = []
+    start, is_fenced = 0, False
     lines = [*text.split("\n"), "end"]
     for number, line in enumerate(lines, 1):
         is_fence = line.startswith("```")
