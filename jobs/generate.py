@@ -12,10 +12,12 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import contextlib
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 from jobs._run import run
+from pipeline import exit_signals
 from pipeline.config.inference import GenerateConfig
 from pipeline.console import plain
 from pipeline.errors import UserError
@@ -43,16 +45,29 @@ def interact(generator: Any, config: GenerateConfig) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # lets input() edit its line, and bring earlier ones back
         print("Type a prompt (\\n stands for the end of a line); Ctrl-C stops a text, Ctrl-D ends.")
-    for seed in itertools.count(config.seed, config.num_samples):
-        try:
-            prompt = input("\n> " if sys.stdin.isatty() else "").replace("\\n", "\n")
-            show_all(generator.texts([prompt], seed=seed), config.num_samples, has_prompts=False)
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print(flush=True)
-        except UserError as error:
-            print(plain(str(error)), flush=True)
+    with exit_signals.suspended(), own_interrupts():
+        for seed in itertools.count(config.seed, config.num_samples):
+            try:
+                prompt = input("\n> " if sys.stdin.isatty() else "").replace("\\n", "\n")
+                show_all(generator.texts([prompt], seed=seed), config.num_samples, has_prompts=False)
+            except EOFError:
+                return
+            except exit_signals.Interrupted:  # SIGTERM
+                raise
+            except KeyboardInterrupt:
+                print(flush=True)
+            except UserError as error:
+                print(plain(str(error)), flush=True)
+
+
+@contextlib.contextmanager
+def own_interrupts() -> Iterator[None]:
+    """A context in which Ctrl-C raises KeyboardInterrupt, every time, and ends nothing else."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show_all(chunks: Iterator[Any], num_samples: int, *, has_prompts: bool) -> None:
