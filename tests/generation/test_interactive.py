@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import signal
 import sys
 import time
@@ -58,10 +59,10 @@ class Terminal:
     def read_until(self, words: str) -> str:
         """What was written since the last call, up to and with these words."""
         said, end = b"", time.monotonic() + 300
-        while words.encode() not in said:
-            assert time.monotonic() < end, said
+        while words.encode() not in said.replace(b"\r\n", b"\n"):
+            assert select.select([self._end], [], [], end - time.monotonic())[0], said
             try:
-                said += os.read(self._end, 1 if words == "> " else 4096)
+                said += os.read(self._end, 1)  # no more than that: the rest is for the next call
             except OSError:  # the other side is closed
                 raise AssertionError(f"it ended before {words!r}: {said!r}") from None
         return said.decode(errors="replace").replace("\r\n", "\n")
