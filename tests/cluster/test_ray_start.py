@@ -110,6 +110,7 @@ def count_and_fail(settings: dict[str, Any], files: SharedFiles) -> None:
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("kind", "failing"), [("value", 0), ("assert", 1)])
 def test_an_error_that_comes_again_costs_one_start(tmp_path: Path, kind: str, failing: int) -> None:
+    (tmp_path / "files").mkdir()  # as the output folder of a run is made before its workers start
     settings = {"starts": str(tmp_path / "starts"), "kind": kind, "failing": failing}
     group = GroupSettings(num_workers=2, device="cpu", max_failures=3, stop_on_signals=True)
     words = {
