@@ -119,7 +119,10 @@ class LogFile(logging.Handler):
         if self._thread.is_alive():
             logger.warning("%s/%s lacks its last lines: the bucket does not answer", self._folder, self._name)
         else:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:  # a full disk: the lines that are left go with it
+                self._warn(error)
         if self._temporary:
             self._temporary.cleanup()
         super().close()
