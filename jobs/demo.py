@@ -85,7 +85,7 @@ def main() -> None:
             ("next", f"{python_command()} jobs/generate.py --config {flags[1]}"),
         ],
     )
-    print(f"\nsample\n  {pretrain.sample_prompt}{training.sample}".replace("\n\n", "\n  "))
+    print(f"\nsample\n  {training.sample}".replace("\n\n", "\n  "))
 
 
 def _limits(loss: float | None, unigram_entropy: float | None, best: float | None) -> Rows:
