@@ -108,7 +108,7 @@ def count_and_fail(settings: dict[str, Any], files: SharedFiles) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("kind", "failing"), [("value", 0), ("assert", 1)])
+@pytest.mark.parametrize(("kind", "failing"), [("value", 0), pytest.param("assert", 1, marks=pytest.mark.slow)])
 def test_an_error_that_comes_again_costs_one_start(tmp_path: Path, kind: str, failing: int) -> None:
     (tmp_path / "files").mkdir()  # as the output folder of a run is made before its workers start
     settings = {"starts": str(tmp_path / "starts"), "kind": kind, "failing": failing}
