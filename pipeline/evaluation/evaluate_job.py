@@ -211,7 +211,7 @@ def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores, tar
         "unigram_entropy": "val_unigram_entropy",
     }
     tracker = MLflowTracker(run)
+    figures = {f"eval/{names.get(name, name)}": repr(value) for name, value in scores.figures().items()}
+    tracker.log_tags(figures | {"eval/step": str(scores.step or 0)})  # of single points MLflow would draw charts
     log_files(tracker, run_folder, *pages)
-    metrics = {f"eval/{names.get(name, name)}": value for name, value in scores.figures().items()}
-    tracker.log_metrics(metrics, scores.step or 0)
     tracker.flush()

@@ -7,6 +7,7 @@ because mlflow_tracker.py keeps everything that is logged.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shlex
@@ -30,6 +31,10 @@ from pipeline.tracking.store_errors import sqlite_path, trouble_of
 logger = logging.getLogger(__name__)
 
 _KEPT_TAGS = ("mlflow.runName", "job", "mlflow.source.name", "mlflow.parentRunId", "mlflow.user")
+_VIEW = "gpt25-training"
+_VIEW_TAG = f"mlflow.sharedViewState.{_VIEW}"  # where MLflow's page keeps a saved view of an experiment's runs
+_VIEW_CHARTS = (("train/loss", "val/loss"), ("perf/tokens_per_second",), ("train/lr",), ("train/grad_norm",))
+_VIEW_COLUMNS = ("train/loss", "val/loss", "perf/tokens_per_second")
 _LOCK_SECONDS = 10  # that a locked sqlite store is waited for; MLflow's client would take two minutes
 
 
@@ -42,6 +47,14 @@ class MLflowRun:
     run_id: str
     rollbacks: int = 0
     """Number of rollbacks of the journal that this run comes after: each has begun another run of MLflow."""
+
+    @property
+    def view(self) -> str:
+        """Address, behind a server's, of the training runs of the experiment as a list with their losses and speed.
+
+        With ``&compareRunsMode=CHART`` behind it, of their curves: train and val loss in one chart.
+        """
+        return f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={_VIEW}"
 
     @property
     def location(self) -> str:
@@ -69,7 +82,7 @@ def open_run(
 
     Args:
         tracking_uri: MLflow server or store; by default MLFLOW_TRACKING_URI, or sqlite in ``working_folder``.
-        folder: the output folder of the training run or data set; the MLflow run is named after it.
+        folder: the output folder of the training run or data set; the MLflow run is named after it and the job.
         working_folder: folder of the sqlite store and its artifacts.
         job: name of the job, for instance "pretrain", which becomes a tag.
         reopen: mark a run that exists as running again.
@@ -91,7 +104,8 @@ def open_run(
             write_record(folder, recorded)
             return recorded
         experiment_id = _experiment_id(client, experiment, working_folder)
-        tags = {"mlflow.runName": folder.url.rpartition("/")[2], "job": job, "mlflow.source.name": f"jobs/{job}.py"}
+        name = f"{job} {folder.url.rpartition('/')[2]}"
+        tags = {"mlflow.runName": name, "job": job, "mlflow.source.name": f"jobs/{job}.py"}
         run_id = client.create_run(experiment_id, tags=tags | _link(client, folder, parent)).info.run_id
     except mlflow_errors() as error:
         trouble = trouble_of(error, uri)
@@ -249,14 +263,51 @@ def _experiment_id(client: Any, name: str, working_folder: Path) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
+        _save_view(client, experiment)
         return str(experiment.experiment_id)
     # Without a server, artifacts would land in whatever folder a worker runs in.
     local = not client.tracking_uri.startswith("http")
     location = (working_folder / "mlartifacts").as_uri() if local else None
-    try:
-        return str(client.create_experiment(name, artifact_location=location))
-    except MlflowException:  # another job has created it in the meantime
-        return str(client.get_experiment_by_name(name).experiment_id)
+    with contextlib.suppress(MlflowException):  # another job has created it in the meantime
+        client.create_experiment(name, artifact_location=location)
+    experiment = client.get_experiment_by_name(name)
+    _save_view(client, experiment)
+    return str(experiment.experiment_id)
+
+
+def _save_view(client: Any, experiment: Any) -> None:
+    """Add the view "Training" to the views that MLflow's page of an experiment offers, unless it has it."""
+    if _VIEW_TAG not in experiment.tags:
+        saved = {"name": "Training", "createdAt": 0, "updatedAt": 0, "state": json.dumps(_view_state())}
+        with contextlib.suppress(*mlflow_errors()):  # who may not change an experiment goes without
+            client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, json.dumps(saved))
+
+
+def _view_state() -> dict[str, Any]:
+    """The state of MLflow 3.17's page: columns, and charts of one metric or several.
+
+    The page of a single run keeps its charts in the browser alone, so none of several metrics can be given to it.
+    """
+    charts = [
+        {
+            **{"uuid": f"{_VIEW}-{number}", "type": "LINE", "metricSectionId": _VIEW, "runsCountToCompare": 10},
+            **{"metricKey": metrics[0], "selectedMetricKeys": metrics, "deleted": False, "isGenerated": False},
+            **{"xAxisKey": "step", "selectedXAxisMetricKey": "", "xAxisScaleType": "linear", "range": {}},
+            **{"yAxisKey": "metric", "yAxisExpressions": [], "scaleType": "linear", "ignoreOutliers": False},
+            **{"lineSmoothness": 0, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True},
+        }
+        for number, metrics in enumerate(_VIEW_CHARTS)
+    ]
+    section = {"uuid": _VIEW, "name": "Training", "display": True, "isReordered": False, "columns": 2}
+    return {
+        "searchFilter": "tags.job = 'pretrain'",
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
+        "selectedColumns": [f"metrics.`{metric}`" for metric in _VIEW_COLUMNS],
+        "compareRunCharts": charts,
+        "compareRunSections": [section],
+        "isAccordionReordered": True,
+    }
 
 
 def _recorded_run(folder: Folder, uri: str, working_folder: Path) -> MLflowRun | None:

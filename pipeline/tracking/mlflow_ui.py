@@ -65,6 +65,9 @@ def main() -> None:
     try:
         if _answers(process):
             logger.info("MLflow on %s (Ctrl-C stops it); the newest run: %s", server, page_of(run, server))
+            if run is not None:
+                charts = f"{server}/{run.view}&compareRunsMode=CHART"
+                logger.info("all runs, train and val loss in one chart: %s", charts)
             if sys.stderr.isatty() and (os.environ.get("DISPLAY") or sys.platform == "darwin"):
                 webbrowser.open(page_of(run, server))
         sys.exit(process.wait())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_files import CHECKPOINTS_FOLDER, run_folder_of
+from pipeline.run_files import CHECKPOINTS_FOLDER, CURVES_FILE, run_folder_of
 from pipeline.storage.folders import Folder, LocalFolder
 from pipeline.tracking.journal import Entry
 from pipeline.tracking.mlflow_run import MLflowRun, mlflow_errors
@@ -22,6 +22,7 @@ _SAMPLES_FILE = "samples.json"
 _TABLES_TAG = "mlflow.loggedArtifacts"  # what the UI shows as tables
 _COMMIT_TAG = "mlflow.source.git.commit"  # what the UI shows beside the source
 _VERSIONS_TAG = "mlflow.modelVersions"  # a link of a model in the UI; a server sets it, a sqlite store does not
+_NOTE_TAG = "mlflow.note.content"  # the description on a run's page
 _BEST = "best"
 ABANDONED_TAG = "abandoned"
 """Tag of a model whose checkpoint belonged to steps that its run has done again otherwise."""
@@ -232,12 +233,37 @@ class MLflowWriter:
         return self._models[step]
 
     def _register(self, name: str, entry: Entry, model_id: str) -> None:
-        """Register a version, and give it the alias unless another run has a better one on the same data."""
+        """Register the run's best in place of its best before, and give it the alias unless another run has a better
+        one on the same data.
+        """
         data = self.client.get_run(self.run.run_id).data.tags.get("validation_fingerprint", "")
         holder = self._registered(name).aliases.get(_BEST)
         version = self._version(name, entry, model_id, data)
         if holder is None or self._is_better(name, str(holder), data, entry["values"]["val_loss"]):
             self.client.set_registered_model_alias(name, _BEST, version)
+        self._delete_versions(name, other_than=version)
+
+    def _delete_versions(self, name: str, *, other_than: str) -> None:
+        """Delete the run's other versions of a model, but those that somebody has given an alias."""
+        from mlflow.exceptions import MlflowException
+
+        for found in self.client.search_model_versions(f"run_id = '{self.run.run_id}'"):
+            if found.name != name or str(found.version) == other_than:
+                continue
+            version = self.client.get_model_version(name, found.version)
+            if version.aliases:
+                continue
+            try:
+                self.client.delete_model_version(name, version.version)
+            except MlflowException as error:
+                if error.error_code != "PERMISSION_DENIED":
+                    raise
+                return
+            if version.model_id:
+                model = self.client.get_logged_model(version.model_id)
+                links = json.loads(model.tags.get(_VERSIONS_TAG, "[]"))
+                left = [link for link in links if (link["name"], str(link["version"])) != (name, str(version.version))]
+                self.client.set_logged_model_tags(version.model_id, {_VERSIONS_TAG: json.dumps(left)})
 
     def _version(self, name: str, entry: Entry, model_id: str, data: str) -> str:
         """Number of a checkpoint's version, which is created unless it exists and linked from its model's page."""
@@ -281,6 +307,8 @@ class MLflowWriter:
         if self.folder is not None:  # without one the journal is this process's own
             _require_inside(self.folder, path)
         self.client.log_artifact(self.run.run_id, str(path))
+        if path.name == CURVES_FILE:
+            self._write_note()
 
     def _write_page(self, entry: Entry) -> None:
         assert self.folder is not None
@@ -291,6 +319,23 @@ class MLflowWriter:
             path = Path(temporary) / name
             path.write_bytes(self.folder.read(entry["name"]))
             self.client.log_artifact(self.run.run_id, str(path), folder or None)
+        if entry["name"] == CURVES_FILE:
+            self._write_note()
+
+    def _write_note(self) -> None:
+        """Describe the run by its figures and the picture of its curves, unless somebody has described it."""
+        data = self.client.get_run(self.run.run_id).data
+        picture = f"(get-artifact?path={CURVES_FILE}&run_uuid={self.run.run_id})"
+        if (note := data.tags.get(_NOTE_TAG)) and picture not in note:
+            return
+        figures = {
+            "train loss": data.metrics.get("train/loss"),
+            "val loss": data.metrics.get("val/loss"),
+            "whole val set": data.tags.get("eval/val_loss"),
+        }
+        shown = ", ".join(f"{name} **{float(value):.4f}**" for name, value in figures.items() if value is not None)
+        chart = f"[in one chart with other runs]({self.run.view}&compareRunsMode=CHART)"
+        self._set_tags({_NOTE_TAG: f"{shown} ({chart})\n\n![train and val loss, learning rate, speed]{picture}"})
 
     def _write_status(self, entry: Entry) -> None:
         self.client.set_terminated(self.run.run_id, entry["status"], end_time=entry["time"])

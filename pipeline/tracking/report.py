@@ -141,7 +141,7 @@ def draw_curves(history: RunHistory) -> bytes | None:
         if label not in _OPTIONAL_PANELS or any(history.metrics.get(name) for name in names)
     ]
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(8.5, 2.8 * rows), layout="constrained")
     for place, (label, names) in enumerate(panels, 1):
         axis = figure.add_subplot(rows, 2, place)
         for name in names:
@@ -159,7 +159,7 @@ def draw_curves(history: RunHistory) -> bytes | None:
         if len(names) > 1:
             axis.legend()
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
+    figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
 
 

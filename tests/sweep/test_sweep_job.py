@@ -86,7 +86,7 @@ def test_a_killed_trial_goes_on_and_a_failed_one_is_not_the_sweeps(folder: Path,
     client = MlflowClient(run.tracking_uri)
     children = client.search_runs([run.experiment_id], f"tags.`mlflow.parentRunId` = '{run.run_id}'")
     found = {child.info.run_name: child.info.status for child in children}
-    assert found == {"trial-000": "FINISHED", "trial-001": "FAILED"} and len(children) == 2
+    assert found == {"pretrain trial-000": "FINISHED", "pretrain trial-001": "FAILED"} and len(children) == 2
     parent = client.get_run(run.run_id)
     assert parent.info.status == "FINISHED" and parent.data.tags["best_trial"] == "trial-000"
     assert parent.data.metrics["sweep/best_val_loss"] == results[0].val_loss

@@ -169,7 +169,7 @@ def check_mlflow(job: Job, url: str, folder: Path) -> None:
     children = client.search_runs(
         [record["experiment_id"]], f"tags.`mlflow.parentRunId` = '{record['run_id']}'", order_by=["tag.mlflow.runName"]
     )
-    assert sorted(child.info.run_name for child in children) == [f"trial-{index:03d}" for index in range(8)]
+    assert sorted(child.info.run_name for child in children) == [f"pretrain trial-{index:03d}" for index in range(8)]
     assert {child.info.status for child in children} == {"FINISHED"}
     for child in children:
         points = client.get_metric_history(child.info.run_id, "train/loss")
