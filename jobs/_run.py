@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+_IS_JOB = os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__))  # else a test
+if _IS_JOB and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the next imports ends in no traceback
+
 import contextlib
 import logging
-import os
 import select
-import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from jobs._interpreter import missing_package, require_version
@@ -17,7 +22,7 @@ from jobs._interpreter import missing_package, require_version
 require_version()
 from pipeline import exit_signals
 
-if Path(sys.argv[0]).absolute().parent == Path(__file__).parent:  # a job, not a test that imports this
+if _IS_JOB:
     exit_signals.end_quietly_until_watched()  # the imports below take a fifth of a second
 
 try:
@@ -167,6 +172,17 @@ def _leave_ray() -> None:
         from pipeline.cluster import ray_cluster
 
         ray_cluster.shut_down()
+
+
+def would_fail(*checks: Callable[[], object]) -> Rows:
+    """What --dry_run says of mistakes that the job would end with before it starts anything: a row for each check."""
+    rows: Rows = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            rows.append(("would fail", plain(str(error))))
+    return rows
 
 
 def ignored_row(ignored: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

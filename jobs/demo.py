@@ -18,7 +18,7 @@ from pipeline.config.command_line import resolve
 from pipeline.config.data import DemoConfig, TokenizeConfig
 from pipeline.config.inference import EvaluateConfig
 from pipeline.config.training import PretrainConfig
-from pipeline.console import python_command
+from pipeline.console import format_rate, python_command
 from pipeline.errors import UserError
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         [
             ("documents", f"{data.documents:,} ({data.text_megabytes:,.1f} MB of text)"),
             ("tokens", f"{data.train_tokens:,} train, {data.val_tokens:,} val, {data.bytes_per_token:.2f} bytes each"),
-            ("tokenization", f"{data.megabytes_per_second:,.1f} MB/s of text, from source to shards"),
+            ("tokenization", f"{format_rate(data.megabytes_per_second * 1e6)} of text, from source to shards"),
             ("parameters", f"{training.parameters:,}"),
             (
                 "steps",

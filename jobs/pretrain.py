@@ -9,7 +9,7 @@ import sys
 # Python puts jobs/ first on the path, where tokenize.py would shadow the standard library's module of that name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from jobs._run import Rows, print_table, run
+from jobs._run import Rows, print_table, run, would_fail
 from pipeline.config.training import PretrainConfig
 
 
@@ -56,17 +56,33 @@ def main(config: PretrainConfig) -> None:
 
 def describe(config: PretrainConfig) -> Rows:
     """What --dry_run says of the run. It starts nothing; the manifest of --data is read if it is there."""
+    from pipeline.cluster.ray_cluster import require_device
     from pipeline.config.run_plan import describe_run
     from pipeline.dataset.manifest import Manifest
     from pipeline.errors import UserError
     from pipeline.paths import resolve_output
+    from pipeline.run_files import SUMMARY_FILE
 
+    mistakes = would_fail(
+        lambda: require_device(config.device),
+        lambda: _check_questions(config.hellaswag),
+        lambda: resolve_output(config.output).size(SUMMARY_FILE),
+    )
     try:
         manifest = Manifest.load(resolve_output(config.data))
     except UserError as error:
-        return describe_run(config, data_error=str(error))
+        return describe_run(config, data_error=str(error)) + mistakes
     config.check_vocab_size(manifest.vocab_size)
-    return describe_run(config, vocab_size=manifest.vocab_size, train_tokens=manifest.tokens("train"))
+    plan = describe_run(config, vocab_size=manifest.vocab_size, train_tokens=manifest.tokens("train"))
+    return plan + mistakes
+
+
+def _check_questions(hellaswag: str | None) -> None:
+    """UserError where a file of questions is missing; one of the hub is not fetched."""
+    if hellaswag and not hellaswag.startswith("hf://"):
+        from pipeline.pretrained.resolve import find_questions
+
+        find_questions(hellaswag)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import sys
 # Python puts jobs/ first on the path, where this file would shadow the standard library's module of the same name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from jobs._run import ignored_row, print_table, run
+from jobs._run import Rows, ignored_row, print_table, run, would_fail
 from pipeline.config.data import TokenizeConfig
+from pipeline.console import format_rate
 from pipeline.errors import UserError
 
 _SHOWN_PROBLEMS = 20
@@ -37,7 +38,7 @@ def main(config: TokenizeConfig) -> None:
             ("tokens", f"{report.train_tokens:,} train, {report.val_tokens:,} val"),
             *_missing(report.train_tokens, report.val_tokens),
             ("vocabulary", f"{report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
-            ("speed", f"{report.megabytes_per_second:,.1f} MB/s, {report.seconds:,.0f} s in all"),
+            ("speed", f"{format_rate(report.megabytes_per_second * 1e6)}, {report.seconds:,.0f} s in all"),
             ("output", str(resolve_output(config.output))),
             ("MLflow", mlflow_run.location),
         ],
@@ -77,5 +78,20 @@ def _verify(config: TokenizeConfig) -> None:
     )
 
 
+def describe(config: TokenizeConfig) -> Rows:
+    """What --dry_run says besides the settings: the mistakes that end the job before Ray starts."""
+    from pipeline.paths import resolve_output
+    from pipeline.preprocessing.data_job import check_source
+    from pipeline.run_files import SUMMARY_FILE
+
+    return would_fail(lambda: check_source(config), lambda: resolve_output(config.output).size(SUMMARY_FILE))
+
+
 if __name__ == "__main__":
-    run(TokenizeConfig, main, section="tokenize", resume="goes on with the work items that are not finished")
+    run(
+        TokenizeConfig,
+        main,
+        section="tokenize",
+        resume="goes on with the work items that are not finished",
+        describe=describe,
+    )

@@ -75,6 +75,14 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_rate(bytes_per_second: float) -> str:
+    """52.0 MB/s, or 310 kB/s below one megabyte; "not measured" where nothing was."""
+    if bytes_per_second <= 0:
+        return "not measured"
+    megabytes = bytes_per_second / 1e6
+    return f"{megabytes:,.1f} MB/s" if megabytes >= 1 else f"{max(0.1, megabytes * 1000):,.1f} kB/s"
+
+
 class CountProgress:
     """How many units of a known, or later known, total are done.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.console import MOST_CHARACTERS, PlainFormatter, plain
+from pipeline.console import MOST_CHARACTERS, PlainFormatter, format_rate, plain
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTACK = "\x1b]0;owned\x07 \x1b[2Jhttps://me:SECRET@host/x\r\n\u202egpj.exe \u200b" + "A" * 100_000
@@ -22,6 +22,11 @@ def test_a_message_is_bounded_and_printable(text: str) -> None:
     assert len(shown) <= MOST_CHARACTERS + 5
     assert all(character.isprintable() or character == "\u3000" or character.isspace() for character in shown)
     assert not {"\n", "\r", "\x1b", "\u202e"} & set(shown)
+
+
+def test_a_rate_is_never_shown_as_nothing() -> None:
+    rates = [52_000_000, 999_999, 310_000, 40, 0]
+    assert [*map(format_rate, rates)] == ["52.0 MB/s", "1,000.0 kB/s", "310.0 kB/s", "0.1 kB/s", "not measured"]
 
 
 def test_a_plain_message_stays_as_it_is() -> None:

@@ -36,12 +36,14 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
     "RAY_DEDUP_LOGS_SKIP_REGEX": _NOISE,
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # else every line begins with "(RayTrainWorker pid=...)", in colours
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _ALONE = {
     "RAY_AUTH_MODE": "token",  # a joined cluster has its own mode
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so Ray calls "listen on 127.0.0.1 only", on Linux too
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node but this one
+    "RAY_worker_niceness": "0",  # Ray's own 15 lets every other program go ahead of the one that was asked for
 }
 
 
@@ -60,7 +62,7 @@ def connect(*, num_cpus: int) -> None:
             ray.init()  # address and runtime environment come with the job
         elif not starts_one:
             _require_answer(os.environ["RAY_ADDRESS"])
-            ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path(joined=True))
+            ray.init(logging_level=logging.WARNING, runtime_env=_project_on_path())
         else:
             _start(num_cpus)
     if submitted():
@@ -73,15 +75,16 @@ def _start(num_cpus: int) -> None:
 
     logger.info("starting Ray on %d CPUs of this machine", num_cpus)
     try:
-        with _apart():
+        with _apart(), _project_inherited():
             ray.init(
                 address="local",  # not a cluster that another user started on this machine
                 num_cpus=num_cpus,
                 include_dashboard=True,  # without it Ray Train warns once a second
                 dashboard_host="127.0.0.1",
                 logging_level=logging.WARNING,
-                runtime_env=_project_on_path(),
             )
+    except (TimeoutError, ConnectionError) as error:
+        raise _not_started(error) from error
     except OSError as error:
         place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
         reason = error.strerror or str(error)
@@ -91,6 +94,19 @@ def _start(num_cpus: int) -> None:
             f"Ray cannot start: {reason}; set RAY_TMPDIR to a folder with a short path that can be written, for "
             "instance RAY_TMPDIR=/tmp"
         ) from error
+    except Exception as error:
+        # Ray raises these two for a process that ends or does not answer in time, not a subclass of its own
+        if type(error) not in (Exception, RuntimeError) and not isinstance(error, ray.exceptions.RayError):
+            raise
+        raise _not_started(error) from error
+
+
+def _not_started(error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return UserError(
+        f"Ray did not start on this machine ({reason}); give the same command again, where the machine has less to do "
+        "or more free memory"
+    )
 
 
 @contextlib.contextmanager
@@ -191,6 +207,20 @@ def require(*, num_workers: int, gpus: bool) -> None:
     )
 
 
+def require_device(device: str) -> None:
+    """UserError where --device cuda would start a local Ray on a machine without a GPU; a cluster knows by itself."""
+    if device != "cuda" or submitted() or os.environ.get("RAY_ADDRESS"):
+        return
+    import ray
+    import torch
+
+    if not ray.is_initialized() and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda was asked for, but torch sees no GPU on this machine; use --device cpu or auto, or name a "
+            "cluster with RAY_ADDRESS"
+        )
+
+
 def autoscales() -> bool:
     """Whether nodes are added on demand, as cluster.yaml says by GPT25_AUTOSCALING=1."""
     return os.environ.get("GPT25_AUTOSCALING") == "1"
@@ -203,16 +233,37 @@ def cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)), int(os.environ.get("GPT25_MAX_CPUS", "1")))
 
 
-def _project_on_path(*, joined: bool = False) -> dict[str, Any]:
+@contextlib.contextmanager
+def _project_inherited() -> Iterator[None]:
+    """A context in which processes that are started find this checkout first.
+
+    For a local Ray, whose workers inherit the variables of this process: with a runtime environment, Ray could not use
+    the workers that it starts ahead.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(_python_path())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _python_path() -> list[str]:
+    """This checkout, and what PYTHONPATH names for this process."""
+    given = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return [str(Path(__file__).resolve().parents[2]), *given]
+
+
+def _project_on_path() -> dict[str, Any]:
     """A runtime environment in which workers import this checkout and use the addresses and caches of the driver.
 
-    This checkout comes before what PYTHONPATH names for the driver and, on a cluster that is joined, for the node.
+    This checkout comes before what PYTHONPATH names for the driver and, on the cluster that is joined, for the node.
 
-    Secrets are not passed on this way, because Ray shows it to everyone: a local Ray inherits them, and the nodes of a
-    cluster have their own.
+    Secrets are not passed on this way, because Ray shows it to everyone: the nodes of a cluster have their own.
     """
-    root = str(Path(__file__).resolve().parents[2])
     places = {name: os.environ[name] for name in _PLACES if name in os.environ}
-    given = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    of_node = ["${PYTHONPATH}"] if joined else []  # Ray fills it in; a local Ray has the driver's
-    return {"env_vars": {"PYTHONPATH": os.pathsep.join([root, *given, *of_node]), **places}}
+    path = [*_python_path(), "${PYTHONPATH}"]  # the last is the node's, which Ray fills in
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(path), **places}}

@@ -148,6 +148,7 @@ def run_workers(
         RunStopped: the workers were asked to stop, and did.
     """
     fewest, most = worker_range(group.num_workers)
+    ray_cluster.require_device(group.device)
     ray_cluster.connect(num_cpus=max(fewest, os.cpu_count() or 1))
     use_gpu = choose_gpu(group)
     ray_cluster.require(num_workers=fewest, gpus=use_gpu)

@@ -1,9 +1,10 @@
-"""What a device can do: its peak FLOP/s, its number format for matrix products, the most memory that was held."""
+"""What a device can do: its peak FLOP/s, its number format for matrix products, the memory that is held."""
 
 from __future__ import annotations
 
 import re
 import resource
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -44,6 +45,14 @@ def peak_flops(workers: ProcessGroup, dtype: torch.dtype) -> float | None:
     name = torch.cuda.get_device_name(workers.device).removeprefix("NVIDIA ")
     flops = next((flops for pattern, flops in _PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
     return None if flops is None else flops * workers.world_size
+
+
+def memory_gib(workers: ProcessGroup) -> float:
+    """Memory that this process takes now, in GiB: of the GPU allocator, or resident memory on a CPU."""
+    if workers.device.type == "cuda":
+        return torch.cuda.memory_reserved(workers.device) / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
 
 
 def peak_memory_gib(workers: ProcessGroup) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +17,11 @@ from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.paths import resolve_output, working_folder
+from pipeline.preprocessing.planning import document_rules
 from pipeline.run_files import SUMMARY_FILE
+from pipeline.sources.readers import read_item
 from pipeline.sources.sources import INSTALLED_DOCS, find
+from pipeline.sources.work_items import WorkItem
 from pipeline.storage.folders import Folder, LocalFolder
 from pipeline.storage.json_files import read_json
 from pipeline.storage.locks import exclusive_output
@@ -57,7 +61,7 @@ def run_job(
         mend = "delete it and run the same command again"
         report = read_json(output, SUMMARY_FILE, report_type, mend=mend) if is_done(output) else None
         if report is None and isinstance(config, ReadingConfig):
-            _require_text(config)
+            check_source(config)
         output.make()
         run = open_run(
             tracking_uri=config.tracking_uri,
@@ -90,16 +94,19 @@ def _require_apart(source: str, output: Folder) -> None:
         raise UserError(f"--source and --output are both {output}; choose another --output")
 
 
-def _require_text(config: ReadingConfig) -> None:
+def check_source(config: ReadingConfig) -> None:
     """Raise UserError where a source of this machine is missing, or its first file has no text, before Ray starts.
 
-    All other files, and sources elsewhere, are looked at by the plan.
+    Of JSON lines the first is read. All other files, and sources elsewhere, are looked at by the plan.
     """
     if "://" in config.source or config.source == INSTALLED_DOCS:
         return
     layouts = find(config.source).layouts(config.text_column, has_separator=config.document_separator is not None)
-    if not config.skip_bad_files:
-        next(iter(layouts), None)
+    first = None if config.skip_bad_files else next(iter(layouts), None)
+    if first is not None and first.whole.kind == "jsonl" and not config.skip_bad_records:
+        line = dataclasses.replace(first.whole, start=0, stop=int(first.bounds[-1]), max_documents=1)
+        item = WorkItem(index=0, slices=(line,), text_column=config.text_column, rules=document_rules(config))
+        next(read_item(item, Counter()), None)
 
 
 def report_json(report: Any) -> bytes:
@@ -108,10 +115,13 @@ def report_json(report: Any) -> bytes:
 
 
 def log_figures(tracker: Tracker, report: Any, **more: float) -> None:
-    """Log every number of a report, the skipped documents by reason, and ``more`` figures."""
+    """Log every number of a report, the skipped documents by reason, and ``more`` figures.
+
+    They are tags: of a metric with a single point MLflow would draw a chart.
+    """
     figures = {name: value for name, value in vars(report).items() if isinstance(value, int | float)}
     skipped = {f"skipped/{reason}": count for reason, count in getattr(report, "skipped", {}).items()}
-    tracker.log_metrics({**figures, **more, **skipped}, step=0)
+    tracker.log_tags({name: str(round(value, 3)) for name, value in {**figures, **more, **skipped}.items()})
 
 
 def log_data(tracker: Tracker, output: Folder, manifest: Manifest, source: str) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.config.data import ReadingConfig
-from pipeline.console import LOG_SECONDS, CountProgress, format_seconds
+from pipeline.console import LOG_SECONDS, CountProgress, format_rate, format_seconds
 from pipeline.sources.sources import Layout, Source
 from pipeline.sources.work_items import Damage, WorkItem
 
@@ -86,4 +86,6 @@ class ItemProgress:
         tokens = (
             f", {self._tokens / 1e6:,.1f} M tokens, {self._tokens / 1e6 / seconds:,.2f} M/s" if self._tokens else ""
         )
-        return f"{files}, {megabytes:,.1f} MB of text, {megabytes / seconds:,.1f} MB/s{tokens}"
+        if not self._text_bytes:
+            return files
+        return f"{files}, {megabytes:,.1f} MB of text, {format_rate(self._text_bytes / seconds)}{tokens}"

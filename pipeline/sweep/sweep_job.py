@@ -50,6 +50,7 @@ def sweep(config: SweepConfig, trials: Sequence[Trial]) -> tuple[list[Result], M
         RunStopped: SIGTERM or Ctrl-C asked for the end; every trial that was training has saved a checkpoint.
         UserError: the sweep cannot begin, or no trial has given a result.
     """
+    ray_cluster.require_device(trials[0].config.device)
     output = resolve_output(config.output)
     trials = [_with_full_addresses(trial) for trial in trials]
     with exclusive_output(output):

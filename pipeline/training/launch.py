@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.checkpoints.copying import copy_checkpoint
 from pipeline.checkpoints.reader import find_checkpoint, list_checkpoints, read_description
+from pipeline.cluster import ray_cluster
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers, show_progress
 from pipeline.config.run_plan import opening
 from pipeline.config.training import PretrainConfig
@@ -31,7 +32,14 @@ from pipeline.tracking.mlflow_run import MLflowRun, current_run, mlflow_client, 
 from pipeline.tracking.mlflow_tracker import MLflowTracker, send_waiting
 from pipeline.tracking.ray_metrics import RayMetrics
 from pipeline.tracking.tracker import Tracker, Trackers
-from pipeline.training.run_folder import RunSummary, check_resumable, finished_summary, open_splits, require_own
+from pipeline.training.run_folder import (
+    RunSummary,
+    changed_settings,
+    check_resumable,
+    finished_summary,
+    open_splits,
+    require_own,
+)
 from pipeline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +73,7 @@ def pretrain(
         RunStopped: SIGTERM or Ctrl-C asked for the end, and a checkpoint is saved.
         UserError: an error that the user can mend, from the driver or from any worker.
     """
+    ray_cluster.require_device(config.device)
     data, output = resolve_output(config.data), resolve_output(config.output)
     with exclusive_output(output):
         return _pretrain_alone(config, data, output, files, shows_progress)
@@ -77,7 +86,10 @@ def _pretrain_alone(
     summary = finished_summary(config, data=data, output=output)
     require_own(output)
     output.make()
+    changed = changed_settings(config, output)
     if summary is not None:
+        if changed and shows_progress:
+            logger.warning("the run in %s is finished: %s has no effect; another --output trains anew", output, changed)
         run = _open_run(config, output, reopen=False)
         send_waiting(run, output, config.registry_name)
         return summary, current_run(output, run)
@@ -87,6 +99,8 @@ def _pretrain_alone(
         run = _open_run(config, output, reopen=True)
         if shows_progress:
             _announce(config, data)
+            if changed:
+                logger.info("the run in %s goes on with %s", output, changed)
         settings = WorkerSettings(
             config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress
         )

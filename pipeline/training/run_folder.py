@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,6 +43,11 @@ _NOT_IN_A_STEP = {
     *("tracking_uri", "experiment", "registered_model", "price_per_hour", "tokens_per_second"),
 }
 """Settings that may change without a step becoming another one."""
+_PLACES = {
+    *("data", "output", "branch_from", "step", "checkpoint", "hellaswag", "dry_run"),
+    *("tracking_uri", "experiment", "registered_model", "price_per_hour", "tokens_per_second"),
+}
+"""Settings that no step depends on, or that name a file which every process finds elsewhere."""
 _OF_THE_START = {"checkpoint", "init_std", "embedding_init_std", "zero_init_projections", "zero_init_output"}
 """Settings that decide the weights before the first step only."""
 
@@ -232,6 +238,19 @@ def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Pat
         step, loss = (best.step, best.val_loss) if best else (None, None)
         found = replace(found, best_step=step, best_val_loss=loss)
     return found
+
+
+def changed_settings(config: PretrainConfig, output: Folder) -> str:
+    """What the settings say otherwise than the newest checkpoint, as in "lr 0.02 instead of 0.004"; empty for nothing.
+
+    Not compared are names of places and files, and what a checkpoint of an older version does not know.
+    """
+    newest = newest_info(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))
+    if newest is None:
+        return ""
+    before, now = newest[1].config, json.loads(json.dumps(to_dict(config)))
+    names = [name for name in now if name in before and name not in _PLACES and now[name] not in (before[name], "auto")]
+    return ", ".join(f"{name} {now[name]} instead of {before[name]}" for name in names)
 
 
 def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:

@@ -134,12 +134,13 @@ class ThroughputMeter:
             steps, seconds = 1, self.first_step_seconds
         return steps * self.config.tokens_per_step / seconds if seconds else 0.0
 
-    def line(self, done: int, loss: float, result: StepResult, speed: dict[str, float]) -> str:
+    def line(self, done: int, loss: float, result: StepResult, speed: dict[str, float], memory_gib: float) -> str:
         """The progress line; ``speed`` is the result of take_metrics()."""
         self._shown_at = time.perf_counter()
         return (
             f"{self._count(done)}  loss {loss:.4f}  "
-            f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  {self._pace(done, speed)}"
+            f"lr {result.lr:.2e}  norm {result.grad_norm.item():.2f}  {self._pace(done, speed)}  "
+            f"memory {memory_gib:.1f} GiB"
         )
 
     def short_line(self, done: int, loss: float) -> str | None:

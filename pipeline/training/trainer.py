@@ -28,7 +28,7 @@ from pipeline.dataset.shards import open_split
 from pipeline.distributed import determinism
 from pipeline.distributed.determinism import deterministic
 from pipeline.distributed.fsdp import local_part, parallelize
-from pipeline.distributed.hardware import compute_dtype, peak_flops, peak_memory_gib
+from pipeline.distributed.hardware import compute_dtype, memory_gib, peak_flops, peak_memory_gib
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.recomputation import recompute_blocks
 from pipeline.distributed.signals import Interruptions
@@ -344,7 +344,7 @@ class Trainer:
             },
             done,
         )
-        logger.info(self.throughput.line(done, loss, result, speed))
+        logger.info(self.throughput.line(done, loss, result, speed, memory_gib(self.workers)))
 
     def _save(self, done: int) -> Folder:
         if self.workers.is_rank_zero:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
+from pipeline.cluster import ray_cluster
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers
 from pipeline.errors import UserError
 from pipeline.storage.folders import open_folder
@@ -71,6 +73,40 @@ def test_workers_find_what_the_users_pythonpath_names_and_signals_reach_the_job_
     )
     assert answers["kept"], "ray.init takes SIGTERM"
     assert answers["processes"] >= 3 and answers["in our group"] == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("The current node timed out during startup. This could happen because\nsome of the raylet failed."),
+        RuntimeError("Failed to connect to GCS."),
+        TimeoutError("Timed out while waiting for the file."),
+    ],
+)
+def test_a_ray_that_does_not_come_up_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**settings: Any) -> None:
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    before = dict(os.environ)
+    with pytest.raises(UserError) as found:
+        ray_cluster.connect(num_cpus=1)
+    reason = str(error).splitlines()[0].rstrip(".")
+    assert str(found.value).startswith(f"Ray did not start on this machine ({reason}); give the same command again")
+    assert os.environ.get("PYTHONPATH") == before.get("PYTHONPATH")
+
+
+def test_a_mistake_of_ours_in_the_start_of_ray_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**settings: Any) -> None:
+        raise KeyError("a setting")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(KeyError):
+        ray_cluster.connect(num_cpus=1)
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])

@@ -138,6 +138,28 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_wrong_key_of_json_lines_is_found_before_ray_starts(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"text": "a text"}\n')
+    flags = ["--source", "lines.jsonl", "--output", "out", "--text_column", "txt"]
+    sentence = error_of("tokenize.py", *flags, cwd=tmp_path)  # one line, so Ray has not begun
+    assert f"{tmp_path}/lines.jsonl" in sentence and "txt" in sentence
+    told = job("tokenize.py", *flags, "--dry_run", cwd=tmp_path)
+    assert told.returncode == 0 and f"# would fail  {sentence.removeprefix('error: ')}" in told.stdout, told.stderr
+
+
+def test_a_dry_run_of_training_names_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    told = job(
+        "pretrain.py", "--device", "cuda", "--hellaswag", "absent.jsonl", "--depth", "1", "--dry_run", cwd=tmp_path
+    )
+    assert told.returncode == 0, told.stderr
+    device, questions = [line for line in told.stdout.splitlines() if line.startswith("# would fail")]
+    assert "--device cuda was asked for, but torch sees no GPU on this machine" in device
+    assert f"there are no HellaSwag questions at {tmp_path}/absent.jsonl" in questions
+    sentence = error_of("pretrain.py", "--device", "cuda", cwd=tmp_path)
+    assert "torch sees no GPU on this machine" in sentence, "one line, so Ray has not begun"
+
+
 @pytest.mark.parametrize("name", ["tokenize.py", "train_tokenizer.py", "pretrain.py"])
 def test_output_that_is_a_file(name: str, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")

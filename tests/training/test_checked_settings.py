@@ -19,7 +19,7 @@ from pipeline.tracking.mlflow_run import open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.run_history import RunHistory
 from pipeline.training import launch
-from pipeline.training.run_folder import RunSummary, finished_summary, require_own
+from pipeline.training.run_folder import RunSummary, changed_settings, finished_summary, require_own
 from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
 from tests.support.memory_tracker import MemoryTracker
@@ -69,6 +69,19 @@ def test_a_checkpoint_beyond_train_steps_and_one_of_another_optimizer(tiny_data:
     assert "was trained with optimizer adamw, now it is muon" in found and "give --optimizer adamw" in found
     again = tiny_config(train_steps=12, schedule="wsd", warmup_steps=2, decay_from=12)
     assert finished_summary(again, data=tiny_data, output=tmp_path) is not None
+
+
+def test_settings_that_are_not_those_of_the_newest_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
+    output = open_folder(tmp_path)
+    assert changed_settings(tiny_config(), output) == "", "nothing was trained"
+    train(tiny_data, tmp_path, train_steps=2)
+    same = {"train_steps": 2, "data": "elsewhere/data", "batch_size": "auto", "tracking_uri": "http://other"}
+    assert changed_settings(tiny_config(**same), output) == ""
+    lr = tiny_config().lr
+    changed = tiny_config(train_steps=2, lr=7 * lr, val_every=99)
+    assert changed_settings(changed, output) == (
+        f"lr {7 * lr} instead of {lr}, val_every 99 instead of {tiny_config().val_every}"
+    )
 
 
 @pytest.mark.parametrize("name", ["report.html", "curves.png"])

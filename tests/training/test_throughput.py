@@ -43,7 +43,8 @@ def test_the_first_step_is_no_part_of_speed_and_time_left(wait: Callable[[float]
     meter.add(data_wait_seconds=30)
     speed = meter.take_metrics()
     assert speed == {}
-    assert meter.line(1, 2.5, RESULT, speed) == "step   1/100  loss 2.5000  lr 1.00e-03  norm 0.75  first step 60.0 s"
+    line = meter.line(1, 2.5, RESULT, speed, 0.26)
+    assert line == "step   1/100  loss 2.5000  lr 1.00e-03  norm 0.75  first step 60.0 s  memory 0.3 GiB"
     for _ in range(4):
         wait(2)
         meter.add(data_wait_seconds=0.5)
@@ -52,7 +53,7 @@ def test_the_first_step_is_no_part_of_speed_and_time_left(wait: Callable[[float]
     speed = meter.take_metrics()
     expected = {"perf/tokens_per_second": 64.0, "perf/step_seconds": 2.0, "perf/data_wait_seconds": 0.5}
     assert speed == expected | {"perf/mfu": pytest.approx(0.064)}
-    assert meter.line(5, 2.5, RESULT, speed).endswith("norm 0.75  64 tokens/s  mfu 6.4%  eta 3:10")
+    assert meter.line(5, 2.5, RESULT, speed, 61.24).endswith("64 tokens/s  mfu 6.4%  eta 3:10  memory 61.2 GiB")
     assert meter.tokens_per_second() == 64.0
 
 
@@ -71,7 +72,7 @@ def test_without_a_peak_there_is_no_mfu(wait: Callable[[float], None]) -> None:
         meter.add(data_wait_seconds=0.0)
     speed = meter.take_metrics()
     assert "perf/mfu" not in speed
-    assert meter.line(2, 2.5, RESULT, speed).endswith("norm 0.75  64 tokens/s  eta 3:16")
+    assert meter.line(2, 2.5, RESULT, speed, 1.0).endswith("norm 0.75  64 tokens/s  eta 3:16  memory 1.0 GiB")
 
 
 def test_a_run_of_one_step_has_the_speed_of_that_step(wait: Callable[[float], None]) -> None:
@@ -114,7 +115,7 @@ def test_a_line_between_those_of_log_every_comes_after_ten_seconds(wait: Callabl
     meter = make_meter()
     wait(20)
     meter.add(data_wait_seconds=0)
-    meter.line(1, 2.5, RESULT, meter.take_metrics())
+    meter.line(1, 2.5, RESULT, meter.take_metrics(), 1.0)
     wait(4)
     meter.add(data_wait_seconds=0)
     assert meter.short_line(2, 2.5) is None
