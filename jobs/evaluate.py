@@ -23,6 +23,7 @@ def main(config: EvaluateConfig) -> None:
     if result.val_loss is not None:
         rows += [
             ("val loss", f"{result.val_loss:.4f} nats per token, on {result.val_tokens:,} tokens"),
+            *((f"val loss, {name}", f"{loss:.4f}") for name, loss in (result.val_losses or {}).items()),
             ("perplexity", perplexity_text(result.val_loss)),
             ("bits per byte", f"{result.bits_per_byte:.4f}"),
             (

@@ -59,6 +59,7 @@ def describe(config: PretrainConfig) -> Rows:
     from pipeline.cluster.ray_cluster import require_device
     from pipeline.config.run_plan import describe_run
     from pipeline.dataset.manifest import Manifest
+    from pipeline.dataset.training_data import require_mixable
     from pipeline.errors import UserError
     from pipeline.paths import resolve_output
     from pipeline.run_files import SUMMARY_FILE
@@ -68,12 +69,16 @@ def describe(config: PretrainConfig) -> Rows:
         lambda: _check_questions(config.hellaswag),
         lambda: resolve_output(config.output).size(SUMMARY_FILE),
     )
+    folders = [resolve_output(folder) for folder in config.mixture.folders]
     try:
-        manifest = Manifest.load(resolve_output(config.data))
+        manifests = [Manifest.load(folder) for folder in folders]
     except UserError as error:
         return describe_run(config, data_error=str(error)) + mistakes
-    config.check_vocab_size(manifest.vocab_size)
-    plan = describe_run(config, vocab_size=manifest.vocab_size, train_tokens=manifest.tokens("train"))
+    require_mixable(folders, manifests)
+    vocab_size = manifests[0].vocab_size
+    config.check_vocab_size(vocab_size)
+    train_tokens = [manifest.tokens("train") for manifest in manifests]
+    plan = describe_run(config, vocab_size=vocab_size, train_tokens=train_tokens)
     return plan + mistakes
 
 

@@ -24,11 +24,24 @@ from pipeline.versions import commit
 FORMAT_VERSION = 2
 DESCRIPTION_FILE = "checkpoint.json"
 TOKENIZER_FILE = "tokenizer.json"
+_WHERE_GIVEN = {"eot_id", "sources", "phases"}
+"""Fields that most checkpoints have no use for; they stay out of the file then, as in those of older versions."""
 MOST_BYTES = 8 << 20  # some 150 for each of 24 files of every rank of the recipe
 
 
 class DamagedError(Exception):
     """A checkpoint.json that is not what was written; the message goes on after the file's name, as in "is missing"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """One of several folders of shards that a run mixes."""
+
+    name: str
+    """What it is called in metrics."""
+    data: str
+    """Path or address of the folder."""
+    manifest_fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +61,9 @@ class CheckpointInfo:
     config: dict[str, Any]
     """The resolved settings of the run."""
     data: str
-    """Path or address of the folder with the shards."""
+    """Path or address of the folder with the shards; of a mixture, the folders with their first weights."""
     manifest_fingerprint: str
+    """sha256 of the manifest; of a mixture, that of the fingerprints of all."""
     tokenizer_fingerprint: str
     world_size: int
     """Number of ranks that wrote it."""
@@ -57,6 +71,10 @@ class CheckpointInfo:
     """Number of steps that were skipped because their loss or gradient was not finite (--skip_nonfinite)."""
     eot_id: int | None = None
     """Id of the token between documents; None: that of <|endoftext|>."""
+    sources: tuple[SourceInfo, ...] = ()
+    """The folders of a mixture; none where there is one folder."""
+    phases: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of a mixture, the first step of each phase and the weight of each folder in whole numbers."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -81,7 +99,7 @@ def to_bytes(info: CheckpointInfo, files: Sequence[FileEntry]) -> bytes:
     if (revision := commit()) != "unknown":
         versions["commit"] = revision
     entries = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
-    known = {name: value for name, value in asdict(info).items() if name != "eot_id" or value is not None}
+    known = {name: value for name, value in asdict(info).items() if name not in _WHERE_GIVEN or value not in (None, ())}
     values = {"format_version": FORMAT_VERSION, **known, "versions": versions, "files": entries}
     return (json.dumps({**values, "sha256": _checksum(values)}, indent=2) + "\n").encode()
 

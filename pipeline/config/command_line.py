@@ -54,7 +54,8 @@ def resolve(config_class: type[ConfigT], section: str, arguments: Sequence[str],
     sentence.
     """
     _help_if_asked(config_class, section, arguments, program)
-    path, flags = _split_config_flag(_with_named_first(section, list(arguments)))
+    path, given = _split_config_flag(_with_named_first(section, list(arguments)))
+    flags = _gathered(config_class, given)
     preset = load_preset(path, section, config_class) if path else {}
     if preset and not flags:
         try:
@@ -85,7 +86,8 @@ def resolve_with_rest(
         name = _name_of(flag)
         if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
             raise _unknown(flag, [*own, *names, "config"], program)
-    return config, [*as_flags({name: value for name, value in shared.items() if name not in own}), *left]
+    preset_flags = as_flags({name: value for name, value in shared.items() if name not in own})
+    return config, [*preset_flags, *_gathered(rest[0], left)]
 
 
 def _help_if_asked(config_class: type[Any], section: str, arguments: Sequence[str], program: str) -> None:
@@ -152,11 +154,22 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list | tuple):
-            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, list | tuple | dict):
+            flags += [f"--{name}", *_texts(value)]
         else:
             flags += [f"--{name}", str(value)]
     return flags
+
+
+def _texts(values: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> list[str]:
+    """The values of a list, and NAME:VALUE of each entry of a mapping; the name alone comes before a mapping in it."""
+    if not isinstance(values, dict):
+        return [text for value in values for text in (_texts(value) if isinstance(value, dict) else [str(value)])]
+    return [
+        text
+        for name, value in values.items()
+        for text in ([str(name), *_texts(value)] if isinstance(value, list | dict) else [f"{name}:{value}"])
+    ]
 
 
 def parse_flags(config_class: type[ConfigT], flags: Sequence[str], program: str) -> ConfigT:
@@ -202,6 +215,23 @@ def _parse_known(config_class: type[ConfigT], flags: list[str], program: str) ->
             raise
         raise UserError(f"{_first_sentence(messages.getvalue())}; {program} --help lists the flags") from None
     return config, unknown
+
+
+def _gathered(config_class: type[Any], flags: Sequence[str]) -> list[str]:
+    """The same flags, with the values of all occurrences behind one where the field is marked so in its metadata."""
+    marked = {field.name for field in dataclasses.fields(config_class) if field.metadata.get("gathered")}
+    others: list[str] = []
+    values: dict[str, list[str]] = {}
+    name = ""
+    for flag in flags:
+        if flag.startswith("--"):
+            before, equals, after = flag.partition("=")
+            name = _name_of(before)
+            if name in marked:
+                values.setdefault(name, []).extend([after] if equals else [])
+                continue
+        (values[name] if name in marked else others).append(flag)
+    return [*others, *(part for name, texts in values.items() for part in (f"--{name}", *texts))]
 
 
 def is_whole(config_class: type[Any], name: str) -> bool:

@@ -92,6 +92,8 @@ def placeholder(hint: Any) -> str:
         return _PLACEHOLDERS[hint]
     if {int, str} <= set(get_args(hint)):  # num_workers 2:8
         return "INT|INT:INT"
+    if str in get_args(hint):  # data, one folder or several
+        return "TEXT [TEXT ...]" if tuple[str, ...] in get_args(hint) else "TEXT"
     parts = [placeholder(part) for part in get_args(hint) if part is not type(None)]
     return "|".join(part.strip("{}") for part in parts) if len(parts) > 1 else parts[0]
 

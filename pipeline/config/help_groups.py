@@ -36,7 +36,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "embedding_lr output_lr vector_lr min_lr_fraction warmup_fraction warmup_steps schedule decay_fraction "
         "decay_from beta1 beta2 eps weight_decay embedding_weight_decay muon_momentum muon_iterations "
         "muon_coefficients grad_clip seed precision compile deterministic recompute skip_nonfinite",
-        "data": "data val_every val_tokens hellaswag hellaswag_every",
+        "data": "data phase val_every val_tokens hellaswag hellaswag_every",
         "checkpoints": "output checkpoint branch_from step checkpoint_every keep_checkpoints keep_every",
         "tracking": f"{_TRACKING} registered_model log_every sample_every sample_prompt sample_tokens profile_steps "
         "price_per_hour tokens_per_second",
@@ -94,6 +94,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--config configs/demo.yaml",
         "--config configs/demo.yaml --output runs/muon --optimizer muon --lr 0.01",
         "--data data/mine --output runs/mine --depth 4 --vocab_size 32000 --num_workers 2",
+        "--data data/web:0.7 --data data/books:0.3 --phase 6000 data/web:0.2 data/books:0.8 --output runs/mixed",
         "--depth 24 --num_workers 8 --price_per_hour 2.69 --dry_run",
     ),
     "evaluate": (

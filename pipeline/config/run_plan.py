@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.config.size_rules import RECIPE_VOCABULARY
 from pipeline.config.training import PretrainConfig, worker_range
 
@@ -17,13 +19,18 @@ Rows = list[tuple[str, str]]
 
 
 def describe_run(
-    config: PretrainConfig, *, vocab_size: int | None = None, train_tokens: int | None = None, data_error: str = ""
+    config: PretrainConfig,
+    *,
+    vocab_size: int | None = None,
+    train_tokens: int | Sequence[int] | None = None,
+    data_error: str = "",
 ) -> Rows:
     """Names and sentences: what the run is and what it takes.
 
     Args:
         vocab_size: token ids of the data; not given: --vocab_size or the recipe's.
-        train_tokens: tokens in the data's train set; not given: passes are not counted.
+        train_tokens: tokens in the data's train set, of a mixture in that of each folder; not given: passes are not
+            counted.
         data_error: why these two are not known, a sentence without a full stop.
     """
     vocabulary = vocab_size or config.vocab_size or RECIPE_VOCABULARY
@@ -38,25 +45,29 @@ def describe_run(
          f"SwiGLU {model.d_ff:,}, {vocabulary:,} token ids{assumed}"),
         ("FLOPs", f"{flops:,} per token, as MFU counts them, and {tokens * flops:.3g} in all"),
         ("tokens", f"{tokens:,}, in {config.train_steps:,} steps of {config.tokens_per_step:,}"),
-        ("data", _passes(config, train_tokens) if train_tokens else f"passes are not counted: {data_error}"),
+        *_data_rows(config, train_tokens, data_error),
     ]  # fmt: skip
     return [*rows, *_time_and_cost(config, tokens=tokens, flops_per_token=flops)]
 
 
-def opening(config: PretrainConfig, *, vocab_size: int, train_tokens: int) -> tuple[str, str | None]:
+def opening(config: PretrainConfig, *, vocab_size: int, train_tokens: int | Sequence[int]) -> tuple[str, str | None]:
     """What a run is, in one line, and a warning where it reads little text again and again.
 
     Args:
         vocab_size: token ids of the data.
-        train_tokens: tokens in the data's train set.
+        train_tokens: tokens in the data's train set, of a mixture in that of each folder.
     """
     parameters = config.model_config(vocab_size).num_parameters
     tokens = config.train_steps * config.tokens_per_step
-    passes = tokens / max(1, train_tokens)
     line = (
         f"training {parameters:,} parameters for {config.train_steps:,} steps of {config.tokens_per_step:,} tokens: "
-        f"{tokens:,} tokens, {passes:,.2f} passes over the {train_tokens:,} of {config.data}"
+        f"{tokens:,} tokens, "
     )
+    each = [train_tokens] if isinstance(train_tokens, int) else train_tokens
+    if len(each) > 1:
+        return line + "mixed of " + "; ".join(_mixed_passes(config, each)), _mixed_warning(config, each)
+    passes = tokens / max(1, each[0])
+    line += f"{passes:,.2f} passes over the {each[0]:,} of {config.mixture.folders[0]}"
     if passes <= USEFUL_PASSES:
         return line, None
     return line, (
@@ -65,12 +76,54 @@ def opening(config: PretrainConfig, *, vocab_size: int, train_tokens: int) -> tu
     )
 
 
+def _data_rows(config: PretrainConfig, train_tokens: int | Sequence[int] | None, data_error: str) -> Rows:
+    if not train_tokens:
+        return [("data", f"passes are not counted: {data_error}")]
+    each = [train_tokens] if isinstance(train_tokens, int) else train_tokens
+    if len(each) == 1:
+        return [("data", _passes(config, each[0]))]
+    warning = _mixed_warning(config, each)
+    sentences = [*_mixed_passes(config, each), *([warning] if warning else [])]
+    return [("" if number else "data", sentence) for number, sentence in enumerate(sentences)]
+
+
+def _mixed_passes(config: PretrainConfig, train_tokens: Sequence[int]) -> list[str]:
+    """A phrase for each folder: its share of the run's tokens, and how often it is read."""
+    mixture = config.mixture
+    shares, passes = mixture.shares(config.train_steps), _passes_of_each(config, train_tokens)
+    return [
+        f"{folder} with {share:.4g} of the tokens, {count:,.2f} passes over its {tokens:,}"
+        for folder, share, count, tokens in zip(mixture.folders, shares, passes, train_tokens, strict=True)
+    ]
+
+
+def _mixed_warning(config: PretrainConfig, train_tokens: Sequence[int]) -> str | None:
+    often = [
+        f"{folder} {count:,.0f} times"
+        for folder, count in zip(config.mixture.folders, _passes_of_each(config, train_tokens), strict=True)
+        if count > USEFUL_PASSES
+    ]
+    if not often:
+        return None
+    return (
+        f"the mixture reads {' and '.join(often)}; beyond some {USEFUL_PASSES} passes a network learns next to nothing "
+        "new from a text: give these folders lower weights, or more text"
+    )
+
+
+def _passes_of_each(config: PretrainConfig, train_tokens: Sequence[int]) -> list[float]:
+    windows = config.train_steps * config.windows_per_step
+    shares = config.mixture.shares(config.train_steps)
+    each = (tokens // (config.context_length + 1) for tokens in train_tokens)
+    return [share * windows / max(1, own) for share, own in zip(shares, each, strict=True)]
+
+
 def _passes(config: PretrainConfig, train_tokens: int) -> str:
     windows = train_tokens // (config.context_length + 1)
     if not windows:
         return f"{train_tokens:,} tokens, fewer than one window of {config.context_length:,}"
     passes = config.train_steps * config.windows_per_step / windows
-    return f"{passes:,.2f} passes over the {train_tokens:,} tokens of {config.data}"
+    return f"{passes:,.2f} passes over the {train_tokens:,} tokens of {config.mixture.folders[0]}"
 
 
 def _time_and_cost(config: PretrainConfig, *, tokens: int, flops_per_token: int) -> Rows:

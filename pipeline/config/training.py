@@ -7,11 +7,12 @@ no sense raises a UserError that shows it. Dimensions and recipe: docs/design.md
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from model.config import Init, ModelConfig
 from pipeline.config import size_rules
+from pipeline.config.mixtures import Mixture, check_phases, read_mixture
 from pipeline.config.settings import require, require_plain, require_positive
 from pipeline.config.training_checks import check_loop, check_recipe
 from pipeline.errors import UserError
@@ -35,8 +36,13 @@ _FRACTIONS = {"warmup_fraction": 0.05, "decay_fraction": 0.2}
 class PretrainConfig:
     """From shards to a trained model (jobs/pretrain.py). The defaults are the GPT-2.5 recipe with 124M parameters."""
 
-    data: str = "data/gpt2.5"
-    """Folder of shards that jobs/tokenize.py wrote."""
+    data: str | tuple[str, ...] = field(default="data/gpt2.5", metadata={"gathered": True})
+    """Folder of shards that jobs/tokenize.py wrote. To mix several by shares of the tokens, the flag is given once for
+    each as FOLDER:WEIGHT, for instance --data data/web:0.7 --data data/books:0.3."""
+    phase: tuple[str, ...] = field(default=(), metadata={"gathered": True})
+    """Number of steps from which on the data are mixed with other weights, and these, for instance 6000 data/web:0.2
+    data/books:0.8; it may be given several times. A folder that is not in it is not read in it. If not given, the
+    weights of data hold for all steps."""
     output: str = "runs/gpt2.5"
     """Folder of the run, with checkpoints and summary; it may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. A run whose
     folder is given again resumes from its newest checkpoint."""
@@ -225,6 +231,7 @@ class PretrainConfig:
             object.__setattr__(self, name, value)  # frozen for its users; the record of a run has to say what it was
         self._check_schedule()
         self._check_branch()
+        check_phases(self.mixture, self.train_steps)
         check_recipe(self)
         check_loop(self)
         self.model_config(vocab_size=257)  # the shape is checked before any data is opened
@@ -250,6 +257,11 @@ class PretrainConfig:
             f"the data have {vocab_size:,} token ids, but the settings count on {self.vocab_size}; give --vocab_size "
             f"{vocab_size}",
         )
+
+    @property
+    def mixture(self) -> Mixture:
+        """The folders of data and phase, and their weights."""
+        return read_mixture(self.data, self.phase)
 
     @property
     def init(self) -> Init:

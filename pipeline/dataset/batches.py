@@ -169,15 +169,19 @@ def read_windows(
     return torch.from_numpy(tokens.astype(np.int64)).to(device)
 
 
-def permute(indices: np.ndarray, *, size: int, seed: int, epoch: int) -> np.ndarray:
+def permute(indices: np.ndarray, *, size: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
     """Where a pseudo-random permutation of range(size) sends each of ``indices`` (int64), O(1) an index.
+
+    ``source`` is the number of the source in a mixture; the first one has the order that it has alone.
 
     A balanced Feistel network over the smallest even number of bits that holds ``size``, with cycle walking: values
     that fall outside are sent through again (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The
     domain is less than four times ``size``, so an index takes fewer than four walks on average.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(_FEISTEL_ROUNDS, np.uint64)
+    keys = np.random.SeedSequence([seed, epoch, *([source] if source else [])]).generate_state(
+        _FEISTEL_ROUNDS, np.uint64
+    )
     values = _feistel(indices.astype(np.uint64), half_bits, keys)
     outside = np.flatnonzero(values >= size)
     while len(outside):

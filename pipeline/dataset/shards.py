@@ -142,6 +142,11 @@ class TokenStream:
         index = bisect.bisect_right(self._ends, position)
         return index, position - (self._ends[index - 1] if index else 0)
 
+    def shard_at(self, position: int) -> tuple[str, int]:
+        """The name of the shard that holds the token at ``position``, and the token's index in it."""
+        index, offset = self.locate(position)
+        return (self.files.entries[index].name if self.files is not None else f"shard {index}"), offset
+
     def read(self, start: int, length: int) -> Tokens:
         """Tokens ``[start, start + length)`` in a new array (uint16, or uint32 above 65,536 ids).
 
@@ -218,10 +223,11 @@ class ShardFiles:
         return shard
 
 
-def open_split(folder: Folder | Path, split: str) -> TokenStream:
+def open_split(folder: Folder | Path, split: str, *, num_folders: int = 1) -> TokenStream:
     """The tokens of ``split`` ("train" or "val") in manifest order; cheap, since only the sizes of files are read.
 
-    Shards of a bucket are copied to this node first, by one process, while the others wait (storage/node_copy.py).
+    Shards of a bucket are copied to this node first, by one process, while the others wait (storage/node_copy.py). Of
+    ``num_folders`` that a process opens each may map its share of the files at a time.
     Raises UserError where a shard is missing, damaged, or not as long as the manifest says. May be of length 0.
     """
     folder = as_folder(folder)
@@ -229,7 +235,7 @@ def open_split(folder: Folder | Path, split: str) -> TokenStream:
     entries = [entry for entry in manifest.shards if entry.split == split]
     path = folder.path if isinstance(folder, LocalFolder) else _copy_to_node(folder, manifest, entries)
     most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    max_maps = max(16, min(_MOST_MAPS, most_files // 4 if most_files > 0 else _MOST_MAPS))
+    max_maps = max(16, min(_MOST_MAPS, most_files // 4 if most_files > 0 else _MOST_MAPS) // num_folders)
     shards = ShardFiles(path, entries, vocab_size=manifest.vocab_size, max_maps=max_maps)
     shards.check_sizes()
     return TokenStream(shards, vocab_size=manifest.vocab_size)

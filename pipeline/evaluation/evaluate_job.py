@@ -10,9 +10,12 @@ import json
 import logging
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from model.transformer import Transformer
 from pipeline.checkpoints import reader as checkpoint_reader
@@ -21,12 +24,20 @@ from pipeline.config.inference import EvaluateConfig
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
 from pipeline.dataset.token_counts import byte_lengths, count_tokens
+from pipeline.dataset.training_data import joint_fingerprint
 from pipeline.distributed.fsdp import parallelize
 from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
-from pipeline.evaluation.validation import bits_per_byte, entropy, perplexity, validation_loss
+from pipeline.evaluation.validation import (
+    ValSource,
+    entropy,
+    mixed_bits_per_byte,
+    mixed_result,
+    perplexity,
+    validation_loss,
+)
 from pipeline.paths import resolve_output, resolve_output_file, working_folder
 from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
@@ -54,7 +65,9 @@ class Scores:
     val_tokens: int | None = None
     """Number of predicted tokens, <|endoftext|> included."""
     val_loss: float | None = None
-    """Nats per token."""
+    """Nats per token; of a mixture, the mean with the weights of its first phase."""
+    val_losses: dict[str, float] | None = None
+    """Of a mixture, the val loss of each source."""
     bits_per_byte: float | None = None
     """Bits per byte of the text of exactly these tokens, which can be compared between tokenizers."""
     unigram_entropy: float | None = None
@@ -76,7 +89,30 @@ class Scores:
         """The scores that were measured, under their names in evaluation.json."""
         values = asdict(self) | {"perplexity": self.perplexity}
         names = ("val_loss", "perplexity", "bits_per_byte", "unigram_entropy", "hellaswag_acc_norm", "hellaswag_acc")
-        return {name: values[name] for name in names if values[name] is not None}
+        by_source = {f"val_loss_{name}": loss for name, loss in (self.val_losses or {}).items()}
+        return {name: values[name] for name in names if values[name] is not None} | by_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationData:
+    """A folder of shards whose val set is evaluated."""
+
+    folder: str
+    """Its address."""
+    name: str = "data"
+    """What it is called in metrics, where there are several."""
+    weight: float = 1.0
+    """Its share in the val loss; all sum up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every worker needs to know."""
+
+    config: EvaluateConfig
+    """With checkpoint and hellaswag as workers find them; questions that are None are not asked."""
+    data: tuple[EvaluationData, ...]
+    """Without any there is no val loss."""
 
 
 def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
@@ -93,21 +129,21 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     path, run_folder = source.path, source.run_folder
     data = _find_data(config, path)
     questions = str(find_questions(config.hellaswag)) if config.hellaswag else None
-    if data is None and questions is None:
+    if not data and questions is None:
         raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag")
-    manifest = None if data is None else _check_data(data, path)
-    if reuse and run_folder and (saved := _saved_scores(config, run_folder, source.address, manifest)):
+    manifests = [_check_data(each.folder, path) for each in data]
+    if reuse and run_folder and (saved := _saved_scores(config, run_folder, source.address, manifests)):
         return saved
-    resolved = replace(config, checkpoint=str(path), data=str(data) if data else None, hellaswag=questions)
+    task = Task(config=replace(config, checkpoint=str(path), hellaswag=questions), data=tuple(data))
     if config.num_workers == 1:
-        result = evaluate_on_rank(resolved)
+        result = evaluate_on_rank(task)
     else:
         shared = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
         group = GroupSettings(num_workers=config.num_workers, device=config.device)
-        result = run_workers(evaluate_on_rank, resolved, group, shared)
+        result = run_workers(evaluate_on_rank, task, group, shared)
     scores = Scores(
         checkpoint=source.address,
-        manifest_fingerprint=manifest.fingerprint if manifest else None,
+        manifest_fingerprint=_fingerprint(manifests),
         **weights.read_progress(path),
         **result,
     )
@@ -115,11 +151,9 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     return scores
 
 
-def evaluate_on_rank(config: EvaluateConfig, _: SharedFiles | None = None) -> dict[str, Any]:
-    """Measure this rank's share; returns the fields of Scores for all ranks together. Collective.
-
-    The model, the data and the questions of ``config`` are resolved: what is None is not measured.
-    """
+def evaluate_on_rank(task: Task, _: SharedFiles | None = None) -> dict[str, Any]:
+    """Measure this rank's share; returns the fields of Scores for all ranks together. Collective."""
+    config = task.config
     path = Path(config.checkpoint)
     workers = init_distributed(config.device)
     model = Transformer(weights.read_model_config(path))
@@ -127,8 +161,8 @@ def evaluate_on_rank(config: EvaluateConfig, _: SharedFiles | None = None) -> di
     weights.load_weights(path, model)
     tokenizer = read_tokenizer(path)
     result: dict[str, Any] = {}
-    if config.data:
-        result |= _val_scores(model, tokenizer, open_folder(config.data), config, workers)
+    if task.data:
+        result |= _val_scores(model, tokenizer, task, workers)
     if config.hellaswag:
         questions = hellaswag.read_questions(config.hellaswag, config.hellaswag_questions)
         tokens_per_batch = config.batch_size * model.config.context_length
@@ -137,29 +171,66 @@ def evaluate_on_rank(config: EvaluateConfig, _: SharedFiles | None = None) -> di
     return result
 
 
-def _val_scores(
-    model: Transformer, tokenizer: Tokenizer, data: Folder, config: EvaluateConfig, workers: ProcessGroup
-) -> dict[str, Any]:
-    stream = open_split(data, "val")
-    length = model.config.context_length
-    result = validation_loss(
-        model, stream, workers, context_length=length, batch_size=config.batch_size, max_tokens=config.val_tokens
-    )
-    return {
-        "val_tokens": result.tokens,
-        "val_loss": result.loss,
-        "bits_per_byte": bits_per_byte(result.loss, stream, result.tokens, byte_lengths(tokenizer)),
-        "unigram_entropy": entropy(count_tokens(stream, 0, result.tokens + 1)),
+def _val_scores(model: Transformer, tokenizer: Tokenizer, task: Task, workers: ProcessGroup) -> dict[str, Any]:
+    sources = [
+        ValSource(
+            name=each.name,
+            weight=each.weight,
+            stream=open_split(open_folder(each.folder), "val", num_folders=len(task.data)),
+        )
+        for each in task.data
+    ]
+    results = [
+        validation_loss(
+            model,
+            source.stream,
+            workers,
+            context_length=model.config.context_length,
+            batch_size=task.config.batch_size,
+            max_tokens=_share(task.config.val_tokens, len(sources)),
+        )
+        for source in sources
+    ]
+    whole = mixed_result(sources, results)
+    counts = [
+        count_tokens(source.stream, 0, result.tokens + 1) for source, result in zip(sources, results, strict=True)
+    ]
+    scores: dict[str, Any] = {
+        "val_tokens": whole.tokens,
+        "val_loss": whole.loss,
+        "bits_per_byte": mixed_bits_per_byte(whole.loss, sources, results, byte_lengths(tokenizer)),
+        "unigram_entropy": entropy(counts[0]),
     }
+    if len(sources) > 1:
+        shares = [source.weight * each / each.sum() for source, each in zip(sources, counts, strict=True)]
+        losses = {source.name: result.loss for source, result in zip(sources, results, strict=True)}
+        scores |= {"unigram_entropy": entropy(np.sum(shares, axis=0)), "val_losses": losses}
+    return scores
 
 
-def _find_data(config: EvaluateConfig, path: Path) -> Folder | None:
+def _share(val_tokens: int | None, num_sources: int) -> int | None:
+    """Tokens of each val set, where several share them evenly."""
+    return None if val_tokens is None else max(1, val_tokens // num_sources)
+
+
+def _find_data(config: EvaluateConfig, path: Path) -> list[EvaluationData]:
+    """--data, or else what the checkpoint was trained on; nothing where that is not known."""
     if config.data:
-        return resolve_output(config.data)
-    return None if huggingface.is_exported(path) else resolve_output(checkpoint_reader.read_info(path).data)
+        return [EvaluationData(folder=str(resolve_output(config.data)))]
+    if huggingface.is_exported(path):
+        return []
+    info = checkpoint_reader.read_info(path)
+    if not info.sources:
+        return [EvaluationData(folder=str(resolve_output(info.data)))]
+    parts = info.phases[0][1]
+    return [
+        EvaluationData(folder=str(resolve_output(source.data)), name=source.name, weight=part / sum(parts))
+        for source, part in zip(info.sources, parts, strict=True)
+    ]
 
 
-def _check_data(data: Folder, path: Path) -> Manifest:
+def _check_data(folder: str, path: Path) -> Manifest:
+    data = open_folder(folder)
     manifest = Manifest.load(data)
     if manifest.tokenizer_fingerprint != read_tokenizer(path).fingerprint:
         raise UserError(f"the shards in {data} were made with another tokenizer than {path}; give other --data")
@@ -171,8 +242,12 @@ def _check_data(data: Folder, path: Path) -> Manifest:
     return manifest
 
 
+def _fingerprint(manifests: Sequence[Manifest]) -> str | None:
+    return joint_fingerprint([manifest.fingerprint for manifest in manifests]) if manifests else None
+
+
 def _saved_scores(
-    config: EvaluateConfig, run_folder: Folder, checkpoint: str, manifest: Manifest | None
+    config: EvaluateConfig, run_folder: Folder, checkpoint: str, manifests: Sequence[Manifest]
 ) -> Scores | None:
     """The scores in evaluation.json, if they are of this checkpoint and of the same part of this data."""
     try:
@@ -182,10 +257,11 @@ def _saved_scores(
         return None
     if scores is None:
         return None
-    same = (scores.checkpoint, scores.manifest_fingerprint) == (checkpoint, manifest.fingerprint if manifest else None)
-    if manifest is not None:
-        targets = manifest.tokens("val") - 1
-        same = same and scores.val_tokens == min(targets, config.val_tokens or targets)
+    same = (scores.checkpoint, scores.manifest_fingerprint) == (checkpoint, _fingerprint(manifests))
+    if manifests:
+        most = _share(config.val_tokens, len(manifests))
+        targets = [manifest.tokens("val") - 1 for manifest in manifests]
+        same = same and scores.val_tokens == sum(min(each, most or each) for each in targets)
     return scores if same and (not config.hellaswag or scores.hellaswag_acc is not None) else None
 
 
@@ -193,7 +269,10 @@ def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores, tar
     """Write the scores to the file ``target``, and to the run folder and the MLflow run where the model has one."""
     perplexity = scores.perplexity  # JSON knows no infinity
     known = perplexity if perplexity is not None and math.isfinite(perplexity) else None
-    content = (json.dumps(asdict(scores) | {"perplexity": known}, indent=2) + "\n").encode()
+    values = asdict(scores) | {"perplexity": known}
+    if scores.val_losses is None:  # one folder, as in most files
+        del values["val_losses"]
+    content = (json.dumps(values, indent=2) + "\n").encode()
     if target is not None:
         folder, name = target
         folder.write(name, [content])

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -122,8 +124,37 @@ def bits_per_byte(loss: float, stream: TokenStream, num_targets: int, lengths: n
     return loss * num_targets / math.log(2) / num_bytes if num_bytes else math.nan
 
 
-def entropy(counts: npt.NDArray[np.int64]) -> float:
-    """Entropy of the frequencies in ``counts``, in nats.
+@dataclass(frozen=True, kw_only=True)
+class ValSource:
+    """The val set of one source of a mixture."""
+
+    name: str
+    weight: float
+    """Its share in the val loss of the mixture; all sum up to 1."""
+    stream: TokenStream
+
+
+def mixed_result(sources: Sequence[ValSource], results: Sequence[ValidationResult]) -> ValidationResult:
+    """The weighted mean of the sources' losses, and all their tokens; of one source its own result."""
+    loss = sum(source.weight * result.loss for source, result in zip(sources, results, strict=True))
+    return ValidationResult(loss=loss, tokens=sum(result.tokens for result in results))
+
+
+def mixed_bits_per_byte(
+    loss: float, sources: Sequence[ValSource], results: Sequence[ValidationResult], lengths: npt.NDArray[np.int64]
+) -> float:
+    """bits_per_byte of a loss over the sources' tokens, mixed by their weights."""
+    if len(sources) == 1:
+        return bits_per_byte(loss, sources[0].stream, results[0].tokens, lengths)
+    bits_per_nat = [
+        bits_per_byte(1.0, source.stream, result.tokens, lengths)
+        for source, result in zip(sources, results, strict=True)
+    ]
+    return loss / sum(source.weight / bits for source, bits in zip(sources, bits_per_nat, strict=True))
+
+
+def entropy(counts: npt.NDArray[Any]) -> float:
+    """Entropy of the frequencies in ``counts``, which need not be whole numbers, in nats.
 
     For the tokens of a stream it is the loss of the best model that ignores the context. The difference to the loss of
     a trained model shows what it has learned from the context.

@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from pipeline.checkpoints.metadata import CheckpointInfo
 from pipeline.checkpoints.reader import read_description
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.training_data import joint_fingerprint, mixture_text
 from pipeline.errors import UserError
 from pipeline.paths import resolve_output
 from pipeline.pretrained import huggingface
@@ -102,7 +103,7 @@ def read_run(source: ModelSource) -> Run:
         return Run(old_card=card.read_text(encoding="utf-8") if is_kept else None)
     description = read_description(as_folder(source.path))
     info = description.info
-    known = Run(info=info, versions=description.versions, manifest=_read_manifest(resolve_output(info.data), info))
+    known = Run(info=info, versions=description.versions, manifest=_read_manifest(info))
     folder = source.run_folder
     if folder is None:
         return known
@@ -147,8 +148,10 @@ def _template() -> jinja2.Template:
 def _tables(run: Run, info: CheckpointInfo) -> dict[str, list[tuple[str, str]]]:
     """Rows of the tables that only a checkpoint of ours has."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items() if name != "commit")
+    mixture = mixture_text([source.name for source in info.sources], info.phases) if info.sources else ""
     origin = {
         "step": f"{info.step:,}",
+        "mixture of the data": mixture,
         "commit of the pipeline": f"`{run.versions['commit']}`" if run.versions.get("commit") else "",
         "trained with": versions,
         "data (sha256 of the manifest)": f"`{info.manifest_fingerprint}`",
@@ -175,19 +178,30 @@ def _curve_rows(run: Run) -> list[tuple[str, str, str]]:
     return [(f"{step:,}", f"{run.losses[step]:.4f}", f"{val[step]:.4f}" if step in val else "") for step in chosen]
 
 
-def _read_manifest(data: Folder, info: CheckpointInfo) -> Manifest | None:
-    """The manifest that the run was trained on, where it is still there and still the same."""
+def _read_manifest(info: CheckpointInfo) -> Manifest | None:
+    """The manifest that the run was trained on, where it is there and still the same; of a mixture, all in one."""
+    folders = [source.data for source in info.sources] or [info.data]
     try:
-        manifest = Manifest.load(data)
+        manifests = [Manifest.load(resolve_output(folder)) for folder in folders]
     except UserError as error:
         logger.warning("the model card says nothing of the data: %s", error)
         return None
-    return manifest if manifest.fingerprint == info.manifest_fingerprint else None
+    if joint_fingerprint([manifest.fingerprint for manifest in manifests]) != info.manifest_fingerprint:
+        return None
+    if len(manifests) == 1:
+        return manifests[0]
+    return replace(
+        manifests[0],
+        shards=tuple(entry for manifest in manifests for entry in manifest.shards),
+        inputs=tuple(entry for manifest in manifests for entry in manifest.inputs),
+    )
 
 
 def _read_scores(folder: Folder, checkpoint: str) -> dict[str, Any]:
     try:
-        scores = read_json(folder, SCORES_FILE, dict[str, str | int | float | None], mend="delete it")
+        scores = read_json(
+            folder, SCORES_FILE, dict[str, str | int | float | dict[str, float] | None], mend="delete it"
+        )
     except DamagedFileError as error:
         logger.warning("the model card says nothing of scores: %s", error)
         return {}

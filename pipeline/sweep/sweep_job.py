@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.cluster import ray_cluster
 from pipeline.cluster.workers import SharedFiles, choose_gpu, stopped
+from pipeline.config.mixtures import with_folders
 from pipeline.config.settings import to_dict
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import worker_range
@@ -29,7 +30,7 @@ from pipeline.sweep.results import Result, check_plan, read_results, val_losses,
 from pipeline.sweep.trials import Trial
 from pipeline.tracking.mlflow_run import MLflowRun, mlflow_uri, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
-from pipeline.training.launch import group_settings
+from pipeline.training.launch import data_folders, group_settings
 from pipeline.training.run_folder import finished_summary
 
 logger = logging.getLogger(__name__)
@@ -81,14 +82,15 @@ def require_data(trial: Trial) -> None:
 
 
 def _summary(trial: Trial) -> Any:
-    return finished_summary(trial.config, data=open_folder(trial.config.data), output=open_folder(trial.config.output))
+    return finished_summary(trial.config, data=data_folders(trial.config), output=open_folder(trial.config.output))
 
 
 def _with_full_addresses(trial: Trial) -> Trial:
     """The same trial with addresses that do not depend on the process that reads them."""
     config = trial.config
     uri = mlflow_uri(config.tracking_uri, working_folder())
-    return replace(trial, config=replace(config, data=str(resolve_output(config.data)), tracking_uri=uri))
+    data, phase = with_folders(config.data, config.phase, lambda folder: str(resolve_output(folder)))
+    return replace(trial, config=replace(config, data=data, phase=phase, tracking_uri=uri))
 
 
 def _current_results(output: Folder, trials: Sequence[Trial]) -> list[Result]:

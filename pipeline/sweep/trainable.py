@@ -135,7 +135,7 @@ def _train(job: TrialJob) -> dict[str, Any]:
         return {"outcome": STOPPED}
     run, output = None, open_folder(config.output)
     try:
-        launch.begin_branch(config, data=open_folder(config.data), output=output)  # MLflow's run names its parent
+        launch.begin_branch(config, data=launch.data_folders(config), output=output)  # MLflow's run names its parent
         run = open_run(
             tracking_uri=config.tracking_uri,
             experiment=config.experiment,

@@ -5,7 +5,7 @@ The journal may be that of somebody else's run, so a line that does not fit is l
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NotRequired, TypeAlias
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -47,6 +47,7 @@ class _Input(TypedDict):
     source: str
     context: str
     profile: dict[str, str | int | float | None]
+    weight: NotRequired[float]
 
 
 class Inputs(_Entry):

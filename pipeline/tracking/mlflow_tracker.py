@@ -96,6 +96,7 @@ class MLflowTracker(Tracker):
 
     def log_inputs(self, inputs: Sequence[RunInput]) -> None:
         values = [dataclasses.asdict(item) | {"source": redact(item.source)} for item in inputs]
+        values = [{name: value for name, value in item.items() if value is not None} for item in values]
         self.journal.append("inputs", values=values)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,12 @@ class MLflowWriter:
                     source=json.dumps({"uri": item["source"]}),
                     profile=json.dumps(item["profile"]),
                 ),
-                tags=[InputTag("mlflow.data.context", item["context"])],
+                tags=[InputTag(name, str(value)) for name, value in _input_tags(item).items()],
             )
             for item in entry["values"]
         ]
         self.client.log_inputs(self.run.run_id, datasets=datasets)
-        self._set_tags({f"{item['context']}_fingerprint": item["fingerprint"] for item in entry["values"]})
+        self._set_tags(_fingerprints(entry["values"]))
 
     def _write_metrics(self, entries: Sequence[Entry]) -> None:
         from mlflow.entities import Metric
@@ -346,6 +347,24 @@ class MLflowWriter:
         tags = [RunTag(name, str(value)[:_MAX_TAG_CHARACTERS]) for name, value in values.items()]
         for start in range(0, len(tags), 100):  # MLflow's limit of tags per request
             self.client.log_batch(self.run.run_id, tags=tags[start : start + 100])
+
+
+def _input_tags(item: Mapping[str, Any]) -> dict[str, Any]:
+    weight = {"weight": item["weight"]} if "weight" in item else {}
+    return {"mlflow.data.context": item["context"], **weight}
+
+
+def _fingerprints(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A fingerprint of each use of inputs: that of the one input, or of all that are mixed, with their weights."""
+    by_context: dict[str, list[Mapping[str, Any]]] = {}
+    for item in items:
+        by_context.setdefault(item["context"], []).append(item)
+    found = {}
+    for context, members in by_context.items():
+        mixed = json.dumps([[item["fingerprint"], item.get("weight")] for item in members])
+        whole = members[0]["fingerprint"] if len(members) == 1 else hashlib.sha256(mixed.encode()).hexdigest()
+        found[f"{context}_fingerprint"] = whole
+    return found
 
 
 def _require_inside(folder: Folder, path: Path) -> None:

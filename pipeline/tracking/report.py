@@ -107,7 +107,7 @@ def render(
         result=_result(summary, scores),
         curves=None if curves is None else base64.b64encode(curves).decode("ascii"),
         inputs=[*_origin(folder, history), *(_input(item) for item in history.inputs)],
-        recipe=[(name, value) for name, value in params if name not in _NO_RECIPE and value is not None],
+        recipe=[(name, value) for name, value in params if name not in _NO_RECIPE and value not in (None, [])],
         speed=_speed(history, summary),
         samples=[*history.samples[:1], *history.samples[1:][-(_MOST_SAMPLES - 1) :]],  # the first and the last ones
         checkpoint=(
@@ -206,7 +206,8 @@ def _input(item: Mapping[str, Any]) -> tuple[str, str]:
     """What an input was used for; where it came from, its figures and its fingerprint."""
     numbers = {name: value for name, value in item["profile"].items() if isinstance(value, int | float)}
     figures = ", ".join(f"{value:,} {name}" for name, value in numbers.items())
-    return item["context"], f"{item['source']}: {figures}; sha256 {item['fingerprint']}"
+    share = f"{item['weight']:.4g} of the tokens, " if "weight" in item else ""
+    return item["context"], f"{item['source']}: {share}{figures}; sha256 {item['fingerprint']}"
 
 
 def _origin(folder: Folder, history: RunHistory) -> Rows:

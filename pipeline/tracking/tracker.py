@@ -29,6 +29,8 @@ class RunInput:
     """Its use: training, validation or tokenizer."""
     profile: Mapping[str, Any] = field(default_factory=dict)
     """Figures about it, for instance tokens and documents."""
+    weight: float | None = None
+    """Share of a mixture that it has in the first phase's tokens; None where it is not mixed."""
 
 
 class Tracker:

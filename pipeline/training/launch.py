@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.checkpoints.copying import copy_checkpoint
@@ -17,6 +17,7 @@ from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers, sh
 from pipeline.config.run_plan import opening
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.training_data import Folders
 from pipeline.distributed.process_group import init_distributed
 from pipeline.distributed.signals import FileWatcher, Interruptions, call_in_thread, end_after_peer_error
 from pipeline.distributed.startup_timer import StartupTimer
@@ -37,7 +38,7 @@ from pipeline.training.run_folder import (
     changed_settings,
     check_resumable,
     finished_summary,
-    open_splits,
+    open_data_of_run,
     require_own,
 )
 from pipeline.training.trainer import Trainer
@@ -52,8 +53,8 @@ class WorkerSettings:
     """What every training worker needs to know."""
 
     config: PretrainConfig
-    data: str
-    """Address of the folder of shards."""
+    data: tuple[str, ...]
+    """Addresses of the folders of shards, in the order of config.mixture."""
     output: str
     """Address of the run folder."""
     run: MLflowRun
@@ -74,13 +75,13 @@ def pretrain(
         UserError: an error that the user can mend, from the driver or from any worker.
     """
     ray_cluster.require_device(config.device)
-    data, output = resolve_output(config.data), resolve_output(config.output)
+    data, output = data_folders(config), resolve_output(config.output)
     with exclusive_output(output):
         return _pretrain_alone(config, data, output, files, shows_progress)
 
 
 def _pretrain_alone(
-    config: PretrainConfig, data: Folder, output: Folder, files: SharedFiles | None, shows_progress: bool
+    config: PretrainConfig, data: Sequence[Folder], output: Folder, files: SharedFiles | None, shows_progress: bool
 ) -> tuple[RunSummary, MLflowRun]:
     begin_branch(config, data=data, output=output)
     summary = finished_summary(config, data=data, output=output)
@@ -102,7 +103,7 @@ def _pretrain_alone(
             if changed:
                 logger.info("the run in %s goes on with %s", output, changed)
         settings = WorkerSettings(
-            config=config, data=str(data), output=str(output), run=run, shows_progress=shows_progress
+            config=config, data=tuple(map(str, data)), output=str(output), run=run, shows_progress=shows_progress
         )
         group = replace(group_settings(config), logs=logs)
         files = files or SharedFiles(folder=str(output))
@@ -138,7 +139,12 @@ def _marked_where_killed(run: MLflowRun) -> Iterator[None]:
         raise
 
 
-def begin_branch(config: PretrainConfig, *, data: Folder, output: Folder) -> None:
+def data_folders(config: PretrainConfig) -> list[Folder]:
+    """The folders of shards of a run."""
+    return [resolve_output(folder) for folder in config.mixture.folders]
+
+
+def begin_branch(config: PretrainConfig, *, data: Folders, output: Folder) -> None:
     """Make ``output`` the branch that --branch_from asks for, unless it is that already; nothing without the flag.
 
     A branch is a run of its own that begins at a checkpoint of another one, which is copied into its folder, with the
@@ -159,8 +165,7 @@ def begin_branch(config: PretrainConfig, *, data: Folder, output: Folder) -> Non
         was = f"a branch of {parent.folder} at step {parent.step}" if parent else "a run of its own"
         raise UserError(f"{output} is {was}; give another --output, or leave --branch_from and --step out to go on")
     place = _checkpoint_of(source, config.step)
-    _, manifest = open_splits(config, data)
-    check_resumable(place, read_description(place).info, config, manifest)
+    check_resumable(place, read_description(place).info, config, open_data_of_run(config, data))
     output.make()
     write_parent(output, Parent(folder=source.url, step=config.step, run_id=recorded_run_id(source)))
     copy_checkpoint(place, checkpoints, config.step)
@@ -187,10 +192,11 @@ def _with_inputs(config: PretrainConfig, output: Folder) -> PretrainConfig:
     return config
 
 
-def _announce(config: PretrainConfig, data: Folder) -> None:
+def _announce(config: PretrainConfig, data: Sequence[Folder]) -> None:
     """Say what is about to be trained, before the workers start."""
-    manifest = Manifest.load(data)
-    line, warning = opening(config, vocab_size=manifest.vocab_size, train_tokens=manifest.tokens("train"))
+    manifests = [Manifest.load(folder) for folder in data]
+    tokens = [manifest.tokens("train") for manifest in manifests]
+    line, warning = opening(config, vocab_size=manifests[0].vocab_size, train_tokens=tokens)
     logger.info(line)
     if warning:
         logger.warning(warning)
@@ -223,7 +229,7 @@ def pretrain_worker(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     with contextlib.closing(stop_watcher), _failures_logged(tracker, files.has_error):
         trainer = Trainer(
             config,
-            data=open_folder(settings.data),
+            data=[open_folder(address) for address in settings.data],
             output=output,
             workers=workers,
             tracker=tracker,

@@ -111,7 +111,6 @@ class NonFiniteFinder:
 
     def _window_text(self, window: int) -> str:
         position = window * (self.context_length + 1)
-        shard, offset = self.stream.locate(position)
-        name = self.stream.files.entries[shard].name if self.stream.files is not None else f"shard {shard}"
+        name, offset = self.stream.shard_at(position)
         ids = self.stream.read(position, min(_TEXT_TOKENS, self.context_length)).tolist()
         return f"{window} ({name}, token {offset:,}: {self.tokenizer.decode(ids)[:_TEXT_CHARACTERS]!r})"

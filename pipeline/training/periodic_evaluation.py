@@ -7,17 +7,24 @@ the tracker, and keeps in <run>/best.json which checkpoint has the lowest val lo
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from model.transformer import Transformer
 from pipeline.config.training import PretrainConfig
-from pipeline.dataset.shards import TokenStream
 from pipeline.dataset.token_counts import byte_lengths
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score
-from pipeline.evaluation.validation import ValidationResult, bits_per_byte, perplexity_text, validation_loss
+from pipeline.evaluation.validation import (
+    ValidationResult,
+    ValSource,
+    mixed_bits_per_byte,
+    mixed_result,
+    perplexity_text,
+    validation_loss,
+)
 from pipeline.generation.sampling import continue_text
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
@@ -38,13 +45,13 @@ class PeriodicEvaluation:
         config: PretrainConfig,
         model: Transformer,
         tokenizer: Tokenizer,
-        val_stream: TokenStream,
+        val_sources: Sequence[ValSource],
         *,
         output: Folder,
         workers: ProcessGroup,
         tracker: Tracker,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.val_stream = config, model, tokenizer, val_stream
+        self.config, self.model, self.tokenizer, self.val_sources = config, model, tokenizer, val_sources
         self.output, self.workers, self.tracker = output, workers, tracker
         self.validation: ValidationResult | None = None
         """The last validation."""
@@ -74,7 +81,8 @@ class PeriodicEvaluation:
         """
         if self.config.val_every and compiles(self.config, self.workers):
             config = self.config
-            self._validation_loss(self.workers.world_size * config.micro_batch * config.context_length)
+            one_batch = self.workers.world_size * config.micro_batch * config.context_length
+            self._validation_losses(self.val_sources[:1], min(one_batch, config.val_tokens))
 
     def run(self, done: int, checkpoint: Folder | None) -> None:
         """Do the evaluations that are due after ``done`` steps. Collective.
@@ -97,35 +105,47 @@ class PeriodicEvaluation:
         return best | (self.hellaswag.figures() if self.hellaswag else {})
 
     def _validate(self, done: int, checkpoint: Folder | None) -> None:
-        self.validation = result = self._validation_loss(self.config.val_tokens)
+        results = self._validation_losses(self.val_sources, self.config.val_tokens)
+        self.validation = result = mixed_result(self.val_sources, results)
         is_best = self.best is None or result.loss < self.best.val_loss or done == self.best.step
         if checkpoint is not None and is_best:
             self.best = Best(step=done, val_loss=result.loss)
         if not self.workers.is_rank_zero:
             return
         metrics = {"val/loss": result.loss, "val/perplexity": result.perplexity}
-        self.tracker.log_metrics(metrics | {"val/bits_per_byte": self._bits_per_byte(result)}, done)
+        metrics |= {"val/bits_per_byte": result.loss * self._bits_per_nat(results)}
+        losses = {source.name: each.loss for source, each in zip(self.val_sources, results, strict=True)}
+        if len(losses) > 1:
+            metrics |= {f"val/loss_{name}": loss for name, loss in losses.items()}
+        self.tracker.log_metrics(metrics, done)
         logger.info("step %d: val loss %.4f, perplexity %s", done, result.loss, perplexity_text(result.loss))
+        if len(losses) > 1:
+            logger.info(
+                "step %d: val loss of %s", done, ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            )
         if checkpoint is not None:
             if self.best is not None and is_best:
                 write_best(self.output, self.best)
             self.tracker.log_checkpoint(done, checkpoint, {"val_loss": result.loss}, best=is_best)
 
-    def _bits_per_byte(self, result: ValidationResult) -> float:
+    def _bits_per_nat(self, results: Sequence[ValidationResult]) -> float:
         if self._bits_of_a_nat is None:  # the same tokens every time
-            lengths = byte_lengths(self.tokenizer)
-            self._bits_of_a_nat = bits_per_byte(1.0, self.val_stream, result.tokens, lengths)
-        return result.loss * self._bits_of_a_nat
+            self._bits_of_a_nat = mixed_bits_per_byte(1.0, self.val_sources, results, byte_lengths(self.tokenizer))
+        return self._bits_of_a_nat
 
-    def _validation_loss(self, max_tokens: int) -> ValidationResult:
-        return validation_loss(
-            self.model,
-            self.val_stream,
-            self.workers,
-            context_length=self.config.context_length,
-            batch_size=self.config.micro_batch,
-            max_tokens=min(max_tokens, self.config.val_tokens),
-        )
+    def _validation_losses(self, sources: Sequence[ValSource], max_tokens: int) -> list[ValidationResult]:
+        """The loss of each source; they share ``max_tokens`` evenly."""
+        return [
+            validation_loss(
+                self.model,
+                source.stream,
+                self.workers,
+                context_length=self.config.context_length,
+                batch_size=self.config.micro_batch,
+                max_tokens=max(1, max_tokens // len(sources)),
+            )
+            for source in sources
+        ]
 
     def _score_hellaswag(self, done: int) -> None:
         assert self._questions is not None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.metadata import CheckpointInfo
+from pipeline.checkpoints.metadata import CheckpointInfo, SourceInfo
 from pipeline.checkpoints.reader import check_shape, list_checkpoints, newest_info
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
-from pipeline.dataset.dataset import TOKENIZER_NAME, open_data
+from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.mixed_order import Phases
+from pipeline.dataset.training_data import ONE_SOURCE, Folders, TrainingData, as_folders, mixture_text, open_sources
 from pipeline.errors import UserError
 from pipeline.evaluation.validation import perplexity
 from pipeline.run_files import (
@@ -34,7 +37,7 @@ from pipeline.training.schedule import SETTINGS, check_schedule
 
 _ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
 _NOT_IN_A_STEP = {
-    *("data", "output", "branch_from", "step", "depth", "tokens_per_parameter", "vocab_size", "dry_run"),
+    *("data", "phase", "output", "branch_from", "step", "depth", "tokens_per_parameter", "vocab_size", "dry_run"),
     *("lr", *SETTINGS),  # the learning rates themselves are compared
     *("batch_size", "grad_accum_steps", "num_workers", "resize_seconds"),  # how sums are rounded, at most
     *("device", "compile", "deterministic", "recompute", "collective_timeout", "max_failures", "skip_nonfinite"),
@@ -125,14 +128,16 @@ def best_left(output: Folder) -> Best | None:
     return Best(step=min(left)[1], val_loss=min(left)[0]) if left else None
 
 
-def step_settings(config: PretrainConfig, manifest: Manifest, start_step: int) -> dict[str, Any]:
+def step_settings(config: PretrainConfig, data: TrainingData, start_step: int) -> dict[str, Any]:
     """What decides the numbers of the steps after ``start_step``, besides their learning rates.
 
     Done again with other settings, they are other steps.
     """
     left_out = _NOT_IN_A_STEP | (_OF_THE_START if start_step else set())
     settings = {name: value for name, value in to_dict(config).items() if name not in left_out}
-    return settings | {"training_fingerprint": manifest.fingerprint}
+    if data.is_mixture:
+        settings |= {"mixture": data.mixture_text}
+    return settings | {"training_fingerprint": data.fingerprint}
 
 
 def require_own(output: Folder) -> None:
@@ -146,14 +151,22 @@ def require_own(output: Folder) -> None:
             )
 
 
-def open_splits(config: PretrainConfig, data: Folder) -> tuple[Tokenizer, Manifest]:
-    """Tokenizer and manifest of the data of a run.
+def open_data_of_run(config: PretrainConfig, folders: Folders) -> TrainingData:
+    """The data of a run; ``folders`` are those of config.mixture, in its order.
 
     Raises:
-        UserError: no such data, too little to train on, nothing to validate on though the settings ask for it, or a
-            sample prompt that is longer than the context.
+        UserError: no such data, too little to train on, nothing to validate on though the settings ask for it, several
+            tokenizers, or a sample prompt that is longer than the context.
     """
-    tokenizer, manifest = open_data(data)
+    mixture = config.mixture
+    data = open_sources(as_folders(folders), mixture.names, mixture.phases)
+    for source in data.sources:
+        _check_source(config, source.folder, source.manifest)
+    _check_sample_prompt(config, data.tokenizer)
+    return data
+
+
+def _check_source(config: PretrainConfig, data: Folder, manifest: Manifest) -> None:
     config.check_vocab_size(manifest.vocab_size)
     if not manifest.tokens("train"):
         raise UserError(
@@ -170,8 +183,6 @@ def open_splits(config: PretrainConfig, data: Folder) -> tuple[Tokenizer, Manife
             f"data folder {data} has nothing to validate on: no document is held out; give --val_every 0 to train "
             "without, or tokenize again, into another folder, with a larger --val_fraction or --val_split tail"
         )
-    _check_sample_prompt(config, tokenizer)
-    return tokenizer, manifest
 
 
 def _check_sample_prompt(config: PretrainConfig, tokenizer: Tokenizer) -> None:
@@ -184,20 +195,16 @@ def _check_sample_prompt(config: PretrainConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, manifest: Manifest) -> None:
+def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainConfig, data: TrainingData) -> None:
     """Check that resuming from checkpoint ``path`` continues the same run.
 
     Raises:
         UserError: model shape, shards, tokenizer, data order or optimizer differ, the learning rate's schedule would
             bend, or the checkpoint is beyond train_steps.
     """
-    expected = config.model_config(manifest.vocab_size)
+    expected = config.model_config(data.manifest.vocab_size)
     check_shape(f"checkpoint {path}", info.model_config.to_dict(), expected, otherwise="another --output for a new run")
-    if info.manifest_fingerprint != manifest.fingerprint:
-        what = "tokenizer" if info.tokenizer_fingerprint != manifest.tokenizer_fingerprint else "shards"
-        raise UserError(
-            f"checkpoint {path} was trained on other {what} than --data holds; give a new --output or the old --data"
-        )
+    _check_windows(path, info, data)
     for name in _ORDER_SETTINGS:
         if info.config[name] != getattr(config, name):
             raise UserError(
@@ -218,18 +225,72 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
     check_schedule(path, info, config)
 
 
-def finished_summary(config: PretrainConfig, *, data: Path | Folder, output: Path | Folder) -> RunSummary | None:
+def mixture_info(data: TrainingData) -> dict[str, Any]:
+    """The fields of CheckpointInfo that a mixture has; none for one folder."""
+    if not data.is_mixture:
+        return {}
+    sources = tuple(
+        SourceInfo(name=source.name, data=str(source.folder), manifest_fingerprint=source.manifest.fingerprint)
+        for source in data.sources
+    )
+    return {"sources": sources, "phases": data.phases}
+
+
+def _check_windows(path: Folder | str, info: CheckpointInfo, data: TrainingData) -> None:
+    """UserError unless the steps done had the windows that ``data`` gives to them; later phases may be any."""
+    if info.tokenizer_fingerprint != data.manifest.tokenizer_fingerprint:
+        what = "tokenizer"
+    elif not info.sources and not data.is_mixture and info.manifest_fingerprint != data.fingerprint:
+        what = "shards"
+    else:
+        what = ""
+    if what:
+        raise UserError(
+            f"checkpoint {path} was trained on other {what} than --data holds; give a new --output or the old --data"
+        )
+    sources = info.sources or (
+        SourceInfo(name=info.data, data=info.data, manifest_fingerprint=info.manifest_fingerprint),
+    )
+    saved = {source.manifest_fingerprint: source.data for source in sources}
+    given = {source.manifest.fingerprint: str(source.folder) for source in data.sources}
+    before = _past([*saved], info.phases or ONE_SOURCE, info.step)
+    now = _past([*given], data.phases, info.step)
+    if before == now:
+        return
+    changed = sorted(given[key] for key in given.keys() - saved.keys() if given[key] in saved.values())
+    if changed:
+        difference = f"the shards of {' and '.join(changed)} are others now"
+    else:
+        was, would = mixture_text([*saved.values()], info.phases or ONE_SOURCE), data.mixture_text
+        difference = f"that was {was}, and is {would} now"
+    raise UserError(
+        f"checkpoint {path} was trained on other windows than --data and --phase give to its {info.step} steps: "
+        f"{difference}; what is to change must begin with a --phase at step {info.step} or later, else give a new "
+        "--output"
+    )
+
+
+def _past(fingerprints: Sequence[str], phases: Phases, num_steps: int) -> list[tuple[int, list[tuple[int, str, int]]]]:
+    """What decides the windows of the first ``num_steps`` steps: by phase, each folder's place, shards and weight."""
+    return [
+        (first, [(place, fingerprints[place], part) for place, part in enumerate(parts) if part])
+        for first, parts in phases
+        if first < num_steps
+    ]
+
+
+def finished_summary(config: PretrainConfig, *, data: Folders, output: Path | Folder) -> RunSummary | None:
     """The summary of this run if it has reached train_steps, else None; checks the same as a resume.
 
     It needs neither Ray nor a process group, so that jobs can report at once that a run is done or does not match.
     """
-    _, manifest = open_splits(config, as_folder(data))
+    opened = open_data_of_run(config, data)
     output = as_folder(output)
     newest = newest_info(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))
     if newest is None:
         return None
     place, info = newest
-    check_resumable(place, info, config, manifest)
+    check_resumable(place, info, config, opened)
     found = read_json(output, SUMMARY_FILE, RunSummary, mend="delete it and run the same command again")
     if found is None or min(info.step, found.steps) < config.train_steps:
         return None
@@ -253,23 +314,25 @@ def changed_settings(config: PretrainConfig, output: Folder) -> str:
     return ", ".join(f"{name} {now[name]} instead of {before[name]}" for name in names)
 
 
-def run_inputs(data: Folder, manifest: Manifest) -> list[RunInput]:
+def run_inputs(data: TrainingData) -> list[RunInput]:
     """The data sets and the tokenizer of the run with their fingerprints: the lineage of its weights."""
     inputs = [
         RunInput(
-            name=f"{data.url.rpartition('/')[2]}-{split}",  # for MLflow, equal names and fingerprints are one data set
-            fingerprint=manifest.fingerprint,
-            source=str(data),
+            name=f"{source.folder.url.rpartition('/')[2]}-{split}",  # for MLflow, equal names and fingerprints are one
+            fingerprint=source.manifest.fingerprint,
+            source=str(source.folder),
             context=context,
-            profile={"tokens": manifest.tokens(split), "documents": manifest.documents(split)},
+            profile={"tokens": source.manifest.tokens(split), "documents": source.manifest.documents(split)},
+            weight=weight if data.is_mixture else None,
         )
+        for source, weight in zip(data.sources, data.weights, strict=True)
         for split, context in (("train", "training"), ("val", "validation"))
     ]
     tokenizer = RunInput(
         name="tokenizer",
-        fingerprint=manifest.tokenizer_fingerprint,
-        source=f"{data}/{TOKENIZER_NAME}",
+        fingerprint=data.manifest.tokenizer_fingerprint,
+        source=f"{data.sources[0].folder}/{TOKENIZER_NAME}",
         context="tokenizer",
-        profile={"vocab_size": manifest.vocab_size},
+        profile={"vocab_size": data.manifest.vocab_size},
     )
     return [*inputs, tokenizer]

@@ -32,7 +32,7 @@ def check_schedule(path: Folder | str, info: CheckpointInfo, config: PretrainCon
         return
     defaults = {field.name: field.default for field in fields(PretrainConfig)}
     saved = {name: info.config.get(name, defaults[name]) for name in SETTINGS}
-    before, now = (replace(config, **settings, lr=1.0, profile_steps=None) for settings in (saved, {}))
+    before, now = (replace(config, **settings, lr=1.0, profile_steps=None, phase=()) for settings in (saved, {}))
     step = last_difference(before, now, info.step)
     if step is None:
         return

@@ -22,9 +22,9 @@ from pipeline.checkpoints.reader import local_checkpoint, open_newest, read_tens
 from pipeline.checkpoints.writer import CheckpointWriter, training_state
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
-from pipeline.dataset.batches import BatchLoader, BatchOrder
+from pipeline.dataset.batches import BatchLoader
 from pipeline.dataset.dataset import TOKENIZER_NAME
-from pipeline.dataset.shards import open_split
+from pipeline.dataset.training_data import Folders
 from pipeline.distributed import determinism
 from pipeline.distributed.determinism import deterministic
 from pipeline.distributed.fsdp import local_part, parallelize
@@ -34,6 +34,7 @@ from pipeline.distributed.recomputation import recompute_blocks
 from pipeline.distributed.signals import Interruptions
 from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import RunStopped, UserError
+from pipeline.evaluation.validation import ValSource
 from pipeline.pretrained import weights
 from pipeline.run_files import CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
@@ -48,7 +49,14 @@ from pipeline.training.nonfinite import NonFiniteFinder
 from pipeline.training.optimizer import build_optimizer, compiles, learning_rate
 from pipeline.training.periodic_evaluation import PeriodicEvaluation
 from pipeline.training.profiling import StepProfiler
-from pipeline.training.run_folder import RunSummary, check_resumable, open_splits, run_inputs, step_settings
+from pipeline.training.run_folder import (
+    RunSummary,
+    check_resumable,
+    mixture_info,
+    open_data_of_run,
+    run_inputs,
+    step_settings,
+)
 from pipeline.training.step import StepAbandoned, StepResult, accumulate_gradients
 from pipeline.training.step_guard import Outcome, StepGuard
 from pipeline.training.throughput import ThroughputMeter
@@ -61,7 +69,8 @@ class Trainer:
 
     Args:
         config: resolved settings.
-        data: folder (on a disk or in a bucket) with manifest.json, shards and tokenizer.json.
+        data: folder (on a disk or in a bucket) with manifest.json, shards and tokenizer.json; of a mixture, all of
+            them, in the order of config.mixture.
         output: the run folder (on a disk or in a bucket), which every rank can read and write.
         workers: the process group of the run.
         tracker: receives all metrics and events on rank 0; unused elsewhere.
@@ -76,7 +85,7 @@ class Trainer:
         self,
         config: PretrainConfig,
         *,
-        data: Path | Folder,
+        data: Folders,
         output: Path | Folder,
         workers: ProcessGroup,
         tracker: Tracker,
@@ -86,9 +95,11 @@ class Trainer:
         self.startup = startup or StartupTimer()
         self.config, self.workers, self.tracker = config, workers, tracker
         self.is_deterministic = config.deterministic == "on"
-        self.data, self.output = data, output = as_folder(data), as_folder(output)
-        self.tokenizer, self.manifest = open_splits(config, data)
-        self.train_stream, self.val_stream = open_split(data, "train"), open_split(data, "val")
+        self.output = output = as_folder(output)
+        self.data = open_data_of_run(config, data)
+        self.tokenizer, self.manifest = self.data.tokenizer, self.data.manifest
+        self.train_stream, train_streams = self.data.open_train(window_length=config.context_length + 1)
+        self.val_streams = self.data.open_val()
         self.startup.mark("data")
         self.model_config = config.model_config(self.manifest.vocab_size)
         self.dtype = compute_dtype(config.precision, workers.device)
@@ -99,7 +110,7 @@ class Trainer:
         self.config = config = with_batch_size(config, self.model, output=output, workers=workers)
         self.startup.mark("model")
         self.loader = self._build_loader()
-        streams = (self.train_stream, self.val_stream)
+        streams = [*train_streams, *self.val_streams]
         self.guard = StepGuard(config, workers, streams, interruptions or Interruptions())
         self.profiler = StepProfiler(config, output=output, workers=workers, tracker=tracker)
         self.first_loss = self.last_loss = math.nan
@@ -107,12 +118,12 @@ class Trainer:
         self.saved_step: int | None = None
         """The steps of the newest checkpoint that this process has saved."""
         self.evaluation = PeriodicEvaluation(
-            config, self.model, self.tokenizer, self.val_stream, output=output, workers=workers, tracker=tracker
+            config, self.model, self.tokenizer, self._val_sources(), output=output, workers=workers, tracker=tracker
         )
         self.writer = CheckpointWriter(
             open_folder(f"{output}/{CHECKPOINTS_FOLDER}"),
             workers,
-            tokenizer_json=data.read(TOKENIZER_NAME).decode(),
+            tokenizer_json=self.data.sources[0].folder.read(TOKENIZER_NAME).decode(),
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
             also_keep=lambda: {self.evaluation.best.step} if self.evaluation.best else set(),
@@ -261,8 +272,9 @@ class Trainer:
 
     def _build_loader(self) -> BatchLoader:
         length, workers = self.config.context_length, self.workers
-        order = BatchOrder(
-            num_windows=len(self.train_stream) // (length + 1),
+        order = self.data.order(
+            self.train_stream,
+            window_length=length + 1,
             windows_per_step=self.config.windows_per_step,
             batch_size=self.config.micro_batch,
             seed=self.config.seed,
@@ -276,11 +288,17 @@ class Trainer:
             device=workers.device,
         )
 
+    def _val_sources(self) -> list[ValSource]:
+        return [
+            ValSource(name=source.name, weight=weight, stream=stream)
+            for source, weight, stream in zip(self.data.sources, self.data.weights, self.val_streams, strict=True)
+        ]
+
     def _resume(self) -> int:
         """Load the newest checkpoint of this run, or the weights of --checkpoint; returns the first step to do."""
         with open_newest(self.writer.folder, self.workers) as found:
             if found is not None:
-                check_resumable(found.name, found.info, self.config, self.manifest)
+                check_resumable(found.name, found.info, self.config, self.data)
                 read_tensors(found.path, training_state(self.model, self.optimizer))
         if found is None:
             if given := self.config.checkpoint:
@@ -302,11 +320,11 @@ class Trainer:
         if self.is_deterministic and self.workers.device.type == "cuda":
             for sentence in determinism.nondeterministic_settings():
                 logger.warning(sentence)
-        settings = step_settings(self.config, self.manifest, self.start_step)
+        settings = step_settings(self.config, self.data, self.start_step)
         self.tracker.log_start(self.start_step, settings, lambda step: learning_rate(self.config, step))
         self.tracker.log_params({**to_dict(self.config), "parameters": self.model_config.num_parameters})
         self.tracker.log_tags(hardware.hardware_tags(self.workers))
-        self.tracker.log_inputs(run_inputs(self.data, self.manifest))
+        self.tracker.log_inputs(run_inputs(self.data))
         logger.info(
             "%s parameters, %s train tokens, %d workers on %s, %s; %s",
             f"{self.model_config.num_parameters:,}",
@@ -356,12 +374,13 @@ class Trainer:
             last_loss=self.last_loss,
             model=self.model_config.to_dict(),
             config=to_dict(self.config),
-            data=str(self.data),
-            manifest_fingerprint=self.manifest.fingerprint,
+            data=self.data.address,
+            manifest_fingerprint=self.data.fingerprint,
             tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
             world_size=self.workers.world_size,
             skipped_steps=self.skipped_steps,
             eot_id=None if self.tokenizer.end_of_text == END_OF_TEXT else self.tokenizer.eot_id,
+            **mixture_info(self.data),
         )
         path = self.writer.save(training_state(self.model, self.optimizer), info)
         self.saved_step = done
