@@ -1,7 +1,7 @@
 """A process of test_trainer.py: ``torchrun trainer_process.py SETTINGS.json`` trains and writes what happened.
 
-Settings: {"config": PretrainConfig's fields, "data": folder, "stop_after": steps or null, "history": file}. Beside the
-history, HISTORY.RANK tells which windows every rank was fed: [[step, [[token, ...], ...]], ...].
+Settings: {"config": PretrainConfig's fields, "data": [folder, ...], "stop_after": steps or null, "history": file}.
+Beside the history, HISTORY.RANK tells which windows every rank was fed: [[step, [[token, ...], ...]], ...].
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     config = PretrainConfig(**settings["config"])
     workers, tracker = init_distributed("cpu"), MemoryTracker()
-    trainer = Trainer(config, data=Path(settings["data"]), output=Path(config.output), workers=workers, tracker=tracker)
+    data = [Path(folder) for folder in settings["data"]]
+    trainer = Trainer(config, data=data, output=Path(config.output), workers=workers, tracker=tracker)
     start_step, fed = trainer.start_step, recorded(trainer)
     if settings["stop_after"]:
         for step in range(start_step, settings["stop_after"]):

@@ -8,7 +8,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,17 @@ def run(tiny_data: Path, tmp_path: Path) -> Run:
     """Runs trainer_process.py on several ranks; returns start step and losses as exact numbers."""
 
     def start(
-        world_size: int, output: str, *, stop_after: int | None = None, settings_of: PretrainConfig = CONFIG
+        world_size: int,
+        output: str,
+        *,
+        stop_after: int | None = None,
+        settings_of: PretrainConfig = CONFIG,
+        data: Sequence[Path] = (tiny_data,),
     ) -> dict[str, Any]:
         config = dataclasses.asdict(dataclasses.replace(settings_of, output=str(tmp_path / output)))
         history, settings = tmp_path / "history.json", tmp_path / "settings.json"
         settings.write_text(
-            json.dumps({"config": config, "data": str(tiny_data), "stop_after": stop_after, "history": str(history)})
+            json.dumps({"config": config, "data": [*map(str, data)], "stop_after": stop_after, "history": str(history)})
         )
         script = str(Path(__file__).parents[1] / "support" / "trainer_process.py")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
