@@ -125,7 +125,11 @@ def train(config: PretrainConfig, data: Path, folder: Path, results: Results) ->
     forget_compiled()
     with results.attempt(f"training with {config.optimizer}"):
         trainer = _trainer(config, data, folder, tracker)
-        results.add("data", train_tokens=len(trainer.train_stream), val_tokens=sum(map(len, trainer.val_streams)))
+        results.add(
+            "data",
+            train_tokens=len(trainer.train_stream),
+            val_tokens=sum(len(source.stream) for source in trainer.val_sources),
+        )
         trainer.run()
     report = {"optimizer": config.optimizer, "lr": config.lr, **known(tracker), "seconds": time.perf_counter() - start}
     print(", ".join(f"{name} {value}" for name, value in report.items()), flush=True)

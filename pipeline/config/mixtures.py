@@ -70,6 +70,8 @@ def read_mixture(data: str | Sequence[str], phase: Sequence[str]) -> Mixture:
     weights = {0: _read_weights("data", texts), **_read_phases(phase)}
     folders = tuple(dict.fromkeys(itertools.chain.from_iterable(weights.values())))
     phases = tuple(Phase(step, _parts(found, folders)) for step, found in weights.items())
+    if len(folders) == 1:
+        return Mixture(folders=folders, phases=phases[:1])
     mixture = Mixture(folders=folders, phases=phases)
     for (one, name), (other, other_name) in itertools.combinations(zip(folders, mixture.names, strict=True), 2):
         require(

@@ -35,6 +35,17 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValSource:
+    """The val set of one source."""
+
+    name: str
+    """What it is called in metrics, where there are several."""
+    weight: float
+    """Its share in the val loss; all sum up to 1."""
+    stream: TokenStream
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingData:
     """What a run is trained and validated on."""
 
@@ -79,9 +90,12 @@ class TrainingData:
         streams = self._open("train")
         return (MixedStream(streams, window_length=window_length) if self.is_mixture else streams[0]), streams
 
-    def open_val(self) -> list[TokenStream]:
-        """The val tokens of each source."""
-        return self._open("val")
+    def open_val(self) -> list[ValSource]:
+        """The val set of each source."""
+        return [
+            ValSource(name=source.name, weight=weight, stream=stream)
+            for source, weight, stream in zip(self.sources, self.weights, self._open("val"), strict=True)
+        ]
 
     def order(
         self, stream: TokenStream, *, window_length: int, windows_per_step: int, batch_size: int, seed: int

@@ -24,14 +24,13 @@ from pipeline.config.inference import EvaluateConfig
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
 from pipeline.dataset.token_counts import byte_lengths, count_tokens
-from pipeline.dataset.training_data import joint_fingerprint
+from pipeline.dataset.training_data import ValSource, joint_fingerprint
 from pipeline.distributed.fsdp import parallelize
 from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
 from pipeline.evaluation.validation import (
-    ValSource,
     entropy,
     mixed_bits_per_byte,
     mixed_result,

@@ -23,6 +23,7 @@ from model.transformer import Transformer
 from pipeline.dataset.batches import read_windows
 from pipeline.dataset.shards import TokenStream
 from pipeline.dataset.token_counts import count_tokens
+from pipeline.dataset.training_data import ValSource
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 
@@ -122,16 +123,6 @@ def bits_per_byte(loss: float, stream: TokenStream, num_targets: int, lengths: n
     """
     num_bytes = int(count_tokens(stream, 1, num_targets + 1)[: len(lengths)] @ lengths)
     return loss * num_targets / math.log(2) / num_bytes if num_bytes else math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValSource:
-    """The val set of one source of a mixture."""
-
-    name: str
-    weight: float
-    """Its share in the val loss of the mixture; all sum up to 1."""
-    stream: TokenStream
 
 
 def mixed_result(sources: Sequence[ValSource], results: Sequence[ValidationResult]) -> ValidationResult:

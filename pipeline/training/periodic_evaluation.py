@@ -15,11 +15,11 @@ import torch
 from model.transformer import Transformer
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.token_counts import byte_lengths
+from pipeline.dataset.training_data import ValSource
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score
 from pipeline.evaluation.validation import (
     ValidationResult,
-    ValSource,
     mixed_bits_per_byte,
     mixed_result,
     perplexity_text,

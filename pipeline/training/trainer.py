@@ -34,7 +34,6 @@ from pipeline.distributed.recomputation import recompute_blocks
 from pipeline.distributed.signals import Interruptions
 from pipeline.distributed.startup_timer import StartupTimer
 from pipeline.errors import RunStopped, UserError
-from pipeline.evaluation.validation import ValSource
 from pipeline.pretrained import weights
 from pipeline.run_files import CHECKPOINTS_FOLDER, SUMMARY_FILE
 from pipeline.storage.folders import Folder, as_folder, in_bucket, open_folder
@@ -99,7 +98,7 @@ class Trainer:
         self.data = open_data_of_run(config, data)
         self.tokenizer, self.manifest = self.data.tokenizer, self.data.manifest
         self.train_stream, train_streams = self.data.open_train(window_length=config.context_length + 1)
-        self.val_streams = self.data.open_val()
+        self.val_sources = self.data.open_val()
         self.startup.mark("data")
         self.model_config = config.model_config(self.manifest.vocab_size)
         self.dtype = compute_dtype(config.precision, workers.device)
@@ -110,7 +109,7 @@ class Trainer:
         self.config = config = with_batch_size(config, self.model, output=output, workers=workers)
         self.startup.mark("model")
         self.loader = self._build_loader()
-        streams = [*train_streams, *self.val_streams]
+        streams = [*train_streams, *(source.stream for source in self.val_sources)]
         self.guard = StepGuard(config, workers, streams, interruptions or Interruptions())
         self.profiler = StepProfiler(config, output=output, workers=workers, tracker=tracker)
         self.first_loss = self.last_loss = math.nan
@@ -118,7 +117,7 @@ class Trainer:
         self.saved_step: int | None = None
         """The steps of the newest checkpoint that this process has saved."""
         self.evaluation = PeriodicEvaluation(
-            config, self.model, self.tokenizer, self._val_sources(), output=output, workers=workers, tracker=tracker
+            config, self.model, self.tokenizer, self.val_sources, output=output, workers=workers, tracker=tracker
         )
         self.writer = CheckpointWriter(
             open_folder(f"{output}/{CHECKPOINTS_FOLDER}"),
@@ -287,12 +286,6 @@ class Trainer:
             world_size=workers.world_size,
             device=workers.device,
         )
-
-    def _val_sources(self) -> list[ValSource]:
-        return [
-            ValSource(name=source.name, weight=weight, stream=stream)
-            for source, weight, stream in zip(self.data.sources, self.data.weights, self.val_streams, strict=True)
-        ]
 
     def _resume(self) -> int:
         """Load the newest checkpoint of this run, or the weights of --checkpoint; returns the first step to do."""

@@ -79,6 +79,7 @@ def test_a_colon_divides_only_before_a_number_and_a_folder_may_come_later() -> N
     assert config.mixture.shares(100) == pytest.approx((1 / 3, 1 / 6, 0.1, 0.4))
     alone = resolved("--data", "data/one", "--phase", "10", "data/one:1", "data/two:1").mixture
     assert alone.phases == ((0, (1, 0)), (10, (1, 1))) and alone.weights == (1.0, 0.0)
+    assert resolved("--data", "data/one", "--phase", "10", "data/one:2").mixture == read_mixture("data/one", ())
 
 
 WRONG = {

@@ -127,8 +127,8 @@ def test_a_run_of_one_folder_goes_on_as_a_mixture_and_no_step_done_may_change(
             "",
         ): "that was .*web:1, from step 5 .*, and is .*web:1 now; what is to change must begin with a --phase",
         ("late:1 web:1", "5 web:1 late:1"): "that was .*web:1, from step 5",
-        ("web", "5 web:2 late:1"): "web:0.5 .*late:0.5, and is .*web:0.6667 .*late:0.3333 now",
-        ("books", "5 web:1 late:1"): "books:1, from step 5",
+        ("web", "5 web:2 late:1"): "that was .*web:0.5 .*late:0.5, and is .*web:0.6667 .*late:0.3333 now",
+        ("books", "5 web:1 late:1"): "that was .*, and is .*books:1, from step 5",
     }
     for (data, phase), sentence in refused.items():
         config = mixed(sources, data, phase, **more)
