@@ -45,7 +45,8 @@ def naive_counts(parts: tuple[int, ...], windows_per_step: int, num_steps: int) 
         raise AssertionError
 
     for step in range(num_steps):
-        urgent, contending = [], []
+        urgent: list[int] = []
+        contending: list[int] = []
         for source, rate in enumerate(rates):
             lag = rate * step - given[source]
             if rate == 0 or (lag < 0 and sign(rate, step) <= 0):

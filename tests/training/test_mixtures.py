@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def cut(folder: Path) -> list[list[int]]:
 def test_a_run_of_one_folder_goes_on_as_a_mixture_and_no_step_done_may_change(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    plateau = {"schedule": "wsd", "decay_fraction": 0.0, "warmup_fraction": None, "warmup_steps": 0}
+    plateau: dict[str, Any] = {"schedule": "wsd", "decay_fraction": 0.0, "warmup_fraction": None, "warmup_steps": 0}
     trainer_of(mixed(sources, "web", train_steps=5, **plateau), tmp_path).run()
     more = plateau | {"train_steps": 9}
     annealed = mixed(sources, "web", "5 web:1 late:1", **more)
@@ -198,6 +199,7 @@ def test_every_source_is_an_input_of_mlflows_run(sources: dict[str, Path], tmp_p
     config = mixed(sources, "web:3 books:1", train_steps=2)
     Trainer(config, data=folders(config), output=output, workers=ALONE, tracker=MLflowTracker(run, output)).run()
     known = MlflowClient(uri).get_run(run.run_id)
+    assert known.inputs is not None
     weights = {
         each.dataset.name: {tag.key: tag.value for tag in each.tags}.get("weight")
         for each in known.inputs.dataset_inputs
