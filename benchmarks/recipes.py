@@ -113,6 +113,8 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
 _ALL = tuple(CHANGES)[1:]
 _ADAMW, _MUON = (1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 _SHORTER = tuple((change, share) for share in (1 / 3, 1 / 2) for change in ("muon", "fast", "fastest"))
+SHORTER_RATES = (1, 2)
+"""Shorter runs are tuned too: at these multiples of the best rate of whole runs."""
 SIZES = {
     "tiny": Size(
         shape={"num_layers": 1, "num_heads": 2, "d_model": 16, "d_ff": 32},
@@ -140,7 +142,7 @@ SIZES = {
     "16M": Size(
         shape={"num_layers": 8, "num_heads": 6, "d_model": 384, "d_ff": 1024},
         steps=100,
-        rates={"adamw": (5e-4, 1e-3, 2e-3), "muon": (4e-3,)},
+        rates={"adamw": (5e-4, *_ADAMW[:3]), "muon": (2e-3, *_MUON[:3])},
         changes=("fast", "fastest"),
         shorter=_SHORTER,
     ),
@@ -198,7 +200,9 @@ def jobs(name: str, runs: dict[str, Run]) -> Iterator[Job]:
     for optimizer in size.rates:
         yield from rate_jobs(name, optimizer)
     for change, share in size.shorter:
-        yield Job(size=name, recipe=change, lr=best_rate(name, "muon", runs), steps=round(size.steps * share))
+        for factor in SHORTER_RATES:
+            lr = factor * best_rate(name, "muon", runs)
+            yield Job(size=name, recipe=change, lr=lr, steps=round(size.steps * share))
     for change in size.changes:
         yield Job(size=name, recipe=change, lr=best_rate(name, "muon", runs), steps=size.steps)
     for seed in range(1, size.seeds):

@@ -55,6 +55,11 @@ class Results:
         whole = [point for point in self.of(size, recipe) if point.steps == longest]
         return min(whole, key=lambda point: point.loss, default=None)
 
+    def best_of_each_length(self, size: str, recipe: str) -> list[Point]:
+        """The rate with the lowest loss for every number of steps; shortest first."""
+        runs = itertools.groupby(self.of(size, recipe), key=lambda point: point.steps)
+        return [min(same, key=lambda point: point.loss) for _, same in runs]
+
     def share(self, size: str, recipe: str) -> str:
         """The share of AdamW's tokens from which a recipe reaches AdamW's best loss: see share_of_tokens.
 
@@ -63,7 +68,7 @@ class Results:
         goal, best = self.best(size, "adamw"), self.best(size, recipe)
         if goal is None or best is None:
             return ""
-        runs = [point for point in self.of(size, recipe) if point.lr == best.lr]
+        runs = self.best_of_each_length(size, recipe)
         if runs[0].steps == goal.steps:
             return ""
         return share_of_tokens([(point.tokens, point.loss) for point in runs], goal.tokens, goal.loss)
@@ -191,7 +196,7 @@ def _draw(results: Results, path: Path) -> None:
             best = results.best(size, name)
             if best is None:
                 continue
-            runs = [point for point in results.of(size, name) if point.lr == best.lr]
+            runs = results.best_of_each_length(size, name)
             label = {"adamw": "AdamW", "muon": "Muon"}.get(name, f"{name}.yaml")
             tokens, losses = [point.tokens / 1000 for point in runs], [point.loss for point in runs]
             axis.plot(tokens, losses, marker="o", markersize=4, linewidth=1.2, label=label, color=COLORS[name])
