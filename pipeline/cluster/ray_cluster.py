@@ -102,7 +102,9 @@ def _start(num_cpus: int) -> None:
 
 
 def _not_started(error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0].rstrip(".")
+    if "dashboard.err" in reason:
+        reason = "its dashboard did not come up in time"
     return UserError(
         f"Ray did not start on this machine ({reason}); give the same command again, where the machine has less to do "
         "or more free memory"
