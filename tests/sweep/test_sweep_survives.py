@@ -182,7 +182,7 @@ def check_mlflow(job: Job, url: str, folder: Path) -> None:
         parent = page.get_by_role("row").filter(has=page.get_by_text("sweep", exact=True)).first
         parent.get_by_role("button").first.click(timeout=300_000)  # the page shows children once their parent is opened
         for index in range(8):
-            expect(page.get_by_text(f"trial-{index:03d}", exact=True).first).to_be_visible(timeout=300_000)
+            expect(page.get_by_text(f"pretrain trial-{index:03d}", exact=True).first).to_be_visible(timeout=300_000)
         page.screenshot(path=str(folder / "runs.png"))
         page.goto(f"{url}/#/experiments/{record['experiment_id']}/runs/{record['run_id']}/artifacts/report.html")
         report = page.frame_locator("iframe").first
