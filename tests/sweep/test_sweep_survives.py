@@ -179,7 +179,7 @@ def check_mlflow(job: Job, url: str, folder: Path) -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(f"{url}/#/experiments/{record['experiment_id']}/runs?workflowType=machine_learning")
-        parent = page.get_by_role("row").filter(has=page.get_by_text("sweep", exact=True)).first
+        parent = page.get_by_role("row").filter(has=page.get_by_text("sweep sweep", exact=True)).first
         parent.get_by_role("button").first.click(timeout=300_000)  # the page shows children once their parent is opened
         for index in range(8):
             expect(page.get_by_text(f"pretrain trial-{index:03d}", exact=True).first).to_be_visible(timeout=300_000)
