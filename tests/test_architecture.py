@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "listing": {"errors"},
     "remote": {"errors", "redaction", "storage", "listing"},
     "sources": {"errors", "paths", "listing", "remote"},
+    "deduplication": {"sources.arrow_values", "tokenizer"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
@@ -47,13 +48,13 @@ ROOMS["pretrained"] = {
 ROOMS["generation"] = {"errors", "paths", "config", "tokenizer", "distributed", "pretrained"}
 ROOMS["preprocessing"] = {
     *("errors", "storage", "paths", "config", "console", "run_files", "listing", "sources", "remote", "tokenizer"),
-    *("dataset", "tracking", "cluster"),
+    *("deduplication", "dataset", "tracking", "cluster"),
 }
 ROOMS["serving"] = {
     *("errors", "exit_signals", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
 }
-ROOMS["evaluation"] = set(ROOMS) - {"listing", "sources", "remote", "preprocessing", "serving"}
-ROOMS["training"] = set(ROOMS) - {"listing", "sources", "remote", "preprocessing", "serving"}
+ROOMS["evaluation"] = set(ROOMS) - {"listing", "sources", "remote", "deduplication", "preprocessing", "serving"}
+ROOMS["training"] = set(ROOMS) - {"listing", "sources", "remote", "deduplication", "preprocessing", "serving"}
 ROOMS["sweep"] = {
     *("errors", "storage", "paths", "config", "run_files", "distributed", "tracking", "cluster", "training"),
 }

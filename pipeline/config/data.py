@@ -85,8 +85,18 @@ class TokenizeConfig(ReadingConfig):
     """Read only this many rows, lines or files, from the start of the source. If not given, all."""
     limit_bytes: int | None = None
     """Read only about this many bytes of text, up to the next row group or range of lines. If not given, all."""
-    dedup: Literal["off", "exact"] = "off"
-    """With exact, documents whose text occurred before in the source are left out; the source is then read twice."""
+    dedup: Literal["off", "exact", "minhash"] = "off"
+    """With exact, documents whose text occurred before in the source are left out; with minhash, also those that are
+    nearly the same as an earlier one. The source is then read twice."""
+    dedup_words: int = 5
+    """Words in each of the overlapping runs by which minhash compares documents."""
+    dedup_bands: int = 14
+    """Bands of minhash: documents are compared if all hashes of one band agree. More bands find less similar ones."""
+    dedup_rows: int = 8
+    """Hashes in each band of minhash. More of them find only more similar documents."""
+    dedup_threshold: float | None = None
+    """Smallest share of common runs of words (Jaccard's similarity) at which documents that minhash has found are taken
+    for copies. If not given, what minhash has found is not compared again."""
     verify: bool = False
     """Write nothing; read the data in --output again and compare it with its manifest."""
     tokenizer: str | None = None
@@ -99,7 +109,11 @@ class TokenizeConfig(ReadingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_vocab_size(self.vocab_size, 257, "256 bytes and <|endoftext|>")
-        require_positive(self, "limit_documents", "limit_bytes")
+        require_positive(self, "limit_documents", "limit_bytes", "dedup_words", "dedup_bands", "dedup_rows")
+        threshold = self.dedup_threshold
+        require(
+            threshold is None or 0 < threshold <= 1, f"dedup_threshold is {threshold}; it must lie above 0 and up to 1"
+        )
         require(
             not (self.train_tokenizer and self.tokenizer),
             f"train_tokenizer and tokenizer {self.tokenizer} contradict each other; give one of them",

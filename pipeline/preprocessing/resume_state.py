@@ -40,6 +40,7 @@ _IGNORED = f"{_ITEMS}/ignored.json"
 _MOST_BYTES_OF_INPUTS = 256 << 20  # some 200 a file of the source
 _LATER_SETTINGS = {
     *("column_separator", "document_separator", "max_document_bytes", "val_split", "end_of_text_token"),
+    *("dedup_words", "dedup_bands", "dedup_rows", "dedup_threshold"),
 }
 _SHARD = re.compile(r"(train|val)_\d{6,}(-\d{3,})?\.bin")
 _REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one

@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from pipeline.dataset.manifest import SPLITS, ShardEntry
 from pipeline.dataset.shards import shard_parts, token_dtype
+from pipeline.deduplication import exact
 from pipeline.errors import DamagedInputError, UserError
-from pipeline.preprocessing import deduplication, resume_state
+from pipeline.preprocessing import resume_state
 from pipeline.preprocessing.encode_documents import EncodedPart, encode_parts, in_groups, split_texts, text_bytes
 from pipeline.preprocessing.resume_state import ItemRecord
 from pipeline.preprocessing.rows import ItemRow, error_values, stage_of
@@ -66,6 +67,8 @@ class EncodeJob:
     """Number of work items of the whole plan."""
     partitions: int = 0
     """Number of files that name the documents which are copies; 0 without deduplication."""
+    copies: str = "duplicate"
+    """Reason under which the documents that are copies are counted."""
 
     def key(self, item: WorkItem) -> str:
         """Hash of everything that an item's shards depend on."""
@@ -139,8 +142,8 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
         arrays = read_item(item, skipped, _fetched_table(row), *leave_out)
         if job.partitions:
             rows = _duplicates(folder, job, item.index)
-            skipped["duplicate"] += len(rows)
-            arrays = deduplication.without_rows(arrays, rows)
+            skipped[job.copies] += len(rows)
+            arrays = exact.without_rows(arrays, rows)
         tokenizer = get_tokenizer(job.tokenizer)
         shares: dict[str, Any] = {"val_fraction": job.val_fraction, "val_split": job.val_split}
         for part in encode_parts(arrays, tokenizer, part_bytes=job.part_bytes, **shares):
@@ -226,7 +229,7 @@ def count(row: ItemRow, output: str, val: tuple[float, str], pattern: Pattern, s
     skipped: Counter[str] = Counter()
     figures = Counter(documents=0, text_bytes=0)
     counts: list[bpe_training.PretokenCounts] = []
-    for arrays in in_groups(_texts(row, folder, "count", skipped, skip), _COUNTED_BYTES):
+    for arrays in in_groups(texts_of(row, folder, "count", skipped, skip), _COUNTED_BYTES):
         train, _ = split_texts(pa.chunked_array(arrays, pa.large_string()), *val)
         counts = [bpe_training.merge_counts([*counts, bpe_training.count_pretokens(train, pattern=pattern)])]
         figures.update(documents=len(train), text_bytes=text_bytes(train))
@@ -239,7 +242,7 @@ def count(row: ItemRow, output: str, val: tuple[float, str], pattern: Pattern, s
     )
 
 
-def _texts(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip: Skip) -> Iterator[pa.Array]:
+def texts_of(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip: Skip) -> Iterator[pa.Array]:
     """The texts of an item as far as they can be read, where that is wanted."""
     try:
         row.raise_error()
@@ -256,13 +259,13 @@ def _texts(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], skip:
 def hash_documents(row: ItemRow, output: str, skip: Skip) -> Iterator[ItemRow]:
     """Texts -> a file of their hashes."""
     item, folder = row.work_item, open_folder(output)
-    name = deduplication.hashes_name(item.index)
+    name = exact.hashes_name(item.index)
     num_bytes, hashes = 0, bytearray()
     if folder.size(name) is None:
-        for array in _texts(row, folder, "hash", Counter(), skip):
+        for array in texts_of(row, folder, "hash", Counter(), skip):
             num_bytes += text_bytes(array)
-            hashes += deduplication.hash_documents(array)
-        folder.write(name, [deduplication.hashes_to_bytes(bytes(hashes))])
+            hashes += exact.hash_documents(array)
+        folder.write(name, [exact.hashes_to_bytes(bytes(hashes))])
         resume_state.end_attempt(folder, f"hash-{item.index:06d}")
     yield ItemRow(item=row.item, figures={"text_bytes": num_bytes, "tokens": 0, "is_last": True})
 
@@ -271,9 +274,9 @@ def hash_documents(row: ItemRow, output: str, skip: Skip) -> Iterator[ItemRow]:
 def search_duplicates(row: ItemRow, output: str, num_items: int, partitions: int) -> Iterator[ItemRow]:
     """A partition of the hashes -> a file that names the documents in it which are copies."""
     folder, partition = open_folder(output), int(row.item)
-    files = [functools.partial(folder.read_range, deduplication.hashes_name(index)) for index in range(num_items)]
-    found = deduplication.find_duplicates(files, partition, partitions)
-    folder.write(deduplication.duplicates_name(partition), [found])
+    files = [functools.partial(folder.read_range, exact.hashes_name(index)) for index in range(num_items)]
+    found = exact.find_duplicates(files, partition, partitions)
+    folder.write(exact.duplicates_name(partition), [found])
     yield ItemRow(item=row.item)
 
 
@@ -301,11 +304,9 @@ def _begin_attempt(folder: Folder, verb: str, item: WorkItem) -> None:
     )
 
 
-def _duplicates(folder: Folder, job: EncodeJob, index: int) -> deduplication.Rows:
-    names = [deduplication.duplicates_name(partition) for partition in range(job.partitions)]
-    return deduplication.rows_of_item(
-        [functools.partial(folder.read_range, name) for name in names], index, job.num_items
-    )
+def _duplicates(folder: Folder, job: EncodeJob, index: int) -> exact.Rows:
+    names = [exact.duplicates_name(partition) for partition in range(job.partitions)]
+    return exact.rows_of_item([functools.partial(folder.read_range, name) for name in names], index, job.num_items)
 
 
 def use_system_memory() -> None:

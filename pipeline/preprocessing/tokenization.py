@@ -19,7 +19,7 @@ from pipeline.config.data import ReadingConfig, TokenizeConfig, TrainTokenizerCo
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, load_tokenizer_of, save_tokenizer
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
-from pipeline.preprocessing import deduplication, ray_dataflow, resume_state, stages
+from pipeline.preprocessing import duplicates, ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import add_counts
 from pipeline.preprocessing.planning import advise, document_rules, what_to_skip
 from pipeline.preprocessing.progress import read_layouts
@@ -142,7 +142,8 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         part_bytes=_PARTS_PER_ITEM * config.item_bytes,
         skip=what_to_skip(config),
         num_items=len(items),
-        partitions=_find_duplicates(config, items, output) if config.dedup == "exact" else 0,
+        partitions=duplicates.find(config, items, output),
+        copies=duplicates.REASONS[config.dedup],
     )
     keys = [job.key(item) for item in items]
     records = resume_state.read_all_records(output, keys, tokenizer.vocab_size)
@@ -230,19 +231,6 @@ def _earlier_tokenizer(config: TokenizeConfig, output: Folder) -> bpe.Tokenizer 
     return tokenizer
 
 
-def _find_duplicates(config: TokenizeConfig, items: Sequence[WorkItem], output: Folder) -> int:
-    """Find the documents that are copies of earlier ones; returns the number of files that name them."""
-    left = [item for item in items if output.size(deduplication.hashes_name(item.index)) is None]
-    arguments = {"output": str(output), "skip": what_to_skip(config)}
-    for _ in ray_dataflow.run_items(left, [(stages.hash_documents, arguments)], config, title="find copies"):
-        pass
-    sizes = [output.size(deduplication.hashes_name(item.index)) or 0 for item in items]
-    partitions = deduplication.num_partitions(sum(map(deduplication.num_documents, sizes)))
-    search = {"output": str(output), "num_items": len(items), "partitions": partitions}
-    ray_dataflow.run_rows([str(partition) for partition in range(partitions)], stages.search_duplicates, search, config)
-    return partitions
-
-
 def _first_skipped(records: Sequence[ItemRecord]) -> dict[str, str]:
     """Reason -> the sentence of the first record in reading order, sorted by reason."""
     first: dict[str, str] = {}
@@ -279,8 +267,7 @@ def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: F
         first = "".join(f"; the first: {sentence}" for sentence in list(manifest.first_skipped.values())[:1])
         raise UserError(f"source {source} holds no document that could be used ({reasons}){first}")
     resume_state.remove_others(output, {entry.name for entry in manifest.shards})
-    for name in (*output.names(deduplication.HASHES), *output.names(deduplication.DUPLICATES)):
-        output.delete(name)
+    duplicates.remove_files(output)
     output.remove_leftovers()
     manifest.save(output)
     return manifest

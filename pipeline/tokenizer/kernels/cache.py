@@ -3,8 +3,9 @@
 numba's own cache looks only at the file of the outer function, so that an edited helper in another file goes on running
 as it was, and it looks for its files by the path of the checkout, so that the throw-away copy which ``ray job submit``
 unpacks compiles again. Here the folder's name is a hash of everything that the machine code depends on: a stale hit is
-impossible, and any copy of the same sources finds the same folder. Kernels are in the files of this folder and use
-nothing of other files but their arguments. Nothing is compiled or written at import.
+impossible, and any copy of the same sources finds the same folder. Kernels are in the files of this folder and of the
+other rooms' folders ``kernels``, and use nothing of other files but their arguments. Nothing is compiled or written at
+import.
 
 Processes that find a kernel missing at the same time wait for the one that compiles it.
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def kernel_sources() -> list[Path]:
     """The source files of the kernels, this one included: what the stamp covers."""
-    return sorted(Path(__file__).parent.glob("*.py"))
+    return sorted(Path(__file__).parents[2].glob("*/kernels/*.py"))
 
 
 # Read at import: the files may change before the first call, but the code that runs is the imported one.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.preprocessing import deduplication
+from pipeline.deduplication import exact
 
 
 def reader(content: bytes) -> Callable[[int, int], bytes]:
@@ -21,7 +21,7 @@ def reader(content: bytes) -> Callable[[int, int], bytes]:
 def hashes_of(texts: list[str], array_type: pa.DataType) -> bytes:
     half = len(texts) // 2
     arrays = [pa.array(part, array_type) for part in (texts[:half], texts[half:])]
-    return deduplication.hashes_to_bytes(b"".join(deduplication.hash_documents(array) for array in arrays))
+    return exact.hashes_to_bytes(b"".join(exact.hash_documents(array) for array in arrays))
 
 
 @settings(max_examples=150, deadline=None)
@@ -32,13 +32,13 @@ def hashes_of(texts: list[str], array_type: pa.DataType) -> bytes:
 )
 def test_the_first_of_equal_documents_stays(items: list[list[str]], partitions: int, array_type: pa.DataType) -> None:
     files = [reader(hashes_of(texts, array_type)) for texts in items]
-    found = [reader(deduplication.find_duplicates(files, p, partitions)) for p in range(partitions)]
+    found = [reader(exact.find_duplicates(files, p, partitions)) for p in range(partitions)]
     seen: set[str] = set()
     for index, texts in enumerate(items):
-        rows = deduplication.rows_of_item(found, index, len(items))
+        rows = exact.rows_of_item(found, index, len(items))
         assert rows.tolist() == sorted(set(rows.tolist()))
         arrays = [pa.array(texts[:2], array_type), pa.array([], array_type), pa.array(texts[2:], array_type)]
-        kept = [text for array in deduplication.without_rows(arrays, rows) for text in array.to_pylist()]
+        kept = [text for array in exact.without_rows(arrays, rows) for text in array.to_pylist()]
         expected = [text for text in dict.fromkeys(texts) if text not in seen]
         assert kept == expected
         assert len(rows) == len(texts) - len(expected)
@@ -48,38 +48,38 @@ def test_the_first_of_equal_documents_stays(items: list[list[str]], partitions: 
 def test_partitions_hold_their_share_of_the_hashes() -> None:
     texts = [f"document {number}" for number in range(5_000)]
     content = hashes_of(texts, pa.large_string())
-    assert deduplication.num_documents(len(content)) == 5_000
+    assert exact.num_documents(len(content)) == 5_000
     for partitions in (1, 4, 256):
         sizes = []
         for partition in range(partitions):
             width = 256 // partitions
-            part = deduplication._read_partition(reader(content), partition * width, (partition + 1) * width)
+            part = exact._read_partition(reader(content), partition * width, (partition + 1) * width)
             sizes.append(len(part))
             halves = {(int(record["high"]), int(record["low"])) for record in part}
             assert {high >> 56 for high, _ in halves} <= set(range(partition * width, (partition + 1) * width))
         assert sum(sizes) == 5_000
     digest = hashlib.sha256(b"document 77").digest()
-    record = next(r for r in deduplication._read_partition(reader(content), 0, 256) if r["row"] == 77)
+    record = next(r for r in exact._read_partition(reader(content), 0, 256) if r["row"] == 77)
     assert int(record["high"]).to_bytes(8, "big") + int(record["low"]).to_bytes(8, "big") == digest[:16]
 
 
 def test_equal_first_halves_are_not_copies() -> None:
     """A hash that agrees in its first 8 bytes only: made by hand, nobody can find such texts."""
     hashes = bytes(16) + bytes(15) + b"\1" + bytes(16)
-    found = deduplication.find_duplicates([reader(deduplication.hashes_to_bytes(hashes))], 0, 1)
-    assert deduplication.rows_of_item([reader(found)], 0, 1).tolist() == [2]
+    found = exact.find_duplicates([reader(exact.hashes_to_bytes(hashes))], 0, 1)
+    assert exact.rows_of_item([reader(found)], 0, 1).tolist() == [2]
 
 
 @pytest.mark.parametrize(
     ("documents", "partitions"), [(0, 1), (4_000_000, 1), (4_000_001, 2), (13_000_000, 4), (10**9, 256), (10**11, 256)]
 )
 def test_number_of_partitions(documents: int, partitions: int) -> None:
-    assert deduplication.num_partitions(documents) == partitions
+    assert exact.num_partitions(documents) == partitions
 
 
 def test_sliced_arrays_are_hashed_as_they_read() -> None:
     array = pa.array(["x", "żółw", "", "y", "z"], pa.large_string()).slice(1, 3)
     expected = b"".join(hashlib.sha256(text.encode()).digest()[:16] for text in ["żółw", "", "y"])
-    assert deduplication.hash_documents(array) == expected
-    assert deduplication.hash_documents(pa.array([], pa.string())) == b""
-    assert np.frombuffer(deduplication.hashes_to_bytes(b""), "<i8").tolist() == [0] * 257
+    assert exact.hash_documents(array) == expected
+    assert exact.hash_documents(pa.array([], pa.string())) == b""
+    assert np.frombuffer(exact.hashes_to_bytes(b""), "<i8").tolist() == [0] * 257

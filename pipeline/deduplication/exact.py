@@ -84,10 +84,14 @@ def find_duplicates(files: Sequence[ReadRange], partition: int, partitions: int)
     is_copy = np.zeros(len(records), bool)
     is_copy[1:] = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
     copies = order[is_copy]
-    found_items, found_rows = items[copies], records["row"][copies]
-    by_item = np.lexsort((found_rows, found_items))
-    offsets = np.searchsorted(found_items[by_item], np.arange(len(files) + 1)).astype(_OFFSETS)
-    return offsets.tobytes() + found_rows[by_item].astype("<u4").tobytes()
+    return rows_to_bytes(items[copies], records["row"][copies], len(files))
+
+
+def rows_to_bytes(items: Rows, rows: npt.NDArray[Any], num_items: int) -> bytes:
+    """The documents to leave out, row rows[i] of items[i], as a file: offsets by item (int64), then the rows (u4)."""
+    by_item = np.lexsort((rows, items))
+    offsets = np.searchsorted(items[by_item], np.arange(num_items + 1)).astype(_OFFSETS)
+    return offsets.tobytes() + rows[by_item].astype("<u4").tobytes()
 
 
 def _read_partition(read: ReadRange, first: int, stop: int) -> npt.NDArray[Any]:
