@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "listing": {"errors"},
     "remote": {"errors", "redaction", "storage", "listing"},
     "sources": {"errors", "paths", "listing", "remote"},
+    "filters": {"errors"},
     "deduplication": {"sources.arrow_values", "tokenizer"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
@@ -48,13 +49,14 @@ ROOMS["pretrained"] = {
 ROOMS["generation"] = {"errors", "paths", "config", "tokenizer", "distributed", "pretrained"}
 ROOMS["preprocessing"] = {
     *("errors", "storage", "paths", "config", "console", "run_files", "listing", "sources", "remote", "tokenizer"),
-    *("deduplication", "dataset", "tracking", "cluster"),
+    *("filters", "deduplication", "dataset", "tracking", "cluster"),
 }
 ROOMS["serving"] = {
     *("errors", "exit_signals", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
 }
-ROOMS["evaluation"] = set(ROOMS) - {"listing", "sources", "remote", "deduplication", "preprocessing", "serving"}
-ROOMS["training"] = set(ROOMS) - {"listing", "sources", "remote", "deduplication", "preprocessing", "serving"}
+_DATA = {"listing", "sources", "remote", "filters", "deduplication", "preprocessing"}
+ROOMS["evaluation"] = set(ROOMS) - _DATA - {"serving"}
+ROOMS["training"] = set(ROOMS) - _DATA - {"serving"}
 ROOMS["sweep"] = {
     *("errors", "storage", "paths", "config", "run_files", "distributed", "tracking", "cluster", "training"),
 }

@@ -85,6 +85,15 @@ class TokenizeConfig(ReadingConfig):
     """Read only this many rows, lines or files, from the start of the source. If not given, all."""
     limit_bytes: int | None = None
     """Read only about this many bytes of text, up to the next row group or range of lines. If not given, all."""
+    filters: tuple[Literal["gopher", "c4", "fineweb"], ...] = ()
+    """Published rules that leave out bad documents, in the given order: Gopher's for quality and repetition; C4's,
+    which also take out lines; FineWeb's own. The manifest counts them by rule. If not given, none."""
+    filter_bounds: tuple[str, ...] = ()
+    """Changed bounds of these rules, such as gopher.min_words=20 or c4.curly_bracket=off; docs/data.md lists them."""
+    own_rules: tuple[str, ...] = ()
+    """Functions of your own, as PACKAGE.MODULE:FUNCTION, from a text to None, or to a name for why it is left out."""
+    mask_personal_data: bool = False
+    """Replace e-mail addresses and public IP addresses by ones that belong to nobody."""
     dedup: Literal["off", "exact", "minhash"] = "off"
     """With exact, documents whose text occurred before in the source are left out; with minhash, also those that are
     nearly the same as an earlier one. The source is then read twice."""

@@ -7,7 +7,6 @@ stopped goes on with what is not there; all of them are removed when the manifes
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,9 +14,10 @@ import numpy as np
 from pipeline.config.data import TokenizeConfig
 from pipeline.deduplication import exact, minhash, near
 from pipeline.deduplication.minhash import Scheme
+from pipeline.filters.rules import Rules
 from pipeline.preprocessing import ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import text_bytes
-from pipeline.preprocessing.planning import what_to_skip
+from pipeline.preprocessing.planning import filter_rules, what_to_skip
 from pipeline.preprocessing.rows import ItemRow, stage_of
 from pipeline.preprocessing.stages import Skip
 from pipeline.sources.work_items import WorkItem
@@ -44,7 +44,7 @@ def remove_files(output: Folder) -> None:
 
 def _find_exact(config: TokenizeConfig, items: Sequence[WorkItem], output: Folder) -> int:
     left = [item for item in items if output.size(exact.hashes_name(item.index)) is None]
-    arguments = {"output": str(output), "skip": what_to_skip(config)}
+    arguments = {"output": str(output), "skip": what_to_skip(config), "rules": filter_rules(config)}
     for _ in ray_dataflow.run_items(left, [(stages.hash_documents, arguments)], config, title="find copies"):
         pass
     sizes = [output.size(exact.hashes_name(item.index)) or 0 for item in items]
@@ -74,6 +74,7 @@ def _sign(config: TokenizeConfig, scheme: Scheme, items: Sequence[WorkItem], out
     arguments = {
         "output": str(output),
         "skip": what_to_skip(config),
+        "rules": filter_rules(config),
         "scheme": scheme,
         "keep_shingles": config.dedup_threshold is not None,
     }
@@ -85,14 +86,16 @@ def _sign(config: TokenizeConfig, scheme: Scheme, items: Sequence[WorkItem], out
 
 
 @stage_of(lambda arguments: {})
-def sign_documents(row: ItemRow, output: str, skip: Skip, scheme: Scheme, keep_shingles: bool) -> Iterator[ItemRow]:
+def sign_documents(
+    row: ItemRow, output: str, skip: Skip, rules: Rules, scheme: Scheme, *, keep_shingles: bool
+) -> Iterator[ItemRow]:
     """Texts -> a file of their keys and, for an exact check, one of their shingles."""
     item, folder = row.work_item, open_folder(output)
     name = near.signatures_name(item.index)
     num_bytes = 0
     keys, sets = [np.zeros((0, scheme.bands), np.uint64)], []
     if folder.size(name) is None:
-        for array in stages.texts_of(row, folder, "sign", Counter(), skip):
+        for array in stages.documents_of(row, folder, "sign", skip, rules):
             num_bytes += text_bytes(array)
             found, shingles, ends = minhash.sign(array, scheme)
             keys.append(found)

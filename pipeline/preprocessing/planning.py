@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from pipeline.config.data import ReadingConfig, TokenizeConfig
 from pipeline.errors import UserError
+from pipeline.filters.rules import Rules
 from pipeline.preprocessing.stages import Skip
 from pipeline.sources.compressions import unpacked
 from pipeline.sources.documents import USUAL
@@ -28,6 +29,16 @@ def document_rules(config: ReadingConfig) -> DocumentRules:
         column_separator=_unescaped(config.column_separator),
         document_separator=None if separator is None else _unescaped(separator),
         max_document_bytes=config.max_document_bytes,
+    )
+
+
+def filter_rules(config: TokenizeConfig) -> Rules:
+    """The rules that documents must keep to, by the settings; UserError where one of them names nothing."""
+    return Rules(
+        groups=config.filters,
+        bounds=config.filter_bounds,
+        own=config.own_rules,
+        mask_personal_data=config.mask_personal_data,
     )
 
 

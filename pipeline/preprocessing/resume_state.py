@@ -40,6 +40,7 @@ _IGNORED = f"{_ITEMS}/ignored.json"
 _MOST_BYTES_OF_INPUTS = 256 << 20  # some 200 a file of the source
 _LATER_SETTINGS = {
     *("column_separator", "document_separator", "max_document_bytes", "val_split", "end_of_text_token"),
+    *("filters", "filter_bounds", "own_rules", "mask_personal_data"),
     *("dedup_words", "dedup_bands", "dedup_rows", "dedup_threshold"),
 }
 _SHARD = re.compile(r"(train|val)_\d{6,}(-\d{3,})?\.bin")
@@ -91,7 +92,10 @@ def later_settings(config: ReadingConfig) -> dict[str, Any]:
     """The settings that came later and are noted only where they are not the default, so that old folders go on."""
     defaults = {entry.name: entry.default for entry in dataclasses.fields(config) if entry.name in _LATER_SETTINGS}
     values = {name: getattr(config, name) for name in sorted(defaults)}
-    return {name: value for name, value in values.items() if value != defaults[name]}
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()
+    }  # as JSON has it
 
 
 def begin(folder: Folder, source: str, settings: dict[str, Any]) -> tuple[Source, RunRecord]:

@@ -6,6 +6,7 @@ its item, the tokenizer and the settings, appears whole, and is not made again w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections import Counter
@@ -19,6 +20,7 @@ from pipeline.dataset.manifest import SPLITS, ShardEntry
 from pipeline.dataset.shards import shard_parts, token_dtype
 from pipeline.deduplication import exact
 from pipeline.errors import DamagedInputError, UserError
+from pipeline.filters.rules import Rules, filtered
 from pipeline.preprocessing import resume_state
 from pipeline.preprocessing.encode_documents import EncodedPart, encode_parts, in_groups, split_texts, text_bytes
 from pipeline.preprocessing.resume_state import ItemRecord
@@ -67,6 +69,8 @@ class EncodeJob:
     """Number of work items of the whole plan."""
     partitions: int = 0
     """Number of files that name the documents which are copies; 0 without deduplication."""
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    """What documents must keep to."""
     copies: str = "duplicate"
     """Reason under which the documents that are copies are counted."""
 
@@ -140,6 +144,8 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
         _begin_attempt(folder, "encode", item)
         leave_out = (damaged if "files" in job.skip else None, first if "records" in job.skip else None)
         arrays = read_item(item, skipped, _fetched_table(row), *leave_out)
+        if job.rules:
+            arrays = filtered(arrays, job.rules, skipped)
         if job.partitions:
             rows = _duplicates(folder, job, item.index)
             skipped[job.copies] += len(rows)
@@ -255,14 +261,20 @@ def texts_of(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], ski
             raise
 
 
+def documents_of(row: ItemRow, folder: Folder, verb: str, skip: Skip, rules: Rules) -> Iterator[pa.Array]:
+    """The texts of an item that keep to the rules, numbered as the encoding numbers them; nothing is counted."""
+    arrays = texts_of(row, folder, verb, Counter(), skip)
+    return filtered(arrays, rules, Counter()) if rules else arrays
+
+
 @stage_of(lambda arguments: {})
-def hash_documents(row: ItemRow, output: str, skip: Skip) -> Iterator[ItemRow]:
-    """Texts -> a file of their hashes."""
+def hash_documents(row: ItemRow, output: str, skip: Skip, rules: Rules) -> Iterator[ItemRow]:
+    """Texts -> a file of the hashes of those that keep to the rules."""
     item, folder = row.work_item, open_folder(output)
     name = exact.hashes_name(item.index)
     num_bytes, hashes = 0, bytearray()
     if folder.size(name) is None:
-        for array in texts_of(row, folder, "hash", Counter(), skip):
+        for array in documents_of(row, folder, "hash", skip, rules):
             num_bytes += text_bytes(array)
             hashes += exact.hash_documents(array)
         folder.write(name, [exact.hashes_to_bytes(bytes(hashes))])

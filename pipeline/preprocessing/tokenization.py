@@ -21,7 +21,7 @@ from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.preprocessing import duplicates, ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import add_counts
-from pipeline.preprocessing.planning import advise, document_rules, what_to_skip
+from pipeline.preprocessing.planning import advise, document_rules, filter_rules, what_to_skip
 from pipeline.preprocessing.progress import read_layouts
 from pipeline.preprocessing.resume_state import ItemRecord, RunRecord
 from pipeline.preprocessing.stages import EncodeJob
@@ -126,6 +126,8 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
 
     start = time.perf_counter()
     given = given or given_tokenizer(config)
+    rules = filter_rules(config)
+    rules.require_own()
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
     source, run = resume_state.begin(output, config.source, settings)
     items = _plan(config, source, output)
@@ -143,6 +145,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         skip=what_to_skip(config),
         num_items=len(items),
         partitions=duplicates.find(config, items, output),
+        rules=rules,
         copies=duplicates.REASONS[config.dedup],
     )
     keys = [job.key(item) for item in items]

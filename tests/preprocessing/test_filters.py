@@ -1,0 +1,81 @@
+"""jobs/tokenize.py with rules, on a real local Ray: what stays and what is counted, also before near-duplicates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config.data import TokenizeConfig
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import open_split
+from pipeline.errors import UserError
+from pipeline.filters.rules import Rules
+from pipeline.preprocessing import tokenization
+from pipeline.storage.folders import open_folder
+from pipeline.tokenizer import training as bpe_training
+from pipeline.tokenizer.bpe import Tokenizer
+from tests.support.fixtures import contents
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+ROWS = json.loads((Path(__file__).parents[1] / "filters" / "decisions.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    some = [row["text"] for row in ROWS[:120]]
+    return [*some, *some[:40], "write to jane@mail.example.org"]
+
+
+@pytest.fixture
+def config(texts: list[str], tmp_path: Path) -> TokenizeConfig:
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    bpe_training.train_bpe(texts, 300).save(tmp_path / "tokenizer.json")
+    return TokenizeConfig(
+        source=str(tmp_path / "texts.jsonl"),
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        item_bytes=40_000,
+        val_fraction=0,
+        num_workers=2,
+    )
+
+
+def documents_of(output: Path) -> list[str]:
+    tokenizer = Tokenizer.from_file(output / "tokenizer.json")
+    stream = open_split(output, "train")
+    ids = stream.read(0, len(stream))
+    return [tokenizer.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot_id)[1:])]
+
+
+def test_what_breaks_a_rule_is_left_out_before_copies_are_looked_for(
+    config: TokenizeConfig, texts: list[str], tmp_path: Path
+) -> None:
+    rules = Rules(groups=("gopher", "c4"), bounds=("gopher.min_words=20",), mask_personal_data=True)
+    chosen = dataclasses.replace(
+        config, filters=rules.groups, filter_bounds=rules.bounds, mask_personal_data=True, dedup="exact"
+    )
+    report = tokenization.tokenize(chosen, open_folder(tmp_path / "out"))
+    decisions = [rules.apply(text) for text in texts]
+    stays = [text for text, broken in decisions if broken is None]
+    assert documents_of(tmp_path / "out") == list(dict.fromkeys(stays))
+    expected = Counter(broken for _, broken in decisions if broken) + Counter(duplicate=len(stays) - len(set(stays)))
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.skipped == expected == report.skipped
+    assert len(expected) > 6 and expected["duplicate"]
+    assert manifest.settings["filters"] == ["gopher", "c4"]
+    before = contents(tmp_path / "out")
+    assert tokenization.finished(chosen, open_folder(tmp_path / "out")) == manifest
+    (tmp_path / "out" / "train_000001.bin").unlink()
+    tokenization.tokenize(dataclasses.replace(chosen, num_workers=1), open_folder(tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+
+
+def test_mistakes_are_found_before_anything_is_read(config: TokenizeConfig, tmp_path: Path) -> None:
+    for changed in ({"own_rules": ("no_module_x:f",)}, {"filter_bounds": ("gopher.min_wrds=3",)}):
+        with pytest.raises(UserError, match=r"no_module_x|gopher\.min_wrds"):
+            tokenization.tokenize(dataclasses.replace(config, **changed), open_folder(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
