@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_what_breaks_a_rule_is_left_out_before_copies_are_looked_for(
 ) -> None:
     rules = Rules(groups=("gopher", "c4"), bounds=("gopher.min_words=20",), mask_personal_data=True)
     chosen = dataclasses.replace(
-        config, filters=rules.groups, filter_bounds=rules.bounds, mask_personal_data=True, dedup="exact"
+        config, filters=("gopher", "c4"), filter_bounds=rules.bounds, mask_personal_data=True, dedup="exact"
     )
     report = tokenization.tokenize(chosen, open_folder(tmp_path / "out"))
     decisions = [rules.apply(text) for text in texts]
@@ -75,7 +76,8 @@ def test_what_breaks_a_rule_is_left_out_before_copies_are_looked_for(
 
 
 def test_mistakes_are_found_before_anything_is_read(config: TokenizeConfig, tmp_path: Path) -> None:
-    for changed in ({"own_rules": ("no_module_x:f",)}, {"filter_bounds": ("gopher.min_wrds=3",)}):
+    changes: tuple[dict[str, Any], ...] = ({"own_rules": ("no_module_x:f",)}, {"filter_bounds": ("gopher.min_wrds=3",)})
+    for changed in changes:
         with pytest.raises(UserError, match=r"no_module_x|gopher\.min_wrds"):
             tokenization.tokenize(dataclasses.replace(config, **changed), open_folder(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
