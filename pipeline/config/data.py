@@ -89,9 +89,11 @@ class TokenizeConfig(ReadingConfig):
     """Published rules that leave out bad documents, in the given order: Gopher's for quality and repetition; C4's,
     which also take out lines; FineWeb's own. The manifest counts them by rule. If not given, none."""
     filter_bounds: tuple[str, ...] = ()
-    """Changed bounds of these rules, such as gopher.min_words=20 or c4.curly_bracket=off; docs/data.md lists them."""
+    """Changed bounds of these rules, such as gopher.min_words=20 or c4.curly_bracket=off; docs/data.md lists them. If
+    not given, the published ones."""
     own_rules: tuple[str, ...] = ()
-    """Functions of your own, as PACKAGE.MODULE:FUNCTION, from a text to None, or to a name for why it is left out."""
+    """Functions of your own, as PACKAGE.MODULE:FUNCTION, which get a text and return a name for why it is left out, or
+    nothing to keep it. If not given, there are none."""
     mask_personal_data: bool = False
     """Replace e-mail addresses and public IP addresses by ones that belong to nobody."""
     dedup: Literal["off", "exact", "minhash"] = "off"
