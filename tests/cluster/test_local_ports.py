@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -48,6 +50,7 @@ def test_a_run_with_two_workers(tiny_data: Path, tmp_path: Path) -> None:
         commands = "\n".join(line for lines in listening(job.pid).values() for line in lines)
         assert "gcs_server" in commands and "raylet" in commands and "RayTrainWorker" in commands
         assert not beyond_loopback(job.pid)
+        assert answers_to_a_job_without_a_token(job.pid) == {401}, "another user of this machine could run code"
         token = home / ".ray" / "auth_token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     finally:
@@ -57,6 +60,19 @@ def test_a_run_with_two_workers(tiny_data: Path, tmp_path: Path) -> None:
         for process in family:
             if process.is_running():
                 process.kill()
+
+
+def answers_to_a_job_without_a_token(pid: int) -> set[int]:
+    """The statuses with which the ports of a job's dashboard answer to a command that they should run."""
+    lines = [line.split(maxsplit=1) for lines in listening(pid).values() for line in lines]
+    body = json.dumps({"entrypoint": "true"}).encode()
+    found = set()
+    for port in [port for port, command in lines if "dashboard/dashboard.py" in command]:
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+        with contextlib.closing(connection), contextlib.suppress(http.client.HTTPException, OSError):  # gRPC, not HTTP
+            connection.request("POST", "/api/jobs/", body, {"Content-Type": "application/json"})
+            found.add(connection.getresponse().status)
+    return found
 
 
 def has_trained(journal: Path) -> bool:

@@ -8,6 +8,8 @@ import hashlib
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from pipeline.pretrained import resolve
 from tests.support.models import train
 from tests.support.web_server import WebServer, running
 
+ROOT = Path(__file__).resolve().parents[2]
 JSON = {"Content-Type": "application/json"}
 
 
@@ -39,6 +42,23 @@ def ours(checkpoint: Path) -> resolve.Pretrained:
 def server(checkpoint: Path) -> Iterator[WebServer]:
     with running(checkpoint, max_waiting=100, max_batch_size=8, max_tokens=5000, request_seconds=20) as found:
         yield found
+
+
+COMPILED = """
+import sys
+from pipeline.config.inference import ServeConfig
+from pipeline.serving.serve_job import build_app
+from pipeline.tokenizer.kernels import encode
+build_app(ServeConfig(device="cpu", checkpoint=sys.argv[1], model_name="tiny"))
+print(len(encode.encode_documents.signatures))
+"""
+
+
+def test_a_replica_that_is_ready_compiles_nothing_at_its_first_prompt(checkpoint: Path) -> None:
+    """It could not answer Ray Serve's health checks meanwhile."""
+    command = [sys.executable, "-c", COMPILED, str(checkpoint)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
 
 
 def expected_text(ours: resolve.Pretrained, prompt: str, count: int, **settings: Any) -> str:

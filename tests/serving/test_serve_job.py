@@ -122,6 +122,13 @@ def test_all_ports_are_on_loopback_and_the_replica_s_own_wants_the_token(server:
     assert with_token != grpc.StatusCode.UNAUTHENTICATED, "it was the token that was missing"
 
 
+def test_the_replica_is_as_urgent_as_the_process_that_listens(server: Server) -> None:
+    """Ray gives its workers a niceness of 15: beside anything busy on the machine the network would stand still."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    (replica,) = [process for process in family if "ServeReplica" in " ".join(process.cmdline())]
+    assert replica.nice() == psutil.Process(server.process.pid).nice()
+
+
 def code_of_replica(port: int, metadata: list[tuple[str, str]]) -> grpc.StatusCode:
     """How an empty call of Ray Serve's own service fails at a port."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
