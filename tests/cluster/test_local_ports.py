@@ -50,7 +50,8 @@ def test_a_run_with_two_workers(tiny_data: Path, tmp_path: Path) -> None:
         commands = "\n".join(line for lines in listening(job.pid).values() for line in lines)
         assert "gcs_server" in commands and "raylet" in commands and "RayTrainWorker" in commands
         assert not beyond_loopback(job.pid)
-        assert answers_to_a_job_without_a_token(job.pid) == {401}, "another user of this machine could run code"
+        # 405: the page of metrics, which takes no POST. Any other answer: another user of this machine could run code.
+        assert {401} <= answers_to_a_job_without_a_token(job.pid) <= {401, 405}
         token = home / ".ray" / "auth_token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     finally:
