@@ -1,4 +1,4 @@
-# make demo: everything from nothing.  make test: install and test.  make ui: the MLflow UI.
+# make demo: everything from nothing.  make chat-demo: then a chat.  make test: install and test.  make ui: the MLflow UI.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow coverage chaos check format bench bench-data ui cluster-files lock docs clean
+.PHONY: setup demo chat-demo test test-slow coverage chaos check format bench bench-data ui cluster-files lock docs clean
 
 setup: $(INSTALLED)
 
@@ -20,6 +20,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: setup
 	@$(BIN)/python jobs/demo.py --config configs/demo.yaml
+
+# after make demo: its model is fine-tuned on conversations, then answers once
+chat-demo: setup
+	@$(BIN)/python jobs/demo.py --chat
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
@@ -91,4 +95,4 @@ lock: setup
 	@cat build/lock-head build/lock-3.11 > deploy/requirements.lock
 
 clean:
-	rm -rf data/demo data/demo-stories.jsonl runs/demo build *.egg-info .ruff_cache .mypy_cache .hypothesis
+	rm -rf data/demo data/demo-stories.jsonl runs/demo data/demo-chat data/demo-chats.jsonl runs/demo-chat build *.egg-info .ruff_cache .mypy_cache .hypothesis

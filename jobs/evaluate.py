@@ -25,12 +25,19 @@ def main(config: EvaluateConfig) -> None:
             ("val loss", f"{result.val_loss:.4f} nats per token, on {result.val_tokens:,} tokens"),
             *((f"val loss, {name}", f"{loss:.4f}") for name, loss in (result.val_losses or {}).items()),
             ("perplexity", perplexity_text(result.val_loss)),
-            ("bits per byte", f"{result.bits_per_byte:.4f}"),
-            (
-                "learned",
-                f"{result.learned:.4f} below the unigram entropy of these tokens, {result.unigram_entropy:.4f}",
-            ),
         ]
+        if result.val_accuracy is not None:
+            rows.append(
+                ("accuracy", f"{result.val_accuracy:.1%} of these tokens, those of the answers, are the likeliest")
+            )
+        else:
+            rows += [
+                ("bits per byte", f"{result.bits_per_byte:.4f}"),
+                (
+                    "learned",
+                    f"{result.learned:.4f} below the unigram entropy of these tokens, {result.unigram_entropy:.4f}",
+                ),
+            ]
     if result.hellaswag_acc_norm is not None:
         rows += [
             (

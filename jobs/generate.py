@@ -13,7 +13,7 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import contextlib
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs._run import run
@@ -26,6 +26,9 @@ from pipeline.errors import UserError
 def main(config: GenerateConfig) -> None:
     from pipeline.generation import generate_job
 
+    if config.chat:
+        chat(generate_job.Generator(config), config)
+        return
     if config.interactive:
         interact(generate_job.Generator(config), config)
         return
@@ -37,19 +40,48 @@ def main(config: GenerateConfig) -> None:
 
 
 def interact(generator: Any, config: GenerateConfig) -> None:
-    """Ask for a prompt and print the text, until the end of the input; Ctrl-C stops one text.
+    """Ask for a prompt and print the text, until the end of the input; Ctrl-C stops one text."""
 
-    Each prompt gets other seeds than those before it, so that the same one twice gives two texts.
+    def continue_(prompt: str, seed: int) -> None:
+        show_all(generator.texts([prompt], seed=seed), config.num_samples, has_prompts=False)
+
+    ask("Type a prompt (\\n stands for the end of a line); Ctrl-C stops a text, Ctrl-D ends.", continue_, config)
+
+
+def chat(generator: Any, config: GenerateConfig) -> None:
+    """Ask for a message and print the answer, until the end of the input; Ctrl-C stops one answer, which is kept."""
+    messages: list[dict[str, str]] = []
+
+    def answer(text: str, seed: int) -> None:
+        if not text.strip():
+            return
+        said: list[str] = []
+        asked = [*messages, {"role": "user", "content": text}]
+        try:
+            for chunk in generator.answer(asked, seed=seed):
+                print(chunk.text, end="", flush=True)
+                said.append(chunk.text)
+        finally:
+            if said:
+                messages[:] = [*asked, {"role": "assistant", "content": "".join(said)}]
+        print(flush=True)
+
+    ask("Type a message (\\n stands for the end of a line); Ctrl-C stops an answer, Ctrl-D ends.", answer, config)
+
+
+def ask(greeting: str, answer: Callable[[str, int], None], config: GenerateConfig) -> None:
+    """Read a line and call ``answer`` with it and a seed, until the end of the input.
+
+    Each line gets other seeds than those before it, so that the same one twice gives two texts.
     """
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # lets input() edit its line, and bring earlier ones back
-        print("Type a prompt (\\n stands for the end of a line); Ctrl-C stops a text, Ctrl-D ends.")
+        print(greeting)
     with exit_signals.suspended(), own_interrupts():
         for seed in itertools.count(config.seed, config.num_samples):
             try:
-                prompt = input("\n> " if sys.stdin.isatty() else "").replace("\\n", "\n")
-                show_all(generator.texts([prompt], seed=seed), config.num_samples, has_prompts=False)
+                answer(input("\n> " if sys.stdin.isatty() else "").replace("\\n", "\n"), seed)
             except EOFError:
                 return
             except exit_signals.Interrupted:  # SIGTERM

@@ -132,13 +132,17 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Cosines and sines of positions, (T, K/2) float32 each.
+    """Cosines and sines of positions, (T, K/2) float32 each, or (B, T, K/2) where rows have positions of their own.
 
     A class of its own: tensors in tuples, lists and dicts would be cast to bfloat16 on their way into a sharded block.
     """
 
     cos: Tensor
     sin: Tensor
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The rotation of other positions, (B, T) integers below those that this one has."""
+        return Rotation(self.cos[positions], self.sin[positions])
 
 
 @torch.library.custom_op("gpt25::rotary_angles", mutates_args=())
@@ -188,7 +192,7 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """x (B, T, H, K) turned by a rotation of T positions, in float32 -> the same shape and dtype."""
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]  # (T, 1, K/2)
+    cos, sin = rotation.cos.unsqueeze(-2), rotation.sin.unsqueeze(-2)  # (T, 1, K/2) or (B, T, 1, K/2)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -253,11 +257,14 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.rotary = RotaryEmbedding(config.head_dim, config.theta)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x goes on behind the positions that it holds, and is added to it.
 
         Args:
             rotation: self.rotary.angles of x's positions, the same for every layer; not given, they are computed.
+            mask: (B, 1, T, T) bool, in place of the causal mask: what each position sees; it goes without a cache.
         """
         start = 0 if cache is None else cache.length
         rotation = self.rotary.angles(start, x.shape[1], x.device) if rotation is None else rotation
@@ -271,8 +278,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             keys, values = cache.append(keys, values)
         # is_causal puts the diagonal at the top left, which is right for as many keys as queries only.
-        is_causal = start == 0
-        mask = None if is_causal or x.shape[1] == 1 else causal_mask(x.shape[1], start, x.device)
+        is_causal = start == 0 and mask is None
+        if not is_causal and mask is None and x.shape[1] > 1:
+            mask = causal_mask(x.shape[1], start, x.device)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
 
@@ -281,6 +289,12 @@ def causal_mask(num_queries: int, start: int, device: torch.device) -> Tensor:
     """(T, S = start + T) bool: query t, at position start + t, sees the keys 0 .. start + t."""
     positions = torch.arange(start + num_queries, device=device)
     return positions[None, :] <= positions[start:, None]
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """(B, 1, T, T) bool for documents (B, T): query t sees the keys 0 .. t that are of its document."""
+    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+    return (same & causal_mask(documents.shape[1], 0, documents.device))[:, None]
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:

@@ -41,11 +41,13 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
 
-    def forward(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.vocab_size)
+    def forward(self, x: Tensor, weight: Tensor, targets: Tensor, *, ignores: bool = False) -> Tensor:
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.vocab_size, ignores=ignores)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, ignores: bool = False
+) -> Tensor:
     """Mean of -log softmax(x weight^T)[target] in nats over the first vocab_size columns, 0-d float32.
 
     Products are computed in x's type; what comes between them, the sums of losses and the sum of the weight's gradient
@@ -56,8 +58,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
         weight: (P, D), of any float type; rows from vocab_size on are padding: left out of the sum, gradient zero.
         targets: (N,) int64, each in [0, vocab_size).
         vocab_size: V, at most P.
+        ignores: whether targets below 0 stand for rows that do not count. Their loss and gradient are zero; the sum is
+            divided by N all the same, which the caller knows how to make good for.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, torch.is_grad_enabled(), ignores)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -65,15 +69,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917  # autograd passes arguments by position
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, with_gradients: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, with_gradients: bool, ignores: bool
     ) -> Tensor:
         cast_weight = weight.to(x.dtype)
         total, grad_weight, grads_x = x.new_zeros((), dtype=torch.float32), None, []
         for rows in _row_chunks(x.shape[0], cast_weight):
             chunk = x[rows]  # (C, D)
             logits = chunk @ cast_weight.T  # (C, P)
-            loss, grad = _loss_and_gradient(logits, targets[rows], vocab_size, x.shape[0], with_gradients)
-            total = total + loss
+            computed = _counted_loss_and_gradient if ignores else _loss_and_gradient
+            losses, grad = computed(logits, targets[rows], vocab_size, x.shape[0], with_gradients)
+            total = total + losses.sum()
             if grad is None:
                 continue
             grads_x.append(grad @ cast_weight)  # (C, D)
@@ -84,21 +89,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
+            return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None
         # In place: a pass of its own over 155 MB less. A second backward then finds them changed, and raises.
-        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None
+        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
 
 
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, vocab_size: int, num_rows: int, with_gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk and G (C, P) in the logits' type, which may take the place of the logits."""
+    """Losses of a chunk's C rows, and G (C, P) in the logits' type, which may take the place of the logits."""
     if logits.device.type in KERNEL_DEVICES:
         losses = write_gradient_(logits, targets, vocab_size, num_rows, with_gradients)
-        return losses.sum(), logits if with_gradients else None
+        return losses, logits if with_gradients else None
     if torch.compiler.is_compiling():
         return _fused_loss_and_gradient(logits, targets, vocab_size, num_rows, with_gradients)
     real = logits[:, :vocab_size]
@@ -106,16 +111,29 @@ def _loss_and_gradient(
     wide = real.float()  # the same memory where the products are float32
     largest = wide.amax(dim=1, keepdim=True)
     sums = wide.sub_(largest).exp_().sum(dim=1, keepdim=True)
-    loss = (sums.log() + largest - target_logits).sum()
+    losses = sums.log() + largest - target_logits  # (C, 1)
     if not with_gradients:
-        return loss, None
+        return losses, None
     wide.mul_((sums * num_rows).reciprocal_())
     rows = torch.arange(len(targets), device=targets.device)
     wide.index_put_((rows, targets), wide.new_full((), -1 / num_rows), accumulate=True)  # repeatable on CUDA too
     if wide.dtype != real.dtype:
         real.copy_(wide)
     logits[:, vocab_size:] = 0
-    return loss, logits
+    return losses, logits
+
+
+def _counted_loss_and_gradient(
+    logits: Tensor, targets: Tensor, vocab_size: int, num_rows: int, with_gradients: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same, with zeros in the rows whose target is below 0."""
+    counts = targets >= 0
+    losses, grad = _loss_and_gradient(logits, targets.clamp(min=0), vocab_size, num_rows, with_gradients)
+    losses = losses.flatten() * counts
+    if grad is None:
+        return losses, None
+    is_fused = torch.compiler.is_compiling()
+    return losses, grad * counts[:, None] if is_fused else grad.mul_(counts[:, None])
 
 
 @torch.library.custom_op("gpt25::write_gradient_", mutates_args=("logits",))
@@ -151,10 +169,10 @@ def _fused_loss_and_gradient(
     sums = weights.sum(dim=1, keepdim=True)
     target_logits = torch.where(is_target, logits, 0).sum(dim=1, keepdim=True, dtype=torch.float32)
     target_logits = torch.where(_exist(targets, vocab_size)[:, None], target_logits, math.nan)
-    loss = (sums.log() + largest - target_logits).sum()
+    losses = sums.log() + largest - target_logits  # (C, 1)
     if not with_gradients:
-        return loss, None
-    return loss, (weights * (1 / (sums * num_rows)) - is_target.float() * (1 / num_rows)).to(logits.dtype)
+        return losses, None
+    return losses, (weights * (1 / (sums * num_rows)) - is_target.float() * (1 / num_rows)).to(logits.dtype)
 
 
 def _exist(targets: Tensor, vocab_size: int) -> Tensor:

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from model.config import FAN_IN_GAIN, Init, ModelConfig
 from model.kv_cache import KVCache
-from model.layers import CausalSelfAttention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding, Rotation, SwiGLU
+from model.layers import (
+    CausalSelfAttention,
+    Embedding,
+    LayerCache,
+    Linear,
+    RMSNorm,
+    RotaryEmbedding,
+    Rotation,
+    SwiGLU,
+    document_mask,
+)
 from model.loss import LinearCrossEntropy
 
 
@@ -27,8 +37,10 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache, rotation)
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, rotation, mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -47,35 +59,52 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         """Type of the residual stream and of the matrix products; None: that of the embedding."""
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next token at each position, or their mean loss against the targets.
 
         Args:
             tokens: (B, T) int64 in [0, vocab_size), T at most context_length, what the cache holds counted in.
-            targets: (B, T) int64 in [0, vocab_size); the token that follows each.
+            targets: (B, T) int64 in [0, vocab_size); the token that follows each. With documents, -1 stands for a
+                target that does not count: it adds zero to the sum, which is divided by B T all the same.
             cache: keys and values of the tokens before these; is extended by these.
+            documents: (B, T) integers that never fall along T: which of several documents packed into a row a token
+                belongs to. A token sees those of its own document only, and positions begin at 0 in each. It goes
+                without a cache.
 
         Returns:
             Logits (B, T, V) in the weights' dtype; with targets the mean loss in nats, 0-d float32.
         """
         self._check_length(tokens, cache)
         if targets is not None:
-            return self.mean_loss(tokens, targets, cache)
-        x = self._hidden(tokens, cache)  # (B, T, D)
+            return self.mean_loss(tokens, targets, cache, documents)
+        x = self._hidden(tokens, cache, documents)  # (B, T, D)
         return (x @ self._output_weight().to(x.dtype).T)[..., : self.config.vocab_size]  # (B, T, P) -> (B, T, V)
 
-    def mean_loss(self, tokens: Tensor, targets: Tensor, cache: KVCache | None = None) -> Tensor:
+    def mean_loss(
+        self, tokens: Tensor, targets: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """From tokens to the loss: all that a training step computes forward, in one piece that can be compiled."""
-        return self.loss(self._hidden(tokens, cache), self._output_weight(), targets)
+        hidden = self._hidden(tokens, cache, documents)
+        return self.loss(hidden, self._output_weight(), targets, ignores=documents is not None)
 
-    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def _hidden(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> Tensor:
         x = self.embedding(tokens)  # (B, T, D)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         start = 0 if cache is None else cache.length
         rotation = self.rotary.angles(start, tokens.shape[1], tokens.device)  # once, not once a layer
+        mask = None
+        if documents is not None:
+            mask = document_mask(documents)  # (B, 1, T, T)
+            rotation = rotation.at(mask[:, 0].sum(dim=-1) - 1)  # a token sees itself and all before it in its document
         for index, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[index], rotation)
+            x = block(x, None if cache is None else cache.layers[index], rotation, mask)
         return self.norm(x)
 
     def _output_weight(self) -> Tensor:

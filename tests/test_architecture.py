@@ -44,12 +44,18 @@ ROOMS: dict[str, set[str]] = {
 }
 ROOMS["pretrained"] = {
     *("errors", "storage", "paths", "redaction", "tokenizer", "checkpoints", "tracking", "run_files"),
-    "remote.hub_client",
+    *("remote.hub_client", "conversations.templates"),
 }
-ROOMS["generation"] = {"errors", "paths", "config", "tokenizer", "distributed", "pretrained"}
+ROOMS["generation"] = {
+    *("errors", "paths", "config", "tokenizer", "distributed", "pretrained", "conversations.templates"),
+}
 ROOMS["preprocessing"] = {
     *("errors", "storage", "paths", "config", "console", "run_files", "listing", "sources", "remote", "tokenizer"),
     *("filters", "deduplication", "dataset", "tracking", "cluster"),
+}
+ROOMS["conversations"] = {
+    *("errors", "storage", "paths", "config", "run_files", "sources", "tokenizer", "dataset", "tracking"),
+    "preprocessing",
 }
 ROOMS["serving"] = {
     *("errors", "exit_signals", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
@@ -63,12 +69,14 @@ ROOMS["sweep"] = {
 ROOMS["demo"] = {"config", "paths", "storage", "dataset"}
 
 MORE_FOR: dict[str, set[str]] = {
+    "conversations.finetune_job": {"pretrained", "training"},
     "pretrained.export_job": {"config", "dataset", "generation"},
     "pretrained.model_card": {"config", "dataset", "generation"},
     "pretrained.pyfunc": {"generation"},
 }
 """Single files that may import more rooms than their own room."""
 LESS_FOR: dict[str, set[str]] = {
+    "conversations.templates": ROOMS["conversations"] - {"tokenizer"},
     "tokenizer.patterns": {"tokenizer"},
     "training.trainer": {"cluster"},
 }

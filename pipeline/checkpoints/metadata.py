@@ -24,7 +24,7 @@ from pipeline.versions import commit
 FORMAT_VERSION = 2
 DESCRIPTION_FILE = "checkpoint.json"
 TOKENIZER_FILE = "tokenizer.json"
-_WHERE_GIVEN = {"eot_id", "sources", "phases"}
+_WHERE_GIVEN = {"eot_id", "sources", "phases", "chat_template"}
 """Fields that most checkpoints have no use for; they stay out of the file then, as in those of older versions."""
 MOST_BYTES = 8 << 20  # some 150 for each of 24 files of every rank of the recipe
 
@@ -75,6 +75,8 @@ class CheckpointInfo:
     """The folders of a mixture; none where there is one folder."""
     phases: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """Of a mixture, the first step of each phase and the weight of each folder in whole numbers."""
+    chat_template: str | None = None
+    """Name of the template that the model chats in; None: it does not."""
 
     @property
     def model_config(self) -> ModelConfig:

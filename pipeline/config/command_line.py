@@ -37,6 +37,7 @@ SECTIONS = (
     "train_tokenizer",
     "import_shards",
     "pretrain",
+    "finetune",
     "evaluate",
     "generate",
     "export",

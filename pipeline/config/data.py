@@ -197,10 +197,15 @@ class DemoConfig:
     """Bytes of text to make."""
     story_seed: int = 1
     """Random seed of the stories; the same seed gives the same stories on every machine."""
+    conversations: str | None = None
+    """JSON lines file that is filled with conversations about such stories, unless it is there, for --chat. If not
+    given, none is made, and the source of the section finetune is read as it is."""
+    num_conversations: int = 3000
+    """Number of conversations to make."""
 
     def __post_init__(self) -> None:
         require_plain(self, seeds=("story_seed",))
-        require_positive(self, "story_bytes")
+        require_positive(self, "story_bytes", "num_conversations")
 
 
 def _check_vocab_size(vocab_size: int, lowest: int, needed: str) -> None:

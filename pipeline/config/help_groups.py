@@ -44,6 +44,17 @@ GROUPS: dict[str, dict[str, str]] = {
         "price_per_hour tokens_per_second",
         "cluster": "num_workers device resize_seconds collective_timeout max_failures",
     },
+    "finetune": {
+        "settings": _SETTINGS,
+        "data": "source data messages_key chat_template context_length val_fraction limit_conversations "
+        "skip_bad_files val_every val_tokens",
+        "optimization": "epochs tokens_per_step batch_size optimizer lr schedule warmup_fraction min_lr_fraction beta1 "
+        "beta2 weight_decay grad_clip seed precision compile deterministic recompute",
+        "checkpoints": "checkpoint output checkpoint_every keep_checkpoints",
+        "tracking": f"{_TRACKING} registered_model log_every sample_every sample_prompt sample_tokens",
+        "cluster": "num_workers device resize_seconds collective_timeout max_failures data_workers item_bytes "
+        "download_workers cache_bytes",
+    },
     "evaluate": {
         "settings": _SETTINGS,
         "model": "checkpoint",
@@ -54,7 +65,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "generate": {
         "settings": _SETTINGS,
         "model": "checkpoint device dtype batch_size",
-        "text": "prompt prompts interactive output max_new_tokens num_samples",
+        "text": "prompt prompts interactive chat output max_new_tokens num_samples",
         "sampling": "temperature top_k top_p seed",
     },
     "export": {
@@ -77,7 +88,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "checkpoints": "output",
         "cluster": "trials_at_once",
     },
-    "demo": {"data": "stories story_bytes story_seed"},
+    "demo": {"data": "stories story_bytes story_seed conversations num_conversations"},
 }
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -99,6 +110,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--data data/web:0.7 --data data/books:0.3 --phase 6000 data/web:0.2 data/books:0.8 --output runs/mixed",
         "--depth 24 --num_workers 8 --price_per_hour 2.69 --dry_run",
     ),
+    "finetune": (
+        "--config configs/chat.yaml",
+        "--checkpoint runs/mine --source 'my/chats/*.jsonl' --data data/chat --output runs/chat --lr 1e-4",
+        "--checkpoint runs/mine --source chats.parquet --chat_template gpt2.5 --num_workers 2",
+    ),
     "evaluate": (
         "runs/demo",
         "runs/demo --data data/mine --val_tokens 100000",
@@ -107,6 +123,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "generate": (
         "runs/demo --prompt 'Once upon a time, '",
         "runs/demo --interactive",
+        "runs/demo-chat --chat",
         "runs/demo --prompts prompts.txt --output texts.jsonl --num_samples 4",
     ),
     "export": ("runs/demo --output export/demo", "runs/demo --output export/demo --dtype bf16"),

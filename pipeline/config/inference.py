@@ -56,6 +56,9 @@ class GenerateConfig:
     prompt is the only one."""
     interactive: bool = False
     """Ask for prompts in the terminal, one after another, in place of prompt: Ctrl-C stops a text, Ctrl-D ends."""
+    chat: bool = False
+    """Chat with a model that jobs/finetune.py made: messages are typed in a terminal, each answered in turn, with all
+    that was said before."""
     output: str | None = None
     """JSON lines file for prompts and texts. If not given, they are printed."""
     max_new_tokens: int = 200
@@ -86,9 +89,12 @@ class GenerateConfig:
         require_positive(self, "max_new_tokens", "num_samples", "batch_size", "top_k")
         most = 2**63 - self.num_samples  # the last text has the seed num_samples - 1 further on
         require(-(2**63) <= self.seed <= most, f"seed is {self.seed}; it must lie between {-(2**63)} and {most}")
-        for name in ("prompts", "output") if self.interactive else ():
+        require(not (self.interactive and self.chat), "--interactive and --chat are two ways to type; give one of them")
+        require(not self.chat or self.num_samples == 1, f"num_samples is {self.num_samples}, but a chat has one answer")
+        mode = "--chat" if self.chat else "--interactive"
+        for name in ("prompts", "output") if self.interactive or self.chat else ():
             value = getattr(self, name)
-            what = f"{name} is {value}, but --interactive takes prompts from the terminal and prints texts there"
+            what = f"{name} is {value}, but {mode} takes prompts from the terminal and prints texts there"
             require(value is None, f"{what}; give one of them")
         require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")

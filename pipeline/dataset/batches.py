@@ -8,14 +8,15 @@ workers, and the step number alone is enough to go on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import torch
 
-from pipeline.dataset.shards import TokenStream
+from pipeline.dataset.packed import documents_of, num_learned, targets_of
+from pipeline.dataset.shards import PackedStream, TokenStream
 from pipeline.errors import UserError
 
 _FEISTEL_ROUNDS = 6
@@ -28,19 +29,24 @@ class MicroBatch:
     inputs: torch.Tensor
     """(B, T) int64."""
     targets: torch.Tensor
-    """(B, T) int64: the inputs, shifted by one token."""
+    """(B, T) int64: the inputs, shifted by one token; of packed conversations -1 where a token does not count."""
     weight: float
     """Factor for the mean loss of this micro-batch, such that the sum over a rank's micro-batches, averaged over ranks,
     is the mean loss of the step."""
+    documents: torch.Tensor | None = None
+    """(B, T) int64, of packed conversations: which of them a token belongs to (Transformer.forward)."""
 
     def pinned(self) -> MicroBatch:
         """A copy in page-locked memory."""
-        return replace(self, inputs=self.inputs.pin_memory(), targets=self.targets.pin_memory())
+        return self._with_tensors(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on ``device``; from page-locked memory it is made without waiting."""
-        inputs, targets = (tokens.to(device, non_blocking=True) for tokens in (self.inputs, self.targets))
-        return replace(self, inputs=inputs, targets=targets)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        documents = None if self.documents is None else change(self.documents)
+        return replace(self, inputs=change(self.inputs), targets=change(self.targets), documents=documents)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +102,38 @@ def micro_batches(
     A rank without windows left repeats its first one with weight zero, to join the collective operations.
     """
     groups = order.micro_batch_windows(step, rank, world_size)
+    length = context_length + 1
+    divisor: float = order.windows_per_step
+    if isinstance(stream, PackedStream):
+        divisor = _divisor_of_packed(stream, order.step_windows(step), length)
     for group in groups:
-        weight = len(group) * world_size / order.windows_per_step
+        weight = len(group) * world_size / divisor
         windows = group if len(group) else groups[0][:1]
-        tokens = read_windows(stream, windows, length=context_length + 1, stride=context_length + 1, device=device)
-        yield MicroBatch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), weight=weight)
+        yield window_batch(stream, windows, length=length, weight=weight, device=device)
+
+
+def window_batch(
+    stream: TokenStream, windows: np.ndarray, *, length: int, weight: float, device: torch.device
+) -> MicroBatch:
+    """Windows of ``length`` tokens as inputs and targets; of packed conversations with what sets them apart."""
+    tokens = read_windows(stream, windows, length=length, stride=length, device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if not isinstance(stream, PackedStream):
+        return MicroBatch(inputs=inputs, targets=targets, weight=weight)
+    flags = read_windows(stream.flags, windows, length=length, stride=length, device=device)
+    return MicroBatch(
+        inputs=inputs, targets=targets_of(targets, flags), weight=weight, documents=documents_of(flags[:, :-1])
+    )
+
+
+def _divisor_of_packed(stream: PackedStream, windows: np.ndarray, length: int) -> float:
+    """What takes the place of the number of a step's windows: how many of them its targets that count would fill.
+
+    The loss of a window is a sum over its targets that count, divided by the number of all. Every rank counts those of
+    the whole step, on all ranks: so the loss is their mean, whatever rank has them.
+    """
+    counted = sum(num_learned(stream.flags.read(int(window) * length, length)) for window in windows)
+    return max(1, counted) / (length - 1)
 
 
 @dataclass(eq=False)

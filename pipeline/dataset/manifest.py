@@ -25,6 +25,12 @@ SPLITS = ("train", "val")
 SPLIT_HASH = "xxh3_64"  # the hash of its text decides the split of a document: encode_documents.split_by_hash
 IMPORTED = "imported"
 """The setting of shards that others cut, as jobs/import_shards.py takes them: one may begin inside a document."""
+CHAT_TEMPLATE = "chat_template"
+"""The setting of conversations packed into windows, as jobs/finetune.py writes them: the name of their template."""
+BASE_TOKENIZER = "base_tokenizer"
+"""Their setting that has the fingerprint of the tokenizer before the tokens of the chat were added."""
+FLAGS = {"train": "train_flags", "val": "val_flags"}
+"""Split -> the split of the shards that say, token by token, what it is in its conversation (dataset/packed.py)."""
 _FORMAT = 1
 _MOST_BYTES = 1 << 30  # some 350 a shard
 
@@ -36,7 +42,7 @@ class ShardEntry:
     name: FileName
     """File name in the manifest's folder."""
     split: str
-    """train or val."""
+    """train or val; of packed conversations train_flags or val_flags, too."""
     tokens: int
     documents: int
     text_bytes: int
@@ -47,10 +53,13 @@ class ShardEntry:
     """Name of the input that the shard was made from."""
     headerless: bool = False
     """Whether the file is bare uint16 tokens, as jobs/import_shards.py may leave it."""
+    learned_tokens: int = 0
+    """Tokens of packed conversations that the loss counts; 0 where it counts all."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Its form in JSON; headerless only where it holds, so that other files on disk keep their bytes."""
-        return {name: value for name, value in vars(self).items() if name != "headerless" or value}
+        """Its form in JSON; what came later only where it holds, so that other files on disk keep their bytes."""
+        later = {"headerless", "learned_tokens"}
+        return {name: value for name, value in vars(self).items() if name not in later or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +146,15 @@ class Manifest:
     def documents(self, split: str) -> int:
         """Documents of ``split``."""
         return self._total(split, "documents")
+
+    def learned_tokens(self, split: str) -> int:
+        """Tokens of the conversations of ``split`` that the loss counts."""
+        return self._total(split, "learned_tokens")
+
+    @property
+    def chat_template(self) -> str | None:
+        """Name of the template of packed conversations; None for documents."""
+        return self.settings.get(CHAT_TEMPLATE)
 
     def text_bytes(self, split: str) -> int:
         """UTF-8 bytes of the documents of ``split``."""

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.manifest import FLAGS, Manifest, ShardEntry
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, LocalFolder, as_folder, in_threads, node_cache
 from pipeline.storage.locks import process_lock
@@ -137,6 +137,11 @@ class TokenStream:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def file_sets(self) -> list[ShardFiles]:
+        """All files of a manifest behind the stream, for checking."""
+        return [] if self.files is None else [self.files]
+
     def locate(self, position: int) -> tuple[int, int]:
         """The number of the shard that holds the token at ``position``, and the token's index in it."""
         index = bisect.bisect_right(self._ends, position)
@@ -179,6 +184,20 @@ class TokenStream:
             f"shard {name} holds the id {int(tokens[first]):,} at token {place:,}, but ids are below "
             f"{self.vocab_size:,}; {_AGAIN}"
         )
+
+
+class PackedStream(TokenStream):
+    """Windows of packed conversations: their tokens, and as many flags (packed.py) in shards of their own."""
+
+    def __init__(self, shards: Sequence[Tokens] | ShardFiles, flags: TokenStream, *, vocab_size: int) -> None:
+        super().__init__(shards, vocab_size=vocab_size)
+        if len(flags) != len(self):
+            raise UserError(f"the data have {len(self):,} tokens, but flags for {len(flags):,}; {_AGAIN}")
+        self.flags = flags
+
+    @property
+    def file_sets(self) -> list[ShardFiles]:
+        return [*super().file_sets, *self.flags.file_sets]
 
 
 class ShardFiles:
@@ -228,17 +247,26 @@ def open_split(folder: Folder | Path, split: str, *, num_folders: int = 1) -> To
 
     Shards of a bucket are copied to this node first, by one process, while the others wait (storage/node_copy.py). Of
     ``num_folders`` that a process opens each may map its share of the files at a time.
-    Raises UserError where a shard is missing, damaged, or not as long as the manifest says. May be of length 0.
+    Of packed conversations it is a PackedStream. Raises UserError where a shard is missing, damaged, or not
+    as long as the manifest says. May be of length 0.
     """
     folder = as_folder(folder)
     manifest = Manifest.load(folder)
+    shards = _open_shards(folder, manifest, split, num_folders)
+    if manifest.chat_template is None:
+        return TokenStream(shards, vocab_size=manifest.vocab_size)
+    flags = TokenStream(_open_shards(folder, manifest, FLAGS[split], num_folders), vocab_size=manifest.vocab_size)
+    return PackedStream(shards, flags, vocab_size=manifest.vocab_size)
+
+
+def _open_shards(folder: Folder, manifest: Manifest, split: str, num_folders: int) -> ShardFiles:
     entries = [entry for entry in manifest.shards if entry.split == split]
     path = folder.path if isinstance(folder, LocalFolder) else _copy_to_node(folder, manifest, entries)
     most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     max_maps = max(16, min(_MOST_MAPS, most_files // 4 if most_files > 0 else _MOST_MAPS) // num_folders)
     shards = ShardFiles(path, entries, vocab_size=manifest.vocab_size, max_maps=max_maps)
     shards.check_sizes()
-    return TokenStream(shards, vocab_size=manifest.vocab_size)
+    return shards
 
 
 def _copy_to_node(folder: Folder, manifest: Manifest, entries: Sequence[ShardEntry]) -> Path:

@@ -136,6 +136,8 @@ def open_sources(folders: Sequence[Folder], names: Sequence[str], phases: Phases
 
 def require_mixable(folders: Sequence[Folder], manifests: Sequence[Manifest]) -> None:
     """UserError unless all folders have the same tokenizer, and no two the same shards."""
+    if len(manifests) > 1 and any(manifest.chat_template for manifest in manifests):
+        raise UserError("a folder of packed conversations cannot be mixed with others; fine-tune on it alone")
     for (one, first), (other, second) in itertools.combinations(zip(folders, manifests, strict=True), 2):
         if (first.tokenizer_fingerprint, first.eot_id) != (second.tokenizer_fingerprint, second.eot_id):
             raise UserError(

@@ -47,9 +47,12 @@ def parallelize(model: Transformer, workers: ProcessGroup, *, dtype: torch.dtype
 def _compile_whole(model: Transformer) -> None:
     plain, compiled = model.mean_loss, torch.compile(model.mean_loss, dynamic=False)
 
-    def mean_loss(tokens: Tensor, targets: Tensor, cache: KVCache | None = None) -> Tensor:
-        is_window = cache is None and tokens.shape[1] == model.config.context_length
-        return compiled(tokens, targets) if is_window else plain(tokens, targets, cache)
+    def mean_loss(
+        tokens: Tensor, targets: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        if cache is None and tokens.shape[1] == model.config.context_length:
+            return compiled(tokens, targets, documents=documents)
+        return plain(tokens, targets, cache, documents)
 
     model.mean_loss = mean_loss  # type: ignore[method-assign]
 

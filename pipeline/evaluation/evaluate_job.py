@@ -22,7 +22,7 @@ from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers
 from pipeline.config.inference import EvaluateConfig
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.shards import open_split
+from pipeline.dataset.shards import PackedStream, open_split
 from pipeline.dataset.token_counts import byte_lengths, count_tokens
 from pipeline.dataset.training_data import ValSource, joint_fingerprint
 from pipeline.distributed.fsdp import parallelize
@@ -30,6 +30,7 @@ from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import ProcessGroup, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import hellaswag
+from pipeline.evaluation.chat_validation import chat_validation
 from pipeline.evaluation.validation import (
     entropy,
     mixed_bits_per_byte,
@@ -71,6 +72,8 @@ class Scores:
     """Bits per byte of the text of exactly these tokens, which can be compared between tokenizers."""
     unigram_entropy: float | None = None
     """Entropy of the token frequencies in nats: the loss of the best model that ignores the context."""
+    val_accuracy: float | None = None
+    """Share of the tokens of answers that are the likeliest at their place; None where there are no conversations."""
     hellaswag_acc_norm: float | None = None
     hellaswag_acc: float | None = None
     hellaswag_questions: int | None = None
@@ -87,7 +90,10 @@ class Scores:
     def figures(self) -> dict[str, float]:
         """The scores that were measured, under their names in evaluation.json."""
         values = asdict(self) | {"perplexity": self.perplexity}
-        names = ("val_loss", "perplexity", "bits_per_byte", "unigram_entropy", "hellaswag_acc_norm", "hellaswag_acc")
+        names = (
+            *("val_loss", "perplexity", "bits_per_byte", "unigram_entropy", "val_accuracy"),
+            *("hellaswag_acc_norm", "hellaswag_acc"),
+        )
         by_source = {f"val_loss_{name}": loss for name, loss in (self.val_losses or {}).items()}
         return {name: values[name] for name in names if values[name] is not None} | by_source
 
@@ -179,6 +185,8 @@ def _val_scores(model: Transformer, tokenizer: Tokenizer, task: Task, workers: P
         )
         for each in task.data
     ]
+    if isinstance(sources[0].stream, PackedStream):
+        return _chat_scores(model, sources[0].stream, task, workers)
     results = [
         validation_loss(
             model,
@@ -205,6 +213,14 @@ def _val_scores(model: Transformer, tokenizer: Tokenizer, task: Task, workers: P
         losses = {source.name: result.loss for source, result in zip(sources, results, strict=True)}
         scores |= {"unigram_entropy": entropy(np.sum(shares, axis=0)), "val_losses": losses}
     return scores
+
+
+def _chat_scores(model: Transformer, stream: PackedStream, task: Task, workers: ProcessGroup) -> dict[str, Any]:
+    """Scores on packed conversations, which are in one folder."""
+    length = int(Manifest.load(open_folder(task.data[0].folder)).settings["context_length"])
+    limits: dict[str, Any] = {"batch_size": task.config.batch_size, "max_tokens": task.config.val_tokens}
+    found = chat_validation(model, stream, workers, context_length=length, **limits)
+    return {"val_tokens": found.tokens, "val_loss": found.loss, "val_accuracy": found.accuracy}
 
 
 def _share(val_tokens: int | None, num_sources: int) -> int | None:

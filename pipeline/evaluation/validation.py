@@ -34,6 +34,8 @@ class ValidationResult:
     """Nats per token."""
     tokens: int
     """Number of predicted tokens."""
+    accuracy: float | None = None
+    """Share of them that are the likeliest at their place; None where it was not counted."""
 
     @property
     def perplexity(self) -> float:
@@ -127,6 +129,8 @@ def bits_per_byte(loss: float, stream: TokenStream, num_targets: int, lengths: n
 
 def mixed_result(sources: Sequence[ValSource], results: Sequence[ValidationResult]) -> ValidationResult:
     """The weighted mean of the sources' losses, and all their tokens; of one source its own result."""
+    if len(results) == 1:
+        return results[0]
     loss = sum(source.weight * result.loss for source, result in zip(sources, results, strict=True))
     return ValidationResult(loss=loss, tokens=sum(result.tokens for result in results))
 

@@ -15,11 +15,13 @@ from typing import Any
 from model.batching import Batch, Reason, Request
 from model.decoding import Decoder
 from pipeline.config.inference import GenerateConfig
+from pipeline.conversations.templates import Message
 from pipeline.distributed.hardware import compute_dtype
 from pipeline.distributed.process_group import init_distributed
 from pipeline.errors import UserError
 from pipeline.generation.sampling import Detokenizer, encode_prompt
 from pipeline.paths import resolve_output_file, resolve_path
+from pipeline.pretrained.chat import read_chat
 from pipeline.pretrained.resolve import open_model, resolve_checkpoint
 from pipeline.tokenizer.bpe import Tokenizer
 
@@ -92,6 +94,39 @@ class Generator:
         path = resolve_checkpoint(config.checkpoint)
         self._device = init_distributed(config.device).device
         self._pretrained = open_model(path, self._device)
+        self._chat = read_chat(path, self._pretrained.tokenizer) if config.chat else None
+        if config.chat and self._chat is None:
+            raise UserError(f"{path} has no chat template; fine-tune it first: jobs/finetune.py --checkpoint {path}")
+
+    def answer(self, messages: Sequence[Message], *, seed: int) -> Iterator[TextChunk]:
+        """The answer to a conversation that ends with the user's message, chunk by chunk.
+
+        Of a conversation that leaves no room for an answer of a quarter of the context, the oldest turns are left out.
+
+        Raises:
+            UserError: the last message alone leaves no room.
+        """
+        config, pretrained, chat = self._config, self._pretrained, self._chat
+        assert chat is not None
+        most = pretrained.config.context_length * 3 // 4
+        left = list(messages)
+        while len(ids := chat.render(left, add_generation_prompt=True)) > most:
+            if len(left) < 2:
+                raise UserError(f"the message has {len(ids):,} tokens, and there is room for {most:,}; shorten it")
+            del left[:2]
+        decoder = Decoder(pretrained.model, dtype=compute_dtype(config.dtype, self._device), texts=1)
+        batch = Batch(decoder, max_texts=1)
+        request = Request(
+            tokens=ids,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=seed,
+            stop_id=chat.end_id,
+        )
+        batch.add(0, request)
+        yield from _in_order(batch, pretrained.tokenizer, [""])
 
     def texts(self, prompts: Sequence[str], *, seed: int) -> Iterator[TextChunk]:
         """num_samples texts for each prompt, one after another, chunk by chunk; UserError for one that is too long.

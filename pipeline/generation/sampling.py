@@ -80,6 +80,18 @@ def continue_text(
     the context is a UserError.
     """
     ids = encode_prompt(tokenizer, prompt, model.config.context_length)
+    new = continue_ids(
+        model, ids, stop_id=tokenizer.eot_id, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature,
+        top_k=top_k, top_p=top_p,
+    )  # fmt: skip
+    return prompt + tokenizer.decode(new)
+
+
+def continue_ids(
+    model: Transformer, ids: Sequence[int], *, stop_id: int, max_new_tokens: int, seed: int,
+    temperature: float = 0.8, top_k: int | None = None, top_p: float | None = 0.9,
+) -> list[int]:  # fmt: skip
+    """The ids that the model puts behind ``ids``, up to ``stop_id``, which is left out; see continue_text."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -91,7 +103,7 @@ def continue_text(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_id=tokenizer.eot_id,
+        stop_id=stop_id,
     )
     model.train(training)
-    return prompt + tokenizer.decode(new[0])
+    return new[0]

@@ -43,7 +43,7 @@ _LATER_SETTINGS = {
     *("filters", "filter_bounds", "own_rules", "mask_personal_data"),
     *("dedup_words", "dedup_bands", "dedup_rows", "dedup_threshold"),
 }
-_SHARD = re.compile(r"(train|val)_\d{6,}(-\d{3,})?\.bin")
+_SHARD = re.compile(r"(train|val)(_flags)?_\d{6,}(-\d{3,})?\.bin")
 _REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one
 
 logger = logging.getLogger(__name__)

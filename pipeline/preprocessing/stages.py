@@ -133,7 +133,7 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
     item, folder = row.work_item, open_folder(job.output)
     records = resume_state.read_item_records(folder, item.index, job.key(item), job.vocab_size)
     if records is not None:
-        yield ItemRow(item=row.item, figures=_sum_up(records))
+        yield ItemRow(item=row.item, figures=sum_up(records))
         return
     skipped: Counter[str] = Counter()
     damaged: list[dict[str, str]] = []
@@ -141,9 +141,9 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
     number = 0
     try:
         row.raise_error()
-        _begin_attempt(folder, "encode", item)
+        begin_attempt(folder, "encode", item)
         leave_out = (damaged if "files" in job.skip else None, first if "records" in job.skip else None)
-        arrays = read_item(item, skipped, _fetched_table(row), *leave_out)
+        arrays = read_item(item, skipped, fetched_table(row), *leave_out)
         if job.rules:
             arrays = filtered(arrays, job.rules, skipped)
         if job.partitions:
@@ -182,14 +182,14 @@ def _part_row(row: ItemRow, number: int, part: EncodedPart, left_out: dict[str, 
 
 @stage_of(lambda arguments: {})
 def write(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
-    """Token ids -> shards and their record, and the figures of the part."""
+    """Token ids -> shards and their record, and the figures of the part; a shard for each split in the figures."""
     row.raise_error()
     if "part" not in row.figures:  # was done before
         yield ItemRow(item=row.item, figures=row.figures)
         return
     item, folder, figures = row.work_item, open_folder(job.output), row.figures
     entries = []
-    for split in SPLITS:
+    for split in figures["documents"]:
         ids = row.arrays[f"{split}_ids"].to_numpy(zero_copy_only=True)
         if len(ids) == 0:
             continue
@@ -200,6 +200,7 @@ def write(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
             tokens=len(ids),
             documents=figures["documents"][split],
             text_bytes=figures["text_bytes"][split],
+            learned_tokens=figures.get("learned_tokens", {}).get(split, 0),
             sha256=folder.write(name, shard_parts(ids, vocab_size=job.vocab_size), flush="content"),
             source=item.label,
         )
@@ -216,11 +217,12 @@ def write(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
     resume_state.write_item(folder, item.index, figures["part"], record)
     if record.is_last:
         resume_state.end_attempt(folder, f"encode-{item.index:06d}")
-    yield ItemRow(item=row.item, figures=_sum_up([record]))
+    yield ItemRow(item=row.item, figures=sum_up([record]))
 
 
-def _sum_up(records: Sequence[ItemRecord]) -> dict[str, Any]:
-    shards = [entry for record in records for entry in record.shards]
+def sum_up(records: Sequence[ItemRecord]) -> dict[str, Any]:
+    """The figures of the row of an item, or of a part of it, that is done."""
+    shards = [entry for record in records for entry in record.shards if entry.split in SPLITS]
     return {
         "text_bytes": sum(entry.text_bytes for entry in shards),
         "tokens": sum(entry.tokens for entry in shards),
@@ -252,10 +254,10 @@ def texts_of(row: ItemRow, folder: Folder, verb: str, skipped: Counter[str], ski
     """The texts of an item as far as they can be read, where that is wanted."""
     try:
         row.raise_error()
-        _begin_attempt(folder, verb, row.work_item)
+        begin_attempt(folder, verb, row.work_item)
         damaged: Damage | None = [] if "files" in skip else None
         first: dict[str, str] | None = {} if "records" in skip else None
-        yield from read_item(row.work_item, skipped, _fetched_table(row), damaged, first)
+        yield from read_item(row.work_item, skipped, fetched_table(row), damaged, first)
     except DamagedInputError:
         if "files" not in skip:
             raise
@@ -295,12 +297,13 @@ def search_duplicates(row: ItemRow, output: str, num_items: int, partitions: int
 # ---- what the stages share -------------------------------------------------------------------------------------------
 
 
-def _fetched_table(row: ItemRow) -> pa.Table | None:
+def fetched_table(row: ItemRow) -> pa.Table | None:
     """The table of the download stage; None for local items."""
     return pa.table(row.arrays) if "slice" in row.arrays else None
 
 
-def _begin_attempt(folder: Folder, verb: str, item: WorkItem) -> None:
+def begin_attempt(folder: Folder, verb: str, item: WorkItem) -> None:
+    """Note that a task starts which reads ``item``; DamagedInputError if it was killed too often before."""
     import ray
 
     if not ray.is_initialized():  # called by a benchmark

@@ -130,7 +130,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     rules.require_own()
     settings = resume_state.settings_of(config, given.fingerprint if given else None)
     source, run = resume_state.begin(output, config.source, settings)
-    items = _plan(config, source, output)
+    items = plan_items(config, source, output)
     advise(config, items)
     tokenizer = _prepare_tokenizer(config, given, source, output)
     job = EncodeJob(
@@ -159,7 +159,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         text_bytes += row.figures["text_bytes"]
         tokens += row.figures["tokens"]
     encode_seconds = time.perf_counter() - encode_start
-    manifest = _finish(run, tokenizer, keys, output)
+    manifest = finish(run, tokenizer, keys, output)
     return DataReport(
         documents=manifest.documents("train") + manifest.documents("val"),
         text_megabytes=(manifest.text_bytes("train") + manifest.text_bytes("val")) / 1e6,
@@ -180,7 +180,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     )
 
 
-def _plan(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkItem]:
+def plan_items(config: TokenizeConfig, source: Source, output: Folder) -> list[WorkItem]:
     """The work items that the output folder was begun with, or else new ones, which are noted there."""
     if (items := resume_state.read_plan(output)) is not None:
         logger.info("the plan of %s work items is there from an earlier run", f"{len(items):,}")
@@ -242,7 +242,7 @@ def _first_skipped(records: Sequence[ItemRecord]) -> dict[str, str]:
     return dict(sorted(first.items()))
 
 
-def _finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: Folder) -> Manifest:
+def finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: Folder) -> Manifest:
     """Make the manifest from the records of all items, and write it."""
     parts = resume_state.read_all_records(output, keys, tokenizer.vocab_size)
     records = [record for item_parts in parts if item_parts is not None for record in item_parts]

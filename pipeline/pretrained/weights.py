@@ -6,6 +6,7 @@ Which of the two a folder is, is decided here and nowhere else. One tensor is in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,32 +63,39 @@ def read_progress(path: Path) -> dict[str, Any]:
     return {"step": info.step, "tokens_seen": info.tokens_seen}
 
 
-def check_fits(path: Path, expected: ModelConfig, tokenizer_fingerprint: str) -> str:
+def check_fits(
+    path: Path, expected: ModelConfig, tokenizer_fingerprint: str, *, base_fingerprint: str | None = None
+) -> str:
     """Check that training can go on from the weights in ``path`` with a model ``expected`` and such a tokenizer.
 
+    Args:
+        base_fingerprint: of the tokenizer without the tokens of a chat, where these were added to it.
+
     Returns:
-        What is not as it was there, context_length and theta at most, for messages; empty where all is the same.
+        What is not as it was there, context_length and theta at most, and added ids, for messages; empty where all is
+        the same.
 
     Raises:
         UserError: another shape, whose first differing field is named, or another tokenizer.
     """
     found, asked = read_model_config(path).to_dict(), expected.to_dict()
-    if found["vocab_size"] != asked["vocab_size"]:
+    given = _tokenizer_fingerprint(path)
+    is_larger = base_fingerprint == given and found["vocab_size"] < asked["vocab_size"]
+    if found["vocab_size"] != asked["vocab_size"] and not is_larger:
         raise UserError(
             f"{path} holds a model of {found['vocab_size']:,} ids, but the tokenizer of --data has "
             f"{asked['vocab_size']:,}; make the data with --tokenizer {path / TOKENIZER_FILE}, or start without "
             "--checkpoint"
         )
-    free = {name: asked[name] for name in _FREE}
+    free = {name: asked[name] for name in (*_FREE, *(("vocab_size",) if is_larger else ()))}
     checkpoint_reader.check_shape(str(path), found | free, expected, otherwise="start without --checkpoint")
-    if _tokenizer_fingerprint(path) != tokenizer_fingerprint:
+    if given != tokenizer_fingerprint and not is_larger:
         raise UserError(
             f"the weights in {path} know the ids of another tokenizer than that of --data; make the data with "
             f"--tokenizer {path / TOKENIZER_FILE}, or start without --checkpoint"
         )
-    return ", ".join(
-        f"{name} {value:,} instead of {found[name]:,}" for name, value in free.items() if value != found[name]
-    )
+    changed = [f"{name} {value:,} instead of {found[name]:,}" for name, value in free.items() if value != found[name]]
+    return ", ".join([*changed, *(["the rows of new ids being the mean of all others"] if is_larger else [])])
 
 
 def _tokenizer_fingerprint(path: Path) -> str:
@@ -99,15 +107,21 @@ def _tokenizer_fingerprint(path: Path) -> str:
 def load_weights(path: Path, model: Transformer) -> None:
     """Read the weights in a Hugging Face folder or a checkpoint into ``model``, sharded or not, in place.
 
-    Every rank calls. Of a Hugging Face folder each rank reads the whole tensors, one at a time. Padding rows are zero.
+    Every rank calls. Of a Hugging Face folder each rank reads the whole tensors, one at a time, as it does where the
+    model has more ids than the folder: the row of each new one is the mean of all that are there. Padding rows are
+    zero.
     """
-    if not huggingface.is_exported(path):
+    config = read_model_config(path)
+    if not huggingface.is_exported(path) and config.vocab_size == model.config.vocab_size:
         checkpoint_reader.load_weights(path, model)
         return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in huggingface.read_weights(path, model.config):
-            _fill(parameters[name], tensor)
+        for name, tensor in read_weights(path, replace(config, context_length=model.config.context_length)):
+            whole = tensor
+            if name in ("embedding.weight", "output.weight"):
+                whole = _with_new_rows(tensor[: config.vocab_size], model.config.vocab_size)
+            _fill(parameters[name], whole)
 
 
 def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -123,6 +137,12 @@ def read_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]
         tensor = torch.empty(shape)
         checkpoint_reader.read_tensors(path, {f"model.{name}": tensor})
         yield name, tensor
+
+
+def _with_new_rows(rows: Tensor, num_rows: int) -> Tensor:
+    """The rows (V, D) and behind them their mean, until there are ``num_rows``; it is summed in float64."""
+    mean = rows.double().mean(dim=0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(num_rows - len(rows), -1)])
 
 
 @torch.no_grad()

@@ -115,13 +115,18 @@ def text_of(line: Line, key: str, separator: str = "\n\n") -> bytes | pa.Array |
     """
     if len(line) > _GIANT_BYTES:
         return _giant_text(bytearray(line) if isinstance(line, bytes) else line, key, separator)
+    text = _value(object_of(line), key, separator)
+    return None if text is None else _encode(text)
+
+
+def object_of(line: Line) -> dict[str, Any]:
+    """The JSON object of a line; RecordError where it is none, or no UTF-8."""
     try:
-        text = _value(_parse(line.decode("utf-8")), key, separator)
+        return _parse(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _not_utf8(line, error.start) from error
     except json.JSONDecodeError as error:
         raise _not_json(str(error)) from error
-    return None if text is None else _encode(text)
 
 
 def _without_mark(line: Line) -> Line:

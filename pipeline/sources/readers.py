@@ -9,8 +9,8 @@ from __future__ import annotations
 import codecs
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,8 @@ from pipeline.sources.work_items import (
     reading,
     stored_bytes,
 )
+
+A = TypeVar("A")
 
 _ARRAY_BYTES = 2_000_000  # of text per array, so that it stays in the processor's cache until it is encoded
 _ROWS = 4096  # largest number of parquet rows per batch
@@ -75,7 +77,11 @@ def read_item(
             file.
     """
     left_out = LeftOut(counts=skipped, first=first_bad)
-    arrays = _slices(item, left_out, fetched, damaged)
+
+    def read(file_slice: FileSlice, file: Any, start: int | None) -> Iterator[pa.Array]:
+        return _slice(file_slice, item, file, left_out, start)
+
+    arrays = read_slices(item, fetched, damaged, read)
     for array in _joined(part for whole in arrays for part in _divided(whole)):
         texts = _without_blanks(array, skipped)
         if item.rules.max_document_bytes is not None:
@@ -84,11 +90,24 @@ def read_item(
             yield texts
 
 
-def _slices(item: WorkItem, left_out: LeftOut, fetched: pa.Table | None, damaged: Damage | None) -> Iterator[pa.Array]:
+def read_slices(
+    item: WorkItem,
+    fetched: pa.Table | None,
+    damaged: Damage | None,
+    read: Callable[[FileSlice, Any, int | None], Iterator[A]],
+) -> Iterator[A]:
+    """What ``read`` makes of every slice; arguments and errors as of ``read_item``.
+
+    read: from a slice, its opened file, and the position in the whole file where that begins, if it is a fetched range.
+    """
     ranges = {} if fetched is None else by_slice(fetched)
     for number, file_slice in enumerate(item.slices):
+        part = ranges.get(number, [])
         try:
-            yield from _slice(file_slice, item, left_out, ranges.get(number, []))
+            if part and part[0][0] == DAMAGED:
+                raise DamagedInputError(bytes(part[0][1]).decode())
+            with reading(file_slice.where), _open(file_slice, part) as file:
+                yield from read(file_slice, file, part[0][0] if part else None)
         except UserError as error:
             mended = explained(file_slice, error)
             if damaged is None or not isinstance(mended, DamagedInputError):
@@ -96,25 +115,23 @@ def _slices(item: WorkItem, left_out: LeftOut, fetched: pa.Table | None, damaged
             damaged.append({"name": file_slice.label, "reason": str(mended)})
 
 
-def _slice(file_slice: FileSlice, item: WorkItem, left_out: LeftOut, fetched: FetchedRanges) -> Iterator[pa.Array]:
-    if fetched and fetched[0][0] == DAMAGED:
-        raise DamagedInputError(bytes(fetched[0][1]).decode())
-    start = fetched[0][0] if fetched else None
-    with reading(file_slice.where), _open(file_slice, fetched) as file:
-        if file_slice.kind == "parquet":
-            yield from _parquet(file_slice, item, file, left_out)
-        elif file_slice.kind == "jsonl":
-            yield from _batches(_json_texts(file_slice, item, file, left_out, start))
-        elif file_slice.kind == "documents":
-            yield from _batches(_document_texts(file_slice, item.rules, file, left_out, start))
-        elif file_slice.kind in ("csv", "tsv"):
-            yield from _batches(_csv_texts(file_slice, item, file, left_out.counts))
-        elif file_slice.kind == "arrow":
-            yield from tables.arrow_texts(file_slice, item, file)
-        elif file_slice.kind == "txt":
-            yield from _text(file, file_slice, item.rules.max_document_bytes, left_out)
-        else:
-            yield from _module(file_slice, file, left_out.counts)
+def _slice(
+    file_slice: FileSlice, item: WorkItem, file: Any, left_out: LeftOut, start: int | None
+) -> Iterator[pa.Array]:
+    if file_slice.kind == "parquet":
+        yield from _parquet(file_slice, item, file, left_out)
+    elif file_slice.kind == "jsonl":
+        yield from _batches(_json_texts(file_slice, item, file, left_out, start))
+    elif file_slice.kind == "documents":
+        yield from _batches(_document_texts(file_slice, item.rules, file, left_out, start))
+    elif file_slice.kind in ("csv", "tsv"):
+        yield from _batches(_csv_texts(file_slice, item, file, left_out.counts))
+    elif file_slice.kind == "arrow":
+        yield from tables.arrow_texts(file_slice, item, file)
+    elif file_slice.kind == "txt":
+        yield from _text(file, file_slice, item.rules.max_document_bytes, left_out)
+    else:
+        yield from _module(file_slice, file, left_out.counts)
 
 
 def _open(file_slice: FileSlice, fetched: FetchedRanges) -> Any:
@@ -127,6 +144,15 @@ def _open(file_slice: FileSlice, fetched: FetchedRanges) -> Any:
 
 
 def _parquet(file_slice: FileSlice, item: WorkItem, file: Any, left_out: LeftOut) -> Iterator[pa.Array]:
+    for row, batch, columns in parquet_rows(file_slice, item, file):
+        texts: Any = joined_texts(batch, columns, item.rules.column_separator)
+        yield _checked_utf8(texts, file_slice, row, left_out)
+
+
+def parquet_rows(
+    file_slice: FileSlice, item: WorkItem, file: Any
+) -> Iterator[tuple[int, pa.RecordBatch, list[Column]]]:
+    """The rows of a slice of a parquet file in batches: number of the first one, values, and their columns."""
     left = file_slice.max_documents
     # pre_buffer, which is the default, would read whole column chunks ahead
     options = {"buffer_size": _PAGE_BYTES, "pre_buffer": False, "page_checksum_verification": True}
@@ -140,10 +166,10 @@ def _parquet(file_slice: FileSlice, item: WorkItem, file: Any, left_out: LeftOut
                 _require_modest_cells(chunk, f"row group {group} of {file_slice.where}")
             rows = min(map(_rows_at_a_time, chunks))
             for batch in _row_batches(parquet, rows, group, [column.leaf for column in columns]):
-                texts: Any = joined_texts(batch.slice(0, left), columns, item.rules.column_separator)
-                yield _checked_utf8(texts, file_slice, row, left_out)
-                row += len(texts)
-                if left is not None and (left := left - len(texts)) == 0:
+                part = batch.slice(0, left)
+                yield row, part, columns
+                row += len(part)
+                if left is not None and (left := left - len(part)) == 0:
                     return
             first_row += parquet.metadata.row_group(group).num_rows
 
@@ -217,7 +243,23 @@ def _utf8_problem(content: Any) -> RecordError | None:
 def _json_texts(
     file_slice: FileSlice, item: WorkItem, file: Any, left_out: LeftOut, fetched_from: int | None
 ) -> Iterator[bytes | pa.Array]:
-    """``fetched_from``: the position in the whole file where ``file`` begins, if it is a fetched range of it."""
+    for place, line in json_records(file_slice, file, fetched_from):
+        try:
+            text = json_lines.text_of(line, item.text_column, item.rules.column_separator)
+        except RecordError as error:
+            left_out.add_bad(error, place, file_slice)
+            continue
+        if text is None:
+            left_out.counts["null"] += 1
+        else:
+            yield text
+
+
+def json_records(file_slice: FileSlice, file: Any, fetched_from: int | None) -> Iterator[tuple[str, bytes | bytearray]]:
+    """The lines of a slice that are not blank, each with its place for messages.
+
+    fetched_from: the position in the whole file where ``file`` begins, if it is a fetched range of it.
+    """
     position, stop = 0, None
     if file_slice.is_range:
         stop = file_slice.stop
@@ -231,15 +273,7 @@ def _json_texts(
             if records == file_slice.max_documents:
                 return
             records += 1
-            try:
-                text = json_lines.text_of(line, item.text_column, item.rules.column_separator)
-            except RecordError as error:
-                left_out.add_bad(error, _place("line", file_slice, number, place), file_slice)
-                continue
-            if text is None:
-                left_out.counts["null"] += 1
-            else:
-                yield text
+            yield _place("line", file_slice, number, place), line
 
 
 def _document_texts(

@@ -47,12 +47,18 @@ def is_text(arrow_type: pa.DataType) -> bool:
     )
 
 
+LISTS = "[]"
+"""Behind the name of a text column: it holds a list, such as the messages of a conversation, which is read whole."""
+
+
 def find_columns(schema: pa.Schema, text_column: str) -> list[Column]:
-    """The columns of a table that hold the text, or nothing but nulls.
+    """The columns of a table that hold the text, or nothing but nulls; of a list, all columns in it.
 
     Raises LookupError, with the rest of a sentence that begins with the file, where there is none of such a name, or
     more than one, or one that holds no text.
     """
+    if text_column.endswith(LISTS):
+        return _columns_of_list(schema, text_column.removesuffix(LISTS))
     columns = [Column(path=path, leaf=leaf, type=arrow_type) for leaf, path, arrow_type in _leaves(list(schema))]
     names = [text_column] if text_column in schema.names else names_in(text_column) or [text_column]
     found = [_the_column(columns, name, schema) for name in names]
@@ -85,6 +91,19 @@ def _the_column(columns: Sequence[Column], name: str, schema: pa.Schema) -> Colu
             f"holds {schema.field(name).type}, not text, in its column {name!r}; name what is in it with --text_column"
         )
     raise LookupError(f"has no column {name!r}, only {', '.join(schema.names)}; name one with --text_column")
+
+
+def _columns_of_list(schema: pa.Schema, name: str) -> list[Column]:
+    if name not in schema.names:
+        raise LookupError(f"has no column {name!r}, only {', '.join(schema.names)}; name one with --messages_key")
+    index = schema.get_field_index(name)  # -1 where several have the name
+    if index < 0 or not (
+        pa.types.is_list(schema.field(index).type) or pa.types.is_large_list(schema.field(index).type)
+    ):
+        raise LookupError(f"holds no lists of messages in its column {name!r}; name another with --messages_key")
+    first = sum(num_leaves(field.type) for field in list(schema)[:index])
+    arrow_type = schema.field(index).type
+    return [Column(path=(name,), leaf=first + leaf, type=arrow_type) for leaf in range(num_leaves(arrow_type))]
 
 
 def _leaves(fields: Sequence[pa.Field], first: int = 0) -> Iterator[tuple[int, tuple[str, ...], pa.DataType]]:

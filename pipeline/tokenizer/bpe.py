@@ -188,6 +188,26 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no special token {name!r}, but {sorted(self.special_tokens) or 'none'}")
         return self.with_eot_id(self._vocabulary.special_tokens[name])
 
+    def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with these special tokens behind its last id, those that it lacks; all ids stay.
+
+        Raises UserError where one of them is an ordinary token, or the vocabulary is as large as it can be.
+        """
+        vocabulary = self._vocabulary
+        new = [name for name in names if name not in vocabulary.special_tokens]
+        ids = {name: self.vocab_size + number for number, name in enumerate(new)}
+        tokens = [*vocabulary.tokens, *(name.encode() for name in new)]
+        try:
+            larger = Tokenizer(
+                *(tokens, vocabulary.merges, vocabulary.special_tokens | ids),
+                pattern=self.pattern,
+                cache_slots=self._cache_slots,
+            )
+        except ValueError as error:
+            raise UserError(f"the tokenizer with the special tokens {', '.join(new)} {error}") from error
+        larger._eot_id = self._eot_id
+        return larger
+
     @property
     def id_dtype(self) -> np.dtype[Any]:
         """uint16 up to 65,536 ids, else uint32."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from model.transformer import Transformer
-from pipeline.dataset.batches import BatchLoader, read_windows
+from pipeline.dataset.batches import BatchLoader, MicroBatch, window_batch
 from pipeline.distributed.determinism import deterministic
 from pipeline.distributed.fsdp import local_part, set_gradient_sync
 from pipeline.distributed.process_group import ProcessGroup
@@ -57,7 +57,7 @@ class NonFiniteFinder:
         """The causes, the same on every rank; empty if all losses and gradients are finite this time. Collective."""
         causes: list[str] = []
         for index, batch in enumerate(self.loader.step(step)):
-            loss_is_bad, gradient_is_bad = self._probe(batch.inputs, batch.targets, batch.weight)
+            loss_is_bad, gradient_is_bad = self._probe(batch)
             if any(loss_is_bad) or gradient_is_bad:
                 causes += self._narrow(step, index, loss_is_bad)
         return causes
@@ -79,13 +79,12 @@ class NonFiniteFinder:
             yield self._cause_text("gradient", 0, windows)
 
     def _is_bad(self, window: int) -> bool:
-        length = self.context_length + 1
-        device = self.workers.device
-        tokens = read_windows(self.stream, np.array([window]), length=length, stride=length, device=device)
-        loss_is_bad, gradient_is_bad = self._probe(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 1.0)
+        length, device = self.context_length + 1, self.workers.device
+        batch = window_batch(self.stream, np.array([window]), length=length, weight=1.0, device=device)
+        loss_is_bad, gradient_is_bad = self._probe(batch)
         return any(loss_is_bad) or gradient_is_bad
 
-    def _probe(self, inputs: torch.Tensor, targets: torch.Tensor, weight: float) -> tuple[list[bool], bool]:
+    def _probe(self, batch: MicroBatch) -> tuple[list[bool], bool]:
         """Forward and backward. Collective.
 
         Returns:
@@ -93,7 +92,7 @@ class NonFiniteFinder:
         """
         set_gradient_sync(self.model, enabled=True)
         with deterministic(self.workers.device, enabled=self.deterministic_mode):
-            loss = self.model(inputs, targets) * weight
+            loss = self.model(batch.inputs, batch.targets, documents=batch.documents) * batch.weight
             loss.backward()
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))

@@ -14,9 +14,12 @@ import torch
 
 from model.transformer import Transformer
 from pipeline.config.training import PretrainConfig
+from pipeline.conversations.templates import chat_of
+from pipeline.dataset.shards import PackedStream
 from pipeline.dataset.token_counts import byte_lengths
 from pipeline.dataset.training_data import ValSource
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.evaluation.chat_validation import chat_validation
 from pipeline.evaluation.hellaswag import HellaSwagResult, encode_all, read_questions, score
 from pipeline.evaluation.validation import (
     ValidationResult,
@@ -25,7 +28,7 @@ from pipeline.evaluation.validation import (
     perplexity_text,
     validation_loss,
 )
-from pipeline.generation.sampling import continue_text
+from pipeline.generation.sampling import continue_ids, continue_text
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.tracker import Tracker
@@ -50,6 +53,7 @@ class PeriodicEvaluation:
         output: Folder,
         workers: ProcessGroup,
         tracker: Tracker,
+        chat_template: str | None = None,
     ) -> None:
         self.config, self.model, self.tokenizer, self.val_sources = config, model, tokenizer, val_sources
         self.output, self.workers, self.tracker = output, workers, tracker
@@ -62,6 +66,8 @@ class PeriodicEvaluation:
         self.best = read_best(self.output)
         self._bits_of_a_nat: float | None = None
         """Bits per byte of text that one nat per token makes; None until it is asked for."""
+        self.chat = chat_of(chat_template, tokenizer) if chat_template else None
+        """How a sample is asked for; None where it is plain text."""
         self._questions = encode_all(read_questions(config.hellaswag), tokenizer) if config.hellaswag else None
 
     def mend_best(self, checkpoints: Folder) -> None:
@@ -79,7 +85,7 @@ class PeriodicEvaluation:
 
         Each rank evaluates one batch for it; nothing happens if steps are not compiled.
         """
-        if self.config.val_every and compiles(self.config, self.workers):
+        if self.config.val_every and self.chat is None and compiles(self.config, self.workers):
             config = self.config
             one_batch = self.workers.world_size * config.micro_batch * config.context_length
             self._validation_losses(self.val_sources[:1], min(one_batch, config.val_tokens))
@@ -100,9 +106,10 @@ class PeriodicEvaluation:
                 self._sample(done)
 
     def summary(self) -> dict[str, Any]:
-        """The fields of RunSummary about the best checkpoint and HellaSwag."""
+        """The fields of RunSummary about the best checkpoint, accuracy and HellaSwag."""
         best = {"best_step": self.best.step, "best_val_loss": self.best.val_loss} if self.best else {}
-        return best | (self.hellaswag.figures() if self.hellaswag else {})
+        accuracy = {"val_accuracy": self.validation.accuracy} if self.validation else {}
+        return best | accuracy | (self.hellaswag.figures() if self.hellaswag else {})
 
     def _validate(self, done: int, checkpoint: Folder | None) -> None:
         results = self._validation_losses(self.val_sources, self.config.val_tokens)
@@ -113,12 +120,19 @@ class PeriodicEvaluation:
         if not self.workers.is_rank_zero:
             return
         metrics = {"val/loss": result.loss, "val/perplexity": result.perplexity}
-        metrics |= {"val/bits_per_byte": result.loss * self._bits_per_nat(results)}
+        accuracy = ""
+        if result.accuracy is None:
+            metrics |= {"val/bits_per_byte": result.loss * self._bits_per_nat(results)}
+        else:
+            metrics |= {"val/token_accuracy": result.accuracy}
+            accuracy = f", {result.accuracy:.1%} of the answers' tokens right"
         losses = {source.name: each.loss for source, each in zip(self.val_sources, results, strict=True)}
         if len(losses) > 1:
             metrics |= {f"val/loss_{name}": loss for name, loss in losses.items()}
         self.tracker.log_metrics(metrics, done)
-        logger.info("step %d: val loss %.4f, perplexity %s", done, result.loss, perplexity_text(result.loss))
+        logger.info(
+            "step %d: val loss %.4f, perplexity %s%s", done, result.loss, perplexity_text(result.loss), accuracy
+        )
         if len(losses) > 1:
             logger.info(
                 "step %d: val loss of %s", done, ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -135,15 +149,15 @@ class PeriodicEvaluation:
 
     def _validation_losses(self, sources: Sequence[ValSource], max_tokens: int) -> list[ValidationResult]:
         """The loss of each source; they share ``max_tokens`` evenly."""
+        limits: dict[str, Any] = {
+            "context_length": self.config.context_length,
+            "batch_size": self.config.micro_batch,
+            "max_tokens": max(1, max_tokens // len(sources)),
+        }
         return [
-            validation_loss(
-                self.model,
-                source.stream,
-                self.workers,
-                context_length=self.config.context_length,
-                batch_size=self.config.micro_batch,
-                max_tokens=max(1, max_tokens // len(sources)),
-            )
+            chat_validation(self.model, source.stream, self.workers, **limits)
+            if isinstance(source.stream, PackedStream)
+            else validation_loss(self.model, source.stream, self.workers, **limits)
             for source in sources
         ]
 
@@ -163,7 +177,13 @@ class PeriodicEvaluation:
 
     def _sample(self, done: int) -> None:
         prompt, length = self.config.sample_prompt, self.config.sample_tokens
-        self.sample = continue_text(self.model, self.tokenizer, prompt, max_new_tokens=length, seed=self.config.seed)
+        settings: dict[str, Any] = {"max_new_tokens": length, "seed": self.config.seed}
+        if self.chat is None:
+            self.sample = continue_text(self.model, self.tokenizer, prompt, **settings)
+        else:
+            ids = self.chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            answer = continue_ids(self.model, ids, stop_id=self.chat.end_id, **settings)
+            self.sample = f"{prompt}\n\n{self.tokenizer.decode(answer).strip()}"
         if self.workers.is_rank_zero:
             self.tracker.log_sample(done, prompt, self.sample)
             logger.info("step %d: sample: %r", done, self.sample)

@@ -83,6 +83,8 @@ class RunSummary:
     """HellaSwag after the last step, or None if it was not evaluated."""
     hellaswag_acc: float | None = None
     hellaswag_questions: int | None = None
+    val_accuracy: float | None = None
+    """Share of the tokens of val_loss that were the likeliest, of conversations; None where it was not counted."""
 
     @property
     def perplexity(self) -> float | None:
@@ -172,6 +174,11 @@ def _check_source(config: PretrainConfig, data: Folder, manifest: Manifest) -> N
         raise UserError(
             f"data folder {data} has nothing to train on: all its documents are held out for validation; "
             "tokenize again, into another folder, with a lower --val_fraction"
+        )
+    if manifest.chat_template and (length := manifest.settings["context_length"]) != config.context_length:
+        raise UserError(
+            f"data folder {data} holds conversations in windows of context_length {length}, but the settings say "
+            f"{config.context_length}; give --context_length {length}, or another --data"
         )
     if manifest.tokens("train") <= config.context_length:
         raise UserError(

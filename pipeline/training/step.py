@@ -66,7 +66,7 @@ def accumulate_gradients(
         batch = _next_batch(batches, loader, guard)
         data_wait_seconds += time.perf_counter() - start
         set_gradient_sync(model, enabled=index == count - 1)
-        micro_loss = model(batch.inputs, batch.targets) * batch.weight
+        micro_loss = model(batch.inputs, batch.targets, documents=batch.documents) * batch.weight
         micro_loss.backward()
         loss += micro_loss.detach()
         if loader.device.type == "cpu" and index < count - 1 and not is_abandoned:

@@ -155,7 +155,7 @@ class StepGuard:
             heartbeats = Heartbeats(store, rank=workers.rank, world_size=workers.world_size)
         self.watchdog = Watchdog(rank=workers.rank, limit_seconds=config.collective_timeout, heartbeats=heartbeats)
         self.check = ShardCheck(
-            [stream.files for stream in streams if stream.files is not None],
+            [files for stream in streams for files in stream.file_sets],
             share=int(os.environ.get("LOCAL_RANK", "0")),
             num_shares=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )

@@ -24,6 +24,7 @@ from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.batches import BatchLoader
 from pipeline.dataset.dataset import TOKENIZER_NAME
+from pipeline.dataset.manifest import BASE_TOKENIZER
 from pipeline.dataset.training_data import Folders
 from pipeline.distributed import determinism
 from pipeline.distributed.determinism import deterministic
@@ -117,8 +118,9 @@ class Trainer:
         self.saved_step: int | None = None
         """The steps of the newest checkpoint that this process has saved."""
         self.evaluation = PeriodicEvaluation(
-            config, self.model, self.tokenizer, self.val_sources, output=output, workers=workers, tracker=tracker
-        )
+            config, self.model, self.tokenizer, self.val_sources, output=output, workers=workers, tracker=tracker,
+            chat_template=self.manifest.chat_template,
+        )  # fmt: skip
         self.writer = CheckpointWriter(
             open_folder(f"{output}/{CHECKPOINTS_FOLDER}"),
             workers,
@@ -296,7 +298,10 @@ class Trainer:
         if found is None:
             if given := self.config.checkpoint:
                 path = local_checkpoint(given) if in_bucket(given) else Path(given)
-                changed = weights.check_fits(path, self.model_config, self.manifest.tokenizer_fingerprint)
+                changed = weights.check_fits(
+                    *(path, self.model_config, self.manifest.tokenizer_fingerprint),
+                    base_fingerprint=self.manifest.settings.get(BASE_TOKENIZER),
+                )
                 if changed and self.workers.is_rank_zero:
                     logger.info("from the weights of %s, with %s", path, changed)
                 weights.load_weights(path, self.model)
@@ -374,6 +379,7 @@ class Trainer:
             skipped_steps=self.skipped_steps,
             eot_id=None if self.tokenizer.end_of_text == END_OF_TEXT else self.tokenizer.eot_id,
             **mixture_info(self.data),
+            chat_template=self.manifest.chat_template,
         )
         path = self.writer.save(training_state(self.model, self.optimizer), info)
         self.saved_step = done

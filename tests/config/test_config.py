@@ -10,6 +10,7 @@ import yaml
 from model.muon import MATCHED_RMS
 from pipeline.config.command_line import resolve
 from pipeline.config.data import DemoConfig, ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.finetuning import FinetuneConfig
 from pipeline.config.inference import EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
 from pipeline.config.settings import to_dict
 from pipeline.config.training import PretrainConfig, worker_range
@@ -52,7 +53,7 @@ def test_defaults_are_the_recipe() -> None:
 def test_every_preset_resolves() -> None:
     """Each section of each file under configs/."""
     classes: dict[str, type] = {"import_shards": ImportShardsConfig, "demo": DemoConfig} | dict(SECTIONS_OF_ALL)
-    classes |= {"export": ExportConfig, "serve": ServeConfig}
+    classes |= {"export": ExportConfig, "serve": ServeConfig, "finetune": FinetuneConfig}
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert {path.stem for path in paths} >= {"demo", "fast", "fastest", "gpt2.5", "gpt2.5-2026-03"}
     for path in paths:

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.config.command_line import SECTIONS, resolve, resolve_with_rest
 from pipeline.config.data import DemoConfig, ImportShardsConfig, TokenizeConfig, TrainTokenizerConfig
+from pipeline.config.finetuning import FinetuneConfig
 from pipeline.config.help import format_help, group_names, help_texts, placeholder
 from pipeline.config.help_groups import EXAMPLES, POSITIONALS
 from pipeline.config.inference import EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
@@ -25,6 +26,7 @@ CONFIGS: dict[str, type[Any]] = {
     "train_tokenizer": TrainTokenizerConfig,
     "import_shards": ImportShardsConfig,
     "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,

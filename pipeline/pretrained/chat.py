@@ -1,0 +1,46 @@
+"""The chat of a model: the template that it was fine-tuned with, in a checkpoint or in a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.checkpoints import reader as checkpoint_reader
+from pipeline.conversations.templates import TEMPLATES, Chat
+from pipeline.errors import UserError
+from pipeline.pretrained import huggingface
+from pipeline.tokenizer.bpe import Tokenizer
+
+_TEMPLATE_FILE = "chat_template.jinja"
+
+
+def read_chat(path: Path, tokenizer: Tokenizer) -> Chat | None:
+    """The chat of the model in a resolved folder; None where it has no template.
+
+    Args:
+        tokenizer: of the same folder (resolve.read_tokenizer).
+
+    Raises:
+        UserError: a template that is none of ours, or whose tokens the tokenizer lacks.
+    """
+    name = _exported_name(path) if huggingface.is_exported(path) else checkpoint_reader.read_info(path).chat_template
+    if name is None:
+        return None
+    template = TEMPLATES.get(name)
+    if template is None:
+        raise UserError(f"{path} has a chat template that is not known here; known are {', '.join(TEMPLATES)}")
+    missing = [token for token in template.special_tokens if token not in tokenizer.special_tokens]
+    if missing:
+        raise UserError(f"the tokenizer in {path} lacks {', '.join(missing)} of the template {name}; mend it")
+    return Chat(template, tokenizer)
+
+
+def _exported_name(path: Path) -> str | None:
+    """The name of the template in an exported folder; None where there is none, its text where it is unknown."""
+    text: str | None
+    if (path / _TEMPLATE_FILE).is_file():
+        text = (path / _TEMPLATE_FILE).read_text(encoding="utf-8")
+    elif (path / huggingface.TOKENIZER_CONFIG_FILE).is_file():
+        text = huggingface.read_json(path / huggingface.TOKENIZER_CONFIG_FILE).get("chat_template")
+    else:
+        return None
+    return next((name for name, template in TEMPLATES.items() if template.jinja == text), text)
