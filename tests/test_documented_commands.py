@@ -10,6 +10,7 @@ Run or not, the flags go through the real parsers: those of the jobs, of ray, of
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -188,7 +189,11 @@ def own_text(clone: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    stories = [f"Once there was a cat with {number} hats. It liked fish and slept." for number in range(400)]
+    parts = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
+    names = [first + second for first, second in itertools.product(parts, parts)]  # words enough for 1,000 ids
+    stories = [
+        f"Once there was a cat called {name} with {len(name)} hats. It liked fish and slept." for name in names[:900]
+    ]
     (clone / "stories-train.txt").write_text("\n<|endoftext|>\n".join(stories))
     (clone / "input.txt").write_text("\n".join(stories))
     (clone / "spark").mkdir()
