@@ -127,7 +127,8 @@ class Gate:
     async def _body(self, scope: Any, receive: Any, most: int) -> bytes | None:
         """The whole body, None where the client left; RequestError where it is too large or too slow."""
         body = bytearray()
-        too_large = RequestError(f"the body has more than {most:,} bytes", status=413)
+        message = f"the body has more than {most:,} bytes" if most else "this path takes no body; see /v1/completions"
+        too_large = RequestError(message, status=413)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared[:20]) > most:
             raise too_large

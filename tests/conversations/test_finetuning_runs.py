@@ -83,7 +83,7 @@ def run_ranks(
     history, settings = output.with_suffix(".history"), output.with_suffix(".json")
     values = dataclasses.asdict(dataclasses.replace(config, output=str(output)))
     settings.write_text(
-        json.dumps({"config": values, "data": str(data), "stop_after": stop_after, "history": str(history)})
+        json.dumps({"config": values, "data": [str(data)], "stop_after": stop_after, "history": str(history)})
     )
     script = str(Path(__file__).parents[1] / "support" / "trainer_process.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]

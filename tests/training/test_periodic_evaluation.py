@@ -85,7 +85,7 @@ def test_hellaswag_is_asked_when_due_and_training_is_the_same_without(
 @pytest.mark.slow
 def test_three_ranks_share_the_questions(tiny_data: Path, questions: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, hellaswag=str(questions), output=str(tmp_path / "three"))
-    settings: dict[str, Any] = {"config": dataclasses.asdict(config), "data": str(tiny_data), "stop_after": None}
+    settings: dict[str, Any] = {"config": dataclasses.asdict(config), "data": [str(tiny_data)], "stop_after": None}
     file = tmp_path / "settings.json"
     file.write_text(json.dumps(settings | {"history": str(tmp_path / "history.json")}))
     script = str(Path(__file__).parents[1] / "support" / "trainer_process.py")
