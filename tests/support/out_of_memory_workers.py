@@ -63,11 +63,11 @@ def first_never_answers(settings: WorkerSettings, files: SharedFiles) -> RunSumm
     small_memory(LARGEST, ranks=(1,))
     starved = Transformer.forward
 
-    def waiting(self: Transformer, tokens: Tensor, *args: Any) -> Tensor:
+    def waiting(self: Transformer, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled() and os.environ["RANK"] == "0":
-            forward(self, tokens, *args)  # the second one waits for this rank's weights
+            forward(self, tokens, *args, **kwargs)  # the second one waits for this rank's weights
             time.sleep(600)
-        return starved(self, tokens, *args)
+        return starved(self, tokens, *args, **kwargs)
 
     Transformer.forward = waiting  # type: ignore[method-assign, assignment]
     return launch.pretrain_worker(settings, files)

@@ -17,10 +17,10 @@ def small_memory(largest: int, *, ranks: Collection[int]) -> None:
     """In this process a micro-batch of more than ``largest`` windows raises what a GPU's allocator raises."""
     forward = Transformer.forward
 
-    def starved(self: Transformer, tokens: Tensor, *args: Any) -> Tensor:
+    def starved(self: Transformer, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled() and len(tokens) > largest and int(os.environ.get("RANK", "0")) in ranks:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.")
-        return forward(self, tokens, *args)
+        return forward(self, tokens, *args, **kwargs)
 
     Transformer.forward = starved  # type: ignore[method-assign, assignment]
 
