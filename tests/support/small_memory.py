@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def small_memory(largest: int, *, ranks: Collection[int]) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.")
         return forward(self, tokens, *args, **kwargs)
 
-    Transformer.forward = starved  # type: ignore[method-assign, assignment]
+    patch.object(Transformer, "forward", starved).start()
 
 
 class StandIn(largest_batch.CudaMemory):
