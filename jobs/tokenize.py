@@ -34,6 +34,7 @@ def main(config: TokenizeConfig) -> None:
             ("documents", f"{report.documents:,} ({report.text_megabytes:,.1f} MB; skipped: {skipped})"),
             *(("left out", f"{sentence} (the first {reason})") for reason, sentence in report.first_skipped.items()),
             *(damaged if report.damaged else []),
+            *_contaminated(report.skipped),
             *ignored_row(report.ignored),
             ("tokens", f"{report.train_tokens:,} train, {report.val_tokens:,} val"),
             *_missing(report.train_tokens, report.val_tokens),
@@ -43,6 +44,14 @@ def main(config: TokenizeConfig) -> None:
             ("MLflow", mlflow_run.location),
         ],
     )
+
+
+def _contaminated(skipped: dict[str, int]) -> Rows:
+    """A row about documents that hold an evaluation question, if there are any."""
+    from pipeline.decontamination.documents import LIST_NAME, REASON
+
+    count = skipped.get(REASON, 0)
+    return [(REASON, f"{count:,} documents hold a question; {LIST_NAME} lists them")] if count else []
 
 
 def _missing(train_tokens: int, val_tokens: int) -> list[tuple[str, str]]:
@@ -80,11 +89,17 @@ def _verify(config: TokenizeConfig) -> None:
 
 def describe(config: TokenizeConfig) -> Rows:
     """What --dry_run says besides the settings: the mistakes that end the job before Ray starts."""
+    from pipeline.decontamination.evaluation_sets import EvaluationSets
     from pipeline.paths import resolve_output
     from pipeline.preprocessing.data_job import check_source
     from pipeline.run_files import SUMMARY_FILE
 
-    return would_fail(lambda: check_source(config), lambda: resolve_output(config.output).size(SUMMARY_FILE))
+    here = [name for name in config.decontaminate if "://" not in name]
+    return would_fail(
+        lambda: check_source(config),
+        lambda: EvaluationSets.read(here),
+        lambda: resolve_output(config.output).size(SUMMARY_FILE),
+    )
 
 
 if __name__ == "__main__":

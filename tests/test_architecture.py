@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "sources": {"errors", "paths", "listing", "remote"},
     "filters": {"errors"},
     "deduplication": {"sources.arrow_values", "tokenizer"},
+    "decontamination": {"errors", "storage", "paths", "remote", "sources", "deduplication", "tokenizer"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
@@ -51,7 +52,7 @@ ROOMS["generation"] = {
 }
 ROOMS["preprocessing"] = {
     *("errors", "storage", "paths", "config", "console", "run_files", "listing", "sources", "remote", "tokenizer"),
-    *("filters", "deduplication", "dataset", "tracking", "cluster"),
+    *("filters", "deduplication", "decontamination", "dataset", "tracking", "cluster"),
 }
 ROOMS["conversations"] = {
     *("errors", "storage", "paths", "config", "run_files", "sources", "tokenizer", "dataset", "tracking"),
@@ -60,7 +61,7 @@ ROOMS["conversations"] = {
 ROOMS["serving"] = {
     *("errors", "exit_signals", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
 }
-_DATA = {"listing", "sources", "remote", "filters", "deduplication", "preprocessing"}
+_DATA = {"listing", "sources", "remote", "filters", "deduplication", "decontamination", "preprocessing"}
 ROOMS["evaluation"] = set(ROOMS) - _DATA - {"serving"}
 ROOMS["training"] = set(ROOMS) - _DATA - {"serving"}
 ROOMS["sweep"] = {

@@ -141,7 +141,18 @@ def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, 
         if name not in names:
             raise UserError(f"preset {path}, section {section}: unknown key {name!r}{_nearest(str(name), names)}")
     hints = get_type_hints(config_class)
-    return {name: _on_or_off(value, hints[name]) for name, value in values.items()}
+    own = {name: _on_or_off(value, hints[name]) for name, value in values.items()}
+    return _of_other_sections(document, config_class) | own
+
+
+def _of_other_sections(document: dict[str, dict[str, Any]], config_class: type[Any]) -> dict[str, list[str]]:
+    """What a preset says elsewhere of fields that are marked so in their metadata: section and key of each place."""
+    found: dict[str, list[str]] = {}
+    for field in dataclasses.fields(config_class):
+        places = [document.get(section, {}).get(key) for section, key in field.metadata.get("also_of", ())]
+        if values := list(dict.fromkeys(str(value) for value in places if value)):
+            found[field.name] = values
+    return found
 
 
 def _on_or_off(value: Any, hint: Any) -> Any:

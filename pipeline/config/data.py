@@ -108,6 +108,12 @@ class TokenizeConfig(ReadingConfig):
     dedup_threshold: float | None = None
     """Smallest share of common runs of words (Jaccard's similarity) at which documents that minhash has found are taken
     for copies. If not given, what minhash has found is not compared again."""
+    decontaminate: tuple[str, ...] = field(
+        default=(), metadata={"also_of": (("pretrain", "hellaswag"), ("evaluate", "hellaswag"))}
+    )
+    """Files of evaluation questions (JSON lines or parquet, a question a record; s3://, gs://, https:// and hf:// too):
+    documents that share 13 words in a row with one are left out and listed. With none there are no such files. If not
+    given, the HellaSwag questions that the preset names for training and evaluation."""
     verify: bool = False
     """Write nothing; read the data in --output again and compare it with its manifest."""
     tokenizer: str | None = None
@@ -121,6 +127,10 @@ class TokenizeConfig(ReadingConfig):
         super().__post_init__()
         _check_vocab_size(self.vocab_size, 257, "256 bytes and <|endoftext|>")
         require_positive(self, "limit_documents", "limit_bytes", "dedup_words", "dedup_bands", "dedup_rows")
+        if self.decontaminate == ("none",):
+            object.__setattr__(self, "decontaminate", ())
+        require(all(self.decontaminate), "decontaminate has an empty name; give files of questions, or none")
+        require("none" not in self.decontaminate, "decontaminate has none beside files; give either")
         threshold = self.dedup_threshold
         require(
             threshold is None or 0 < threshold <= 1, f"dedup_threshold is {threshold}; it must lie above 0 and up to 1"

@@ -110,14 +110,21 @@ def rows_of_item(files: Sequence[ReadRange], item: int, num_items: int) -> Rows:
     return np.sort(np.concatenate(found)).astype(np.int64) if found else np.zeros(0, np.int64)
 
 
-def without_rows(arrays: Iterable[pa.Array], rows: Rows) -> Iterator[pa.Array]:
-    """The same arrays without the documents numbered ``rows`` (ascending, over all arrays)."""
+def without_rows(
+    arrays: Iterable[pa.Array], rows: Rows, keep: Callable[[npt.NDArray[np.bool_]], None] | None = None
+) -> Iterator[pa.Array]:
+    """The same arrays without the documents numbered ``rows`` (ascending, over all arrays).
+
+    keep: is told which documents of an array are kept, where it is not all, before they are handed on.
+    """
     first = 0
     for array in arrays:
         begin, end = np.searchsorted(rows, [first, first + len(array)])
         if end > begin:
             is_kept = np.ones(len(array), bool)
             is_kept[rows[begin:end] - first] = False
+            if keep:
+                keep(is_kept)
             yield array.filter(pa.array(is_kept))
         else:
             yield array

@@ -28,9 +28,14 @@ class HashLists(NamedTuple):
     """Document i has hashes [ends[i - 1], ends[i])."""
 
 
-def word_hashes(texts: Any) -> HashLists:
-    """Hashes of the words of every document. ``texts``: an Arrow array of strings without nulls, not chunked."""
-    table = character_table()
+def word_hashes(texts: Any, table: npt.NDArray[np.int32] | None = None) -> HashLists:
+    """Hashes of the words of every document.
+
+    Args:
+        texts: an Arrow array of strings without nulls, not chunked.
+        table: what every character is in a word; by default ``character_table()``.
+    """
+    table = character_table() if table is None else table
     ends = np.zeros(len(texts), np.int64)
     buffers = list(text_buffers(texts)) if isinstance(texts, pa.Array) else []
     if not buffers:

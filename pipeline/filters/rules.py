@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import UserError
@@ -103,15 +105,27 @@ def own_rule(path: str) -> OwnRule:
     return function
 
 
-def filtered(arrays: Iterable[pa.Array], rules: Rules, dropped: Counter[str]) -> Iterator[pa.Array]:
-    """The documents that break no rule, as large_string arrays; the others are counted by rule."""
+def filtered(
+    arrays: Iterable[pa.Array],
+    rules: Rules,
+    dropped: Counter[str],
+    keep: Callable[[npt.NDArray[np.bool_]], None] | None = None,
+) -> Iterator[pa.Array]:
+    """The documents that break no rule, as large_string arrays; the others are counted by rule.
+
+    keep: is told of every array which of its documents are kept, before they are handed on.
+    """
     for array in arrays:
         kept: list[str] = []
-        for text in array.to_pylist():
+        is_kept = np.zeros(len(array), bool)
+        for row, text in enumerate(array.to_pylist()):
             changed, broken = rules.apply(text)
             if broken is None and changed.strip():
                 kept.append(changed)
+                is_kept[row] = True
             else:
                 dropped[broken or "nothing left"] += 1
+        if keep:
+            keep(is_kept)
         if kept:
             yield pa.array(kept, pa.large_string())

@@ -21,6 +21,7 @@ from pipeline.config.data import ReadingConfig, TokenizeConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME
 from pipeline.dataset.manifest import MANIFEST_NAME, SPLIT_HASH, Manifest, ShardEntry
 from pipeline.dataset.shards import file_bytes
+from pipeline.decontamination.documents import LIST_NAME as CONTAMINATED
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.listing.selection import Ignored, describe, kind_of, select
 from pipeline.remote.remote_file import stored_url
@@ -42,6 +43,7 @@ _LATER_SETTINGS = {
     *("column_separator", "document_separator", "max_document_bytes", "val_split", "end_of_text_token"),
     *("filters", "filter_bounds", "own_rules", "mask_personal_data"),
     *("dedup_words", "dedup_bands", "dedup_rows", "dedup_threshold"),
+    "evaluation_sets",
 }
 _SHARD = re.compile(r"(train|val)(_flags)?_\d{6,}(-\d{3,})?\.bin")
 _REQUESTS = 32  # at a time, because a bucket takes some 30 ms to answer one
@@ -156,7 +158,7 @@ def claim(folder: Folder, run: RunRecord) -> None:
     if record is None:
         if any(name.endswith(".bin") for name in folder.names()):
             raise UserError(f"output folder {folder} holds shards of unknown origin; choose another --output")
-        for name in (MANIFEST_NAME, TOKENIZER_NAME, SUMMARY_FILE):
+        for name in (MANIFEST_NAME, TOKENIZER_NAME, SUMMARY_FILE, CONTAMINATED):
             if folder.size(name) is not None:
                 raise UserError(
                     f"output folder {folder} holds a {name} of unknown origin, which the job would replace; choose "

@@ -18,6 +18,9 @@ import pyarrow as pa
 
 from pipeline.dataset.manifest import SPLITS, ShardEntry
 from pipeline.dataset.shards import shard_parts, token_dtype
+from pipeline.decontamination import documents as decontamination
+from pipeline.decontamination.documents import Origins, without_questions
+from pipeline.decontamination.evaluation_sets import EvaluationSets
 from pipeline.deduplication import exact
 from pipeline.errors import DamagedInputError, UserError
 from pipeline.filters.rules import Rules, filtered
@@ -73,6 +76,8 @@ class EncodeJob:
     """What documents must keep to."""
     copies: str = "duplicate"
     """Reason under which the documents that are copies are counted."""
+    evaluation_sets: EvaluationSets | ObjectRef[EvaluationSets] | None = None
+    """The questions that no document may hold, or their place in Ray's object store."""
 
     def key(self, item: WorkItem) -> str:
         """Hash of everything that an item's shards depend on."""
@@ -143,13 +148,7 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
         row.raise_error()
         begin_attempt(folder, "encode", item)
         leave_out = (damaged if "files" in job.skip else None, first if "records" in job.skip else None)
-        arrays = read_item(item, skipped, fetched_table(row), *leave_out)
-        if job.rules:
-            arrays = filtered(arrays, job.rules, skipped)
-        if job.partitions:
-            rows = _duplicates(folder, job, item.index)
-            skipped[job.copies] += len(rows)
-            arrays = exact.without_rows(arrays, rows)
+        arrays = _chosen(row, folder, job, skipped, leave_out)
         tokenizer = get_tokenizer(job.tokenizer)
         shares: dict[str, Any] = {"val_fraction": job.val_fraction, "val_split": job.val_split}
         for part in encode_parts(arrays, tokenizer, part_bytes=job.part_bytes, **shares):
@@ -163,6 +162,35 @@ def encode(row: ItemRow, job: EncodeJob) -> Iterator[ItemRow]:
         reasons = [*damaged, {"name": item.label, "reason": str(error)}]
         left_out = {"skipped": skipped, "damaged": reasons, "first_skipped": first}
         yield ItemRow(item=row.item, figures=figures | left_out)
+
+
+def _chosen(
+    row: ItemRow,
+    folder: Folder,
+    job: EncodeJob,
+    skipped: Counter[str],
+    leave_out: tuple[Damage | None, dict[str, str] | None],
+) -> Iterator[pa.Array]:
+    """The documents of an item that are encoded; the others are counted, and those with a question listed."""
+    item = row.work_item
+    origins = Origins() if job.evaluation_sets is not None else None
+    read = read_item if origins is None else origins.read
+    keep = None if origins is None else origins.keep
+    arrays = read(item, skipped, fetched_table(row), *leave_out)
+    if job.rules:
+        arrays = filtered(arrays, job.rules, skipped, keep)
+    if job.partitions:
+        rows = _duplicates(folder, job, item.index)
+        skipped[job.copies] += len(rows)
+        arrays = exact.without_rows(arrays, rows, keep)
+    if origins is None or job.evaluation_sets is None:
+        yield from arrays
+        return
+    lines: list[bytes] = []
+    yield from without_questions(arrays, get_evaluation_sets(job.evaluation_sets), origins, lines)
+    if lines:
+        skipped[decontamination.REASON] += len(lines)
+        folder.write(decontamination.list_name(item.index), lines)
 
 
 def _part_row(row: ItemRow, number: int, part: EncodedPart, left_out: dict[str, Any]) -> ItemRow:
@@ -342,3 +370,13 @@ def get_tokenizer(tokenizer: bpe.Tokenizer | ObjectRef[bpe.Tokenizer]) -> bpe.To
 
     with collector_paused():
         return ray.get(tokenizer)
+
+
+@functools.lru_cache(maxsize=1)
+def get_evaluation_sets(sets: EvaluationSets | ObjectRef[EvaluationSets]) -> EvaluationSets:
+    """The questions, read once for all items of a worker process."""
+    if isinstance(sets, EvaluationSets):
+        return sets
+    import ray
+
+    return ray.get(sets).writable()

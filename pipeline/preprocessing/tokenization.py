@@ -18,6 +18,8 @@ from typing import Any
 from pipeline.config.data import ReadingConfig, TokenizeConfig, TrainTokenizerConfig
 from pipeline.dataset.dataset import TOKENIZER_NAME, load_tokenizer, load_tokenizer_of, save_tokenizer
 from pipeline.dataset.manifest import MANIFEST_NAME, Manifest
+from pipeline.decontamination import documents as decontamination
+from pipeline.decontamination.evaluation_sets import EvaluationSets
 from pipeline.errors import UserError
 from pipeline.preprocessing import duplicates, ray_dataflow, resume_state, stages
 from pipeline.preprocessing.encode_documents import add_counts
@@ -99,10 +101,23 @@ def finished(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     if resume_state.read_run(output) is None:
         return None
     given = given or given_tokenizer(config)
-    settings = resume_state.settings_of(config, given.fingerprint if given else None)
-    is_complete = resume_state.is_complete(output, config.source, settings, names=(MANIFEST_NAME, TOKENIZER_NAME))
+    sets = evaluation_sets(config)
+    settings = _settings(config, given, sets)
+    names = (MANIFEST_NAME, TOKENIZER_NAME, *((decontamination.LIST_NAME,) if sets else ()))
+    is_complete = resume_state.is_complete(output, config.source, settings, names=names)
     manifest = resume_state.find_shards(output) if is_complete else None
     return manifest if manifest and _has_its_tokenizer(output, manifest) else None
+
+
+def evaluation_sets(config: TokenizeConfig) -> EvaluationSets | None:
+    """The questions that no document may hold; None where none are looked for."""
+    return EvaluationSets.read(config.decontaminate) if config.decontaminate else None
+
+
+def _settings(config: TokenizeConfig, given: bpe.Tokenizer | None, sets: EvaluationSets | None) -> dict[str, Any]:
+    """The settings that shards depend on, with the questions' hashes where there are any."""
+    settings = resume_state.settings_of(config, given.fingerprint if given else None)
+    return settings | ({"evaluation_sets": list(sets.fingerprints)} if sets else {})
 
 
 def _has_its_tokenizer(output: Folder, manifest: Manifest) -> bool:
@@ -128,10 +143,17 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     given = given or given_tokenizer(config)
     rules = filter_rules(config)
     rules.require_own()
-    settings = resume_state.settings_of(config, given.fingerprint if given else None)
+    sets = evaluation_sets(config)
+    settings = _settings(config, given, sets)
     source, run = resume_state.begin(output, config.source, settings)
     items = plan_items(config, source, output)
     advise(config, items)
+    if sets:
+        logger.info(
+            "documents that share 13 words with one of %s questions are left out; %s of them have fewer words and "
+            "cannot be found",
+            *(f"{len(sets.questions):,}", f"{sets.num_short:,}"),
+        )
     tokenizer = _prepare_tokenizer(config, given, source, output)
     job = EncodeJob(
         output=str(output),
@@ -147,6 +169,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
         partitions=duplicates.find(config, items, output),
         rules=rules,
         copies=duplicates.REASONS[config.dedup],
+        evaluation_sets=ray.put(sets) if sets else None,
     )
     keys = [job.key(item) for item in items]
     records = resume_state.read_all_records(output, keys, tokenizer.vocab_size)
@@ -242,6 +265,10 @@ def _first_skipped(records: Sequence[ItemRecord]) -> dict[str, str]:
     return dict(sorted(first.items()))
 
 
+def _num_contaminated(records: Sequence[ItemRecord] | None) -> int:
+    return sum(record.skipped.get(decontamination.REASON, 0) for record in records or ())
+
+
 def finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: Folder) -> Manifest:
     """Make the manifest from the records of all items, and write it."""
     parts = resume_state.read_all_records(output, keys, tokenizer.vocab_size)
@@ -269,6 +296,8 @@ def finish(run: RunRecord, tokenizer: bpe.Tokenizer, keys: list[str], output: Fo
         source = resume_state.stored_source(run.source)
         first = "".join(f"; the first: {sentence}" for sentence in list(manifest.first_skipped.values())[:1])
         raise UserError(f"source {source} holds no document that could be used ({reasons}){first}")
+    if "evaluation_sets" in run.settings:
+        decontamination.join_lists(output, [_num_contaminated(records) for records in parts])
     resume_state.remove_others(output, {entry.name for entry in manifest.shards})
     duplicates.remove_files(output)
     output.remove_leftovers()
