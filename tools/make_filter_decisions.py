@@ -1,132 +1,24 @@
-"""Writes tests/filters/decisions.json: made-up texts, and what datatrove's filters decide on each of them.
+"""Writes tests/filters/decisions.json: what datatrove's filters decide on the texts of tests/support/filter_texts.py.
 
     python tools/make_filter_decisions.py tests/filters/decisions.json
 
 It runs in an environment with datatrove (0.10.1 wrote the file). datatrove's words and sentences come from a language's
 tokenizer; here words are what white space divides and sentences what stands behind a mark and white space, so that the
-rules alone are compared.
+rules alone are compared. A row has the digest of the text, the decision of each filter that drops it, and the digest of
+what C4's leaves of it.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-COMMON = [
-    *("the", "be", "to", "of", "and", "that", "have", "with", "a", "in", "it", "for", "not", "on", "he", "as", "you"),
-    *("do", "at", "this", "but", "his", "by", "from", "they", "we", "say", "her", "she"),
-]
-GREEK = ["και", "το", "να", "του", "της", "με", "από", "στο", "είναι", "για", "που", "δεν"]
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
-def texts(count: int) -> list[str]:
-    choose = random.Random(6)
-    rare = ["".join(choose.choices("etaoinshrdlucmfwyp", k=choose.randrange(2, 12))) for _ in range(700)]
-    makers = (
-        prose,
-        prose,
-        prose,
-        repeated_lines,
-        repeated_words,
-        bullets,
-        ellipses,
-        symbols,
-        code,
-        policies,
-        menu,
-        strange,
-    )
-    return [choose.choice(makers)(choose, rare) for _ in range(count)]
-
-
-def sentence(choose: random.Random, rare: list[str], common: float = 0.5) -> str:
-    words = [choose.choice(COMMON if choose.random() < common else rare) for _ in range(choose.randrange(4, 16))]
-    return " ".join(words).capitalize() + choose.choice([".", ".", "!", "?", '."', ""])
-
-
-def prose(choose: random.Random, rare: list[str]) -> str:
-    common = choose.choice([0.02, 0.3, 0.5])
-    lines = [sentence(choose, rare, common) for _ in range(choose.randrange(1, 22))]
-    ends = choose.choice([" ", "\n", "\n\n"])
-    return ends.join(lines)
-
-
-def repeated_lines(choose: random.Random, rare: list[str]) -> str:
-    lines = [sentence(choose, rare) for _ in range(12)]
-    lines += choose.choices(lines[:3], k=choose.randrange(0, 9))
-    choose.shuffle(lines)
-    return choose.choice(["\n", "\n\n"]).join(lines)
-
-
-def repeated_words(choose: random.Random, rare: list[str]) -> str:
-    phrase = " ".join(choose.choices(rare, k=choose.choice([2, 4, 6, 7, 8, 8, 9, 10])))
-    parts = [sentence(choose, rare) for _ in range(14)]
-    for _ in range(choose.randrange(2, 6)):
-        parts.insert(choose.randrange(len(parts)), phrase)
-    return " ".join(parts)
-
-
-def bullets(choose: random.Random, rare: list[str]) -> str:
-    return "\n".join(choose.choice(["- ", "• ", "- ", " - ", "• "]) + sentence(choose, rare) for _ in range(12))
-
-
-def ellipses(choose: random.Random, rare: list[str]) -> str:
-    often = choose.random()
-    return "\n".join(
-        sentence(choose, rare) + (choose.choice(["...", "…"]) if choose.random() < often else "") for _ in range(12)
-    )
-
-
-def symbols(choose: random.Random, rare: list[str]) -> str:
-    words = sentence(choose, rare).split() * 1 + [word for _ in range(9) for word in sentence(choose, rare).split()]
-    sign = choose.choice(["#", "...", "123", "--", "4.5"])
-    return " ".join(word if choose.random() < 0.85 else choose.choice([sign, sign + word]) for word in words)
-
-
-def code(choose: random.Random, rare: list[str]) -> str:
-    lines = [f"def {word}(x): return {choose.randrange(99)}." for word in choose.sample(rare, 8)]
-    return "\n".join(
-        [*lines, *choose.choices(["if (x) { y = 1; } to be.", "Enable javascript, please do.", "x = [1, 2]"], k=3)]
-    )
-
-
-def policies(choose: random.Random, rare: list[str]) -> str:
-    lines = [sentence(choose, rare) for _ in range(choose.randrange(4, 12))]
-    lines += choose.sample(
-        [
-            "This site uses cookies to be good.",
-            "Read the Privacy Policy now.",
-            "Lorem ipsum dolor sit amet.",
-            "It was so [12] and so [citation needed] there.",
-            "Short one.",
-            "a" * 1001 + " is a long word.",
-        ],
-        2,
-    )
-    choose.shuffle(lines)
-    return "\n".join(lines)
-
-
-def menu(choose: random.Random, rare: list[str]) -> str:
-    lines = [" ".join(choose.choices(rare, k=choose.randrange(1, 5))).title() for _ in range(choose.randrange(8, 30))]
-    return "\n".join([*lines, *(sentence(choose, rare) for _ in range(choose.randrange(0, 12)))])
-
-
-def strange(choose: random.Random, rare: list[str]) -> str:
-    kind = choose.randrange(5)
-    if kind == 0:
-        return " ".join(choose.choices(GREEK, k=80)) + "."
-    if kind == 1:
-        return " ".join(choose.choice(rare) * choose.randrange(2, 4) for _ in range(90)) + "."
-    if kind == 2:
-        return " ".join(choose.choices(["a", "b", "c", "to", "x", "y", "of"], k=80)) + "."
-    if kind == 3:
-        return " ".join(choose.choices([*COMMON, *(str(number) for number in range(1000, 1040))], k=120)) + "."
-    return "\n".join(f"{choose.choice(COMMON)} {'x'.join(choose.choices(rare, k=9))}." for _ in range(60))
+from tests.support.filter_texts import digest, texts  # noqa: E402
 
 
 def decisions(found: list[str]) -> list[dict[str, Any]]:
@@ -148,13 +40,14 @@ def decisions(found: list[str]) -> list[dict[str, Any]]:
     }
     rows = []
     for text in found:
-        row: dict[str, Any] = {"text": text}
+        row: dict[str, Any] = {"text": digest(text)}
         for name, rule in filters.items():
             document = Document(text=text, id="")
             decision = rule.filter(document)
-            row[name] = None if decision is True else decision[1]
-            if name == "c4":
-                row["c4_text"] = document.text
+            if decision is not True:
+                row[name] = decision[1]
+            if name == "c4" and decision is True:
+                row["c4_text"] = digest(document.text)
         rows.append(row)
     return rows
 

@@ -20,15 +20,15 @@ from pipeline.preprocessing import tokenization
 from pipeline.storage.folders import open_folder
 from pipeline.tokenizer import training as bpe_training
 from pipeline.tokenizer.bpe import Tokenizer
+from tests.support import filter_texts
 from tests.support.fixtures import contents
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-ROWS = json.loads((Path(__file__).parents[1] / "filters" / "decisions.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    some = [row["text"] for row in ROWS[:120]]
+    some = filter_texts.texts(380)[:120]
     return [*some, *some[:40], "write to jane@mail.example.org"]
 
 
