@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoints import reader as checkpoint_reader
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], str]:
     """Folder, what each rank saw, and what they logged."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = str(Path(__file__).parents[1] / "support" / "checkpoint_process.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    result = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=1200, check=False)
+    result = run_ranks("checkpoint_process.py", folder, world_size=2)
     assert result.returncode == 0, result.stderr
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)], result.stderr
 

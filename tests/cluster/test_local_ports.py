@@ -22,6 +22,7 @@ from pipeline.config.training import PretrainConfig
 from tests.support.factories import tiny_config
 from tests.support.fixtures import ROOT
 from tests.support.listening import beyond_loopback, is_loopback, listening
+from tests.support.ranks import run_ranks
 
 WAIT_SECONDS = 1200
 
@@ -29,6 +30,16 @@ WAIT_SECONDS = 1200
 def test_addresses_are_told_apart() -> None:
     assert all(map(is_loopback, ["127.0.0.1", "::1", "::ffff:127.0.0.1"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "::ffff:10.0.0.1"]))
+
+
+def test_ranks_of_tests(tmp_path: Path) -> None:
+    result = run_ranks("listening_process.py", tmp_path, world_size=2)
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        addresses = json.loads((tmp_path / str(rank)).read_text())
+        assert addresses, "gloo listens for the other rank"
+        assert all(map(is_loopback, addresses)), addresses
+    assert not beyond_loopback(os.getpid()), "the store"
 
 
 def test_a_run_with_two_workers(tiny_data: Path, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from tests.support.factories import tiny_config
 from tests.support.llama_twin import ROUNDING, grad_of, lively_model, llama_twin, relative_error, small_config
 from tests.support.memory_tracker import MemoryTracker
 from tests.support.models import ALONE, train
+from tests.support.ranks import run_ranks
 from tests.training.test_trainer import checkpoint_tensors, windows_fed
 
 STEPS, LENGTH = 8, 65
@@ -76,7 +75,7 @@ def train_here(config: PretrainConfig, data: Path, output: Path) -> tuple[RunSum
     return Trainer(config, data=data, output=output, workers=ALONE, tracker=tracker).run(), tracker
 
 
-def run_ranks(
+def train_ranks(
     config: PretrainConfig, data: Path, output: Path, world_size: int, *, stop_after: int | None = None
 ) -> dict[str, Any]:
     """Run trainer_process.py on several ranks; returns start step, losses as exact numbers, and the windows."""
@@ -85,11 +84,7 @@ def run_ranks(
     settings.write_text(
         json.dumps({"config": values, "data": [str(data)], "stop_after": stop_after, "history": str(history)})
     )
-    script = str(Path(__file__).parents[1] / "support" / "trainer_process.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    result = subprocess.run(
-        [*command, script, str(settings)], capture_output=True, text=True, timeout=1200, check=False
-    )
+    result = run_ranks("trainer_process.py", settings, world_size=world_size)
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(history.read_text())
     found["windows"] = windows_fed(history, world_size)
@@ -136,20 +131,20 @@ def test_loss_and_gradient_are_the_mean_over_the_tokens_that_count(data: Path, w
 def test_ranks_give_the_curve_of_one_and_resume_bit_for_bit(config: PretrainConfig, data: Path, tmp_path: Path) -> None:
     _, tracker = train_here(config, data, tmp_path / "one")
     alone = [loss for _, loss in tracker.metrics["train/loss"]]
-    clean = run_ranks(config, data, tmp_path / "clean", 4)
+    clean = train_ranks(config, data, tmp_path / "clean", 4)
     assert list(clean["losses"].values()) == pytest.approx(alone, rel=1e-4)
     assert alone[-1] < alone[0] - 0.1
 
-    assert run_ranks(config, data, tmp_path / "broken", 4, stop_after=5)["start_step"] == 0
+    assert train_ranks(config, data, tmp_path / "broken", 4, stop_after=5)["start_step"] == 0
     shutil.copytree(tmp_path / "broken", tmp_path / "fewer")
-    resumed = run_ranks(config, data, tmp_path / "broken", 4)
+    resumed = train_ranks(config, data, tmp_path / "broken", 4)
     assert resumed["start_step"] == 3
     assert resumed["losses"] == {step: loss for step, loss in clean["losses"].items() if step > 3}
     expected, found = (checkpoint_tensors(tmp_path / name, STEPS) for name in ("clean", "broken"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
-    fewer = run_ranks(config, data, tmp_path / "fewer", 2)
+    fewer = train_ranks(config, data, tmp_path / "fewer", 2)
     assert fewer["start_step"] == 3
     assert fewer["windows"] == clean["windows"][3 * 12 :]
     later = {step: loss for step, loss in clean["losses"].items() if step > 3}

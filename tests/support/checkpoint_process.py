@@ -1,4 +1,4 @@
-"""Two ranks of checkpoints/test_ranks.py: ``torchrun checkpoint_process.py FOLDER`` saves, spoils, fails, resumes.
+"""Two ranks of checkpoints/test_ranks.py: ``checkpoint_process.py FOLDER`` saves, spoils, fails, resumes.
 
 What each rank saw is written to FOLDER/rank-R.json.
 """

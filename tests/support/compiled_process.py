@@ -1,4 +1,4 @@
-"""A process of test_compiled_run.py: ``torchrun compiled_process.py SETTINGS.json`` trains and counts compilations.
+"""A process of test_compiled_run.py: ``compiled_process.py SETTINGS.json`` trains and counts compilations.
 
 Settings: {"config": PretrainConfig's fields, "data": folder, "whole": whether the model is one FSDP unit, "history":
 file}. HISTORY.RANK gets {"counts": [[what was done, graphs compiled so far], ...], "graph_breaks": {reason: number},

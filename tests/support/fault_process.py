@@ -1,4 +1,4 @@
-"""A process of test_faults.py: ``torchrun fault_process.py SETTINGS.json`` trains, with a fault, and writes what came.
+"""A process of test_faults.py: ``fault_process.py SETTINGS.json`` trains, with a fault, and writes what came.
 
 Settings: {"config": PretrainConfig's fields, "data": folder, "result": file, "faults": {...}}, the faults being
 

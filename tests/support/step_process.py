@@ -1,4 +1,4 @@
-"""A process of test_step.py: ``torchrun step_process.py FOLDER OPTIMIZER...`` makes steps on sharded weights.
+"""A process of test_step.py: ``step_process.py FOLDER OPTIMIZER...`` makes steps on sharded weights.
 
 Every rank takes its rows of the batch, in two micro-batches; rank 0 writes the weights that come out of each optimizer.
 """

@@ -1,4 +1,4 @@
-"""A process of test_trainer.py: ``torchrun trainer_process.py SETTINGS.json`` trains and writes what happened.
+"""A process of test_trainer.py: ``trainer_process.py SETTINGS.json`` trains and writes what happened.
 
 Settings: {"config": PretrainConfig's fields, "data": [folder, ...], "stop_after": steps or null, "history": file}.
 Beside the history, HISTORY.RANK tells which windows every rank was fed: [[step, [[token, ...], ...]], ...].

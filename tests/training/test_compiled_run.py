@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.hellaswag_questions import write_questions
+from tests.support.ranks import run_ranks
 from tests.training.test_trainer import CONFIG, train_here
 
 STEPS = 6
@@ -33,9 +32,7 @@ def run(data: Path, folder: Path, **changes: Any) -> list[dict[str, Any]]:
             }
         )
     )
-    script = str(Path(__file__).parents[1] / "support" / "compiled_process.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    result = subprocess.run([*command, str(settings)], capture_output=True, text=True, timeout=1200, check=False)
+    result = run_ranks("compiled_process.py", settings, world_size=2)
     assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"history.json.{rank}").read_text()) for rank in range(2)]
 

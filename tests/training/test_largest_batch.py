@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from pipeline.training.batch_size import possible_sizes
 from pipeline.training.largest_batch import largest_that_fits
 from pipeline.training.trainer import Trainer
 from tests.support.memory_tracker import MemoryTracker
+from tests.support.ranks import run_ranks
 from tests.support.small_memory import StandIn
 from tests.training.test_trainer import ALONE, CONFIG, checkpoint_tensors, train_here
 
@@ -194,14 +193,12 @@ def test_on_a_cpu_it_is_the_recipes_size_or_what_a_step_has(
     assert not (tmp_path / BATCH_SIZES_FILE).exists()
 
 
-def torchrun(config: PretrainConfig, data: Path, folder: Path, *limits: int) -> list[dict[str, Any]]:
+def two_ranks(config: PretrainConfig, data: Path, folder: Path, *limits: int) -> list[dict[str, Any]]:
     """What fault_process.py writes, by rank; the ranks' devices have memories of ``limits`` bytes."""
     settings = {"config": dataclasses.asdict(config), "data": str(data), "result": str(folder / "result")}
     file = folder / "settings.json"
     file.write_text(json.dumps({**settings, "faults": {"device": {"bytes": limits}} if limits else {}}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(Path(__file__).parents[1] / "support" / "fault_process.py")
-    done = subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=1200, check=False)
+    done = run_ranks("fault_process.py", file, world_size=2)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(2)]
 
@@ -212,14 +209,14 @@ def test_two_ranks_take_what_fits_on_both_and_go_on_with_it(
     """Six windows a step and rank; the second rank has room for two of them, which the first then takes too."""
     sized = trainer(CONFIG, tiny_data, tmp_path / "sized")
     limits = (needed(6, sized, memory), needed(2, sized, memory))
-    plain = torchrun(dataclasses.replace(CONFIG, output=str(tmp_path / "plain")), tiny_data, tmp_path)
+    plain = two_ranks(dataclasses.replace(CONFIG, output=str(tmp_path / "plain")), tiny_data, tmp_path)
     auto = dataclasses.replace(AUTO, output=str(tmp_path / "auto"))
-    found = torchrun(auto, tiny_data, tmp_path, *limits)
+    found = two_ranks(auto, tiny_data, tmp_path, *limits)
     assert [result["end"] for result in found] == ["done", "done"]
     assert found[0]["losses"] == plain[0]["losses"], "CONFIG has two windows a micro-batch"
     expected = checkpoint_tensors(tmp_path / "auto")
     shutil.rmtree(tmp_path / "auto" / "checkpoints" / "step-000012")
-    resumed = torchrun(auto, tiny_data, tmp_path, *limits)
+    resumed = two_ranks(auto, tiny_data, tmp_path, *limits)
     assert resumed[0]["losses"] == {step: found[0]["losses"][step] for step in ("11", "12")}
     again = checkpoint_tensors(tmp_path / "auto")
     assert all(torch.equal(expected[name], again[name]) for name in expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pipeline.training.batch_size import next_smaller, out_of_memory_explained, 
 from pipeline.training.trainer import Trainer
 from tests.support import out_of_memory_workers as workers
 from tests.support.memory_tracker import MemoryTracker
+from tests.support.ranks import run_ranks
 from tests.support.small_memory import small_memory
 from tests.training.test_trainer import ALONE, CONFIG
 
@@ -109,18 +109,16 @@ def test_other_ways_to_say_so_are_known_and_other_errors_pass(text: str) -> None
         raise RuntimeError("Connection closed by peer")
 
 
-def torchrun(config: PretrainConfig, data: Path, tmp_path: Path, **fault: Any) -> subprocess.CompletedProcess[str]:
+def two_ranks(config: PretrainConfig, data: Path, tmp_path: Path, **fault: Any) -> subprocess.CompletedProcess[str]:
     settings = {"config": dataclasses.asdict(config), "data": str(data), "result": str(tmp_path / "result")}
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({**settings, "faults": {"memory": fault}}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(Path(__file__).parents[1] / "support" / "fault_process.py")
-    return subprocess.run([*command, script, str(file)], capture_output=True, text=True, timeout=1200, check=False)
+    return run_ranks("fault_process.py", file, world_size=2)
 
 
-def test_under_torchrun_every_rank_says_it(tiny_data: Path, tmp_path: Path) -> None:
+def test_every_rank_says_it(tiny_data: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, output=str(tmp_path / "run"), batch_size=3)
-    assert torchrun(config, tiny_data, tmp_path, windows=2, ranks=[0, 1]).returncode == 0
+    assert two_ranks(config, tiny_data, tmp_path, windows=2, ranks=[0, 1]).returncode == 0
     results = [json.loads((tmp_path / f"result.{rank}").read_text()) for rank in range(2)]
     assert [result["end"] for result in results] == [f"error: {SENTENCE}"] * 2
     assert not results[0]["losses"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from tests.support.factories import tiny_config
 from tests.support.hellaswag_questions import make_questions, write_questions
 from tests.support.memory_tracker import MemoryTracker
 from tests.support.models import ALONE
+from tests.support.ranks import run_ranks
 from tests.support.s3_server import S3
 
 CONFIG = tiny_config(
@@ -88,18 +87,7 @@ def test_three_ranks_share_the_questions(tiny_data: Path, questions: Path, tmp_p
     settings: dict[str, Any] = {"config": dataclasses.asdict(config), "data": [str(tiny_data)], "stop_after": None}
     file = tmp_path / "settings.json"
     file.write_text(json.dumps(settings | {"history": str(tmp_path / "history.json")}))
-    script = str(Path(__file__).parents[1] / "support" / "trainer_process.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "3",
-        script,
-        str(file),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    result = run_ranks("trainer_process.py", file, world_size=3)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "three" / "summary.json").read_text())
     alone = score(tmp_path / "three" / "checkpoints" / "step-000012", questions)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from pipeline.distributed.fsdp import parallelize
 from pipeline.distributed.process_group import ProcessGroup
 from tests.support import step_process
 from tests.support.llama_twin import ROUNDING, grad_of, lively_model, random_tokens, relative_error, small_config
+from tests.support.ranks import run_ranks
 
 ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -30,9 +29,7 @@ ALONE = ProcessGroup(rank=0, world_size=1, device=torch.device("cpu"))
 def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the weights that each optimizer reaches on three ranks."""
     folder = tmp_path_factory.mktemp("three_ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command += [str(Path(step_process.__file__)), str(folder), "adamw", "muon"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    result = run_ranks("step_process.py", folder, "adamw", "muon", world_size=3)
     assert result.returncode == 0, result.stderr
     return folder
 

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from pipeline.training.trainer import Trainer
 from tests.support.factories import tiny_config
 from tests.support.llama_twin import llama_twin
 from tests.support.memory_tracker import MemoryTracker
+from tests.support.ranks import run_ranks
 
 STEPS = 12
 CONFIG = tiny_config(
@@ -70,11 +69,7 @@ def run(tiny_data: Path, tmp_path: Path) -> Run:
         settings.write_text(
             json.dumps({"config": config, "data": [*map(str, data)], "stop_after": stop_after, "history": str(history)})
         )
-        script = str(Path(__file__).parents[1] / "support" / "trainer_process.py")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-        result = subprocess.run(
-            [*command, script, str(settings)], capture_output=True, text=True, timeout=1200, check=False
-        )
+        result = run_ranks("trainer_process.py", settings, world_size=world_size)
         assert result.returncode == 0, result.stderr
         found = json.loads(history.read_text())
         found["windows"] = windows_fed(history, world_size)
