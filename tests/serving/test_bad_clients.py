@@ -39,7 +39,9 @@ def checkpoint(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def patient(checkpoint: Path) -> Iterator[WebServer]:
     """A server that gives its clients an hour for everything, so that no clock helps it; 60 connections."""
-    with running(checkpoint, head_seconds=3600, request_seconds=36000, max_tokens=FOR_EVER, max_connections=60) as it:
+    with running(
+        checkpoint, endless=True, head_seconds=3600, request_seconds=36000, max_tokens=FOR_EVER, max_connections=60
+    ) as it:
         yield it
 
 
@@ -131,7 +133,7 @@ def test_half_sent_bodies_that_fill_the_memory_for_them_give_way(checkpoint: Pat
 
 def test_an_answer_that_nobody_reads_ends_its_connection(checkpoint: Path) -> None:
     """Its texts leave the batch, though the client stays and the texts have an hour."""
-    with running(checkpoint, head_seconds=1, request_seconds=3600, max_tokens=FOR_EVER) as server:
+    with running(checkpoint, endless=True, head_seconds=1, request_seconds=3600, max_tokens=FOR_EVER) as server:
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with client:

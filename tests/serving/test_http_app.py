@@ -235,14 +235,14 @@ LONG = json.dumps({"prompt": "x", "max_tokens": 1_000_000}).encode()
 
 
 def test_a_text_that_takes_too_long_is_refused(checkpoint: Path) -> None:
-    with running(checkpoint, request_seconds=2, max_tokens=1_000_000) as server:
+    with running(checkpoint, endless=True, request_seconds=2, max_tokens=1_000_000) as server:
         assert server.ask("POST", "/v1/completions", LONG, JSON)[0] == 408
         server.wait_until_idle()
 
 
 def test_too_much_at_once_is_refused(checkpoint: Path) -> None:
     """Two requests hold both places until their clients leave, so no clock decides who is refused."""
-    with running(checkpoint, max_waiting=2, request_seconds=3600, max_tokens=1_000_000) as server:
+    with running(checkpoint, endless=True, max_waiting=2, request_seconds=3600, max_tokens=1_000_000) as server:
         with contextlib.ExitStack() as clients:
             for _ in range(2):
                 client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
@@ -259,7 +259,7 @@ def test_too_much_at_once_is_refused(checkpoint: Path) -> None:
 
 
 def test_clients_that_leave_give_their_place_back(checkpoint: Path) -> None:
-    with running(checkpoint, request_seconds=3600, max_tokens=1_000_000) as server:
+    with running(checkpoint, endless=True, request_seconds=3600, max_tokens=1_000_000) as server:
         for stream in (True, False):
             body = json.dumps({"prompt": "x", "max_tokens": 1_000_000, "stream": stream}).encode()
             for _ in range(5):

@@ -29,7 +29,7 @@ def checkpoint(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(name="server")
 def _server(checkpoint: Path) -> Iterator[WebServer]:
-    with running(checkpoint, max_waiting=7, request_seconds=3600, max_tokens=1_000_000) as found:
+    with running(checkpoint, endless=True, max_waiting=7, request_seconds=3600, max_tokens=1_000_000) as found:
         yield found
 
 

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from model.batching import Request
 from pipeline.config.inference import ServeConfig
-from pipeline.serving import web_server
+from pipeline.serving import openai_protocol, web_server
 from pipeline.serving.gate import Gate
 from pipeline.serving.serve_job import build_app
 
@@ -54,15 +56,26 @@ class WebServer:
             time.sleep(0.05)
 
 
+def unending(**settings: Any) -> Request:
+    return Request(**settings | {"stop_id": None})
+
+
 @contextlib.contextmanager
-def running(checkpoint: Path, *, token_sha256: str | None = None, **settings: Any) -> Iterator[WebServer]:
-    """A server that answers as long as the block runs."""
+def running(
+    checkpoint: Path, *, token_sha256: str | None = None, endless: bool = False, **settings: Any
+) -> Iterator[WebServer]:
+    """A server that answers as long as the block runs.
+
+    Args:
+        endless: a text goes on to its max_tokens, also where the end of a text is drawn.
+    """
     config = ServeConfig(device="cpu", checkpoint=str(checkpoint), model_name="tiny", port=0, **settings)
     app = build_app(config)
     server = web_server.WebServer(config)
     server.start(Gate(app, config, token_sha256=token_sha256))
     try:
-        yield WebServer(server.port, app)
+        with patch.object(openai_protocol, "Request", unending) if endless else contextlib.nullcontext():
+            yield WebServer(server.port, app)
     finally:
         server.stop()
         app.state.engine.close()
