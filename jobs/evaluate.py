@@ -1,8 +1,9 @@
-"""Val loss, perplexity, bits per byte and HellaSwag of a model: ``python jobs/evaluate.py --checkpoint runs/demo``.
+"""Val loss, perplexity, bits per byte, and scores on tasks, of a model: ``python jobs/evaluate.py runs/demo``.
 
 The model is a checkpoint, a run, an exported folder, hf://OWNER/NAME or models:/... of MLflow; see --help.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -16,6 +17,7 @@ from pipeline.config.inference import EvaluateConfig
 def main(config: EvaluateConfig) -> None:
     from pipeline.evaluation import evaluate_job
     from pipeline.evaluation.validation import perplexity_text
+    from pipeline.tracking.report import task_rows
 
     result = evaluate_job.evaluate(config)
     seen = f", {result.tokens_seen:,} tokens seen" if result.tokens_seen is not None else ""
@@ -46,6 +48,7 @@ def main(config: EvaluateConfig) -> None:
                 f"{result.hellaswag_questions:,} questions; guessing gives 0.25",
             )
         ]
+    rows += task_rows(dataclasses.asdict(result))
     print_table("evaluate: done", rows)
 
 

@@ -43,6 +43,9 @@ def main(config: PretrainConfig) -> None:
         rows.append(
             ("HellaSwag", f"{summary.hellaswag_acc_norm:.4f} acc_norm, {summary.hellaswag_acc:.4f} acc, {questions}")
         )
+    if summary.task_scores:
+        shown = {name: value for name, value in summary.task_scores.items() if name == "core" or name.endswith("_acc")}
+        rows.append(("tasks", ", ".join(f"{name} {value:.4f}" for name, value in shown.items())))
     if summary.best_step is not None:
         rows.append(("best", f"step {summary.best_step:,}, val loss {summary.best_val_loss:.4f}"))
     if output.size(REPORT_FILE) is not None:
@@ -67,6 +70,7 @@ def describe(config: PretrainConfig) -> Rows:
     mistakes = would_fail(
         lambda: require_device(config.device),
         lambda: _check_questions(config.hellaswag),
+        lambda: _check_tasks(config.tasks),
         lambda: resolve_output(config.output).size(SUMMARY_FILE),
     )
     folders = [resolve_output(folder) for folder in config.mixture.folders]
@@ -88,6 +92,14 @@ def _check_questions(hellaswag: str | None) -> None:
         from pipeline.pretrained.resolve import find_questions
 
         find_questions(hellaswag)
+
+
+def _check_tasks(tasks: str | None) -> None:
+    """UserError for a task that is unknown; their files are not read."""
+    if tasks is not None:
+        from pipeline.tasks.catalog import task_names
+
+        task_names(tasks)
 
 
 if __name__ == "__main__":

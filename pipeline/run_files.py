@@ -9,6 +9,8 @@
     best.json                   step and val loss of the best checkpoint
     summary.json                results of the finished run
     evaluation.json             results of jobs/evaluate.py
+    task_scores.json            its results on tasks, each kept as soon as it is there
+    tasks.json                  the tasks that are scored during training, as its workers read them
     batch_size.json             sizes that --batch_size auto has found
     profile/                    traces and tables of --profile_steps
     logs/                       driver.log, controller.log, rank-000.log, ...: what the processes logged (log_files.py)
@@ -27,6 +29,8 @@ RUN_FILE = "run.json"
 BEST_FILE = "best.json"
 SUMMARY_FILE = "summary.json"
 SCORES_FILE = "evaluation.json"
+TASK_SCORES_FILE = "task_scores.json"
+TASKS_FILE = "tasks.json"
 BATCH_SIZES_FILE = "batch_size.json"
 PROFILE_FOLDER = "profile"
 LOGS_FOLDER = "logs"

@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
+    "tasks": {"errors", "storage", "paths", "config", "remote", "distributed", "tokenizer", "dataset"},
     "cluster": {"errors", "exit_signals", "storage", "paths", "config", "console", "log_files", "distributed"},
 }
 ROOMS["pretrained"] = {
@@ -238,7 +239,7 @@ def test_nothing_is_unpickled(folder: str) -> None:
 
 NAMED_FILE = re.compile(r"(?<![\w/.*<-])((?:[\w.-]+/)*[\w-]+\.(?:py|sh|yaml|html|md))\b")
 OTHERS_FILES = {  # of other projects, of other machines, or made by a user
-    *("pretrain.yaml", "jobs/NAME.py", "report.html"),
+    *("pretrain.yaml", "jobs/NAME.py", "report.html", "core.yaml"),
     *("convert_hf_to_gguf.py", "examples/tokenize_from_hf_to_s3.py", "scripts/base_train.py"),
     *("FOLDER/forward_0.py", "forward_0.py", "backward_1.py", "data/shakespeare/prepare.py"),
 }

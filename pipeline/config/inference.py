@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config.settings import require, require_plain, require_positive
+from pipeline.config.tasks import TaskSettings, check_tasks
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Validation loss, perplexity, bits per byte and HellaSwag of a model (jobs/evaluate.py)."""
+class EvaluateConfig(TaskSettings):
+    """Validation loss, perplexity, bits per byte, and scores on tasks, of a model (jobs/evaluate.py)."""
 
     checkpoint: str = "runs/gpt2.5"
     """Model to use: a checkpoint, run or exported folder, hf://OWNER/NAME[@REVISION], or models:/... of MLflow."""
@@ -40,7 +41,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require_plain(self)
-        require_positive(self, "val_tokens", "batch_size", "num_workers", "hellaswag_questions")
+        require_positive(self, "val_tokens", "batch_size", "num_workers", "hellaswag_questions", "task_questions")
+        check_tasks(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from model.config import Init, ModelConfig
 from pipeline.config import size_rules
 from pipeline.config.mixtures import Mixture, check_phases, read_mixture
 from pipeline.config.settings import require, require_plain, require_positive
+from pipeline.config.tasks import PeriodicTaskSettings
 from pipeline.config.training_checks import check_loop, check_recipe
 from pipeline.errors import UserError
 
@@ -27,13 +28,14 @@ _BY_DEPTH: Any = None
 _POSITIVE = (
     *("train_steps", "tokens_per_step", "log_every", "val_tokens", "sample_every", "sample_tokens"),
     *("hellaswag_every", "checkpoint_every", "keep_checkpoints", "collective_timeout", "tokens_per_second"),
+    *("tasks_every", "task_questions"),
     *("depth", "tokens_per_parameter", "vocab_size", "context_length", "grad_accum_steps", "muon_iterations"),
 )
 _FRACTIONS = {"warmup_fraction": 0.05, "decay_fraction": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(PeriodicTaskSettings):
     """From shards to a trained model (jobs/pretrain.py). The defaults are the GPT-2.5 recipe with 124M parameters."""
 
     data: str | tuple[str, ...] = field(default="data/gpt2.5", metadata={"gathered": True})

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.settings import require
+from pipeline.config.tasks import check_tasks
 
 
 def check_loop(config: Any) -> None:
     """What is due when, how often something may fail, what it costs."""
+    check_tasks(config)
     require(config.resize_seconds > 0, f"resize_seconds is {config.resize_seconds:g}; it must be positive")
     every = config.keep_every
     require(

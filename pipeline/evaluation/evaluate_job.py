@@ -1,7 +1,8 @@
-"""The work of jobs/evaluate.py: val loss, perplexity, bits per byte and HellaSwag of a model that resolve_model finds.
+"""The work of jobs/evaluate.py: val loss, perplexity, bits per byte, and scores on tasks, of any model.
 
 One process computes them, or several workers of Ray Train share the val set and the questions; the results are the same
 up to rounding. They are written to a JSON file and, for a checkpoint of a run, to the run folder and its MLflow run.
+Results on tasks are kept one by one (tasks/scoring.py), so that the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import math
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,9 +43,13 @@ from pipeline.evaluation.validation import (
 from pipeline.paths import resolve_output, resolve_output_file, working_folder
 from pipeline.pretrained import huggingface, weights
 from pipeline.pretrained.resolve import find_questions, read_tokenizer, resolve_model
-from pipeline.run_files import REPORT_FILE, SCORES_FILE
+from pipeline.run_files import REPORT_FILE, SCORES_FILE, TASK_SCORES_FILE
 from pipeline.storage.folders import Folder, open_folder
 from pipeline.storage.json_files import DamagedFileError, read_json
+from pipeline.tasks.catalog import core_result, read_tasks
+from pipeline.tasks.questions import Task, store_tasks, stored_tasks
+from pipeline.tasks.results import TaskResult, all_figures
+from pipeline.tasks.scoring import KeptScores, read_kept, score_tasks
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.mlflow_run import find_run
@@ -52,6 +58,8 @@ from pipeline.tracking.report import write_pages
 from pipeline.tracking.tracker import log_files
 
 logger = logging.getLogger(__name__)
+
+_MOST_TOKENS = 8192  # of a forward pass, whose logits are all in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +85,11 @@ class Scores:
     hellaswag_acc_norm: float | None = None
     hellaswag_acc: float | None = None
     hellaswag_questions: int | None = None
+    tasks: dict[str, TaskResult] | None = None
+    """The results of --tasks by name."""
+    core: float | None = None
+    """The mean of the centred accuracies of all of CORE's tasks."""
+    core_stderr: float | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -92,10 +105,11 @@ class Scores:
         values = asdict(self) | {"perplexity": self.perplexity}
         names = (
             *("val_loss", "perplexity", "bits_per_byte", "unigram_entropy", "val_accuracy"),
-            *("hellaswag_acc_norm", "hellaswag_acc"),
+            *("hellaswag_acc_norm", "hellaswag_acc", "core", "core_stderr"),
         )
         by_source = {f"val_loss_{name}": loss for name, loss in (self.val_losses or {}).items()}
-        return {name: values[name] for name in names if values[name] is not None} | by_source
+        measured = {name: values[name] for name in names if values[name] is not None}
+        return measured | by_source | all_figures(self.tasks or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +125,20 @@ class EvaluationData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Work:
     """What every worker needs to know."""
 
     config: EvaluateConfig
     """With checkpoint and hellaswag as workers find them; questions that are None are not asked."""
     data: tuple[EvaluationData, ...]
     """Without any there is no val loss."""
+    tasks: tuple[Task, ...] = ()
+    stored: tuple[str, str] | None = None
+    """Folder and name of the file that holds the tasks, where workers do not get them from here."""
+    kept: KeptScores | None = None
+    """Results on tasks that need not be measured again."""
+    keep_in: tuple[str, str] | None = None
+    """Folder and name of the file in which results on tasks are kept."""
 
 
 def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
@@ -134,18 +155,19 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     path, run_folder = source.path, source.run_folder
     data = _find_data(config, path)
     questions = str(find_questions(config.hellaswag)) if config.hellaswag else None
-    if not data and questions is None:
-        raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag")
+    tasks = read_tasks(config)
+    if not data and questions is None and not tasks:
+        raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag, or --tasks")
     manifests = [_check_data(each.folder, path) for each in data]
     if reuse and run_folder and (saved := _saved_scores(config, run_folder, source.address, manifests)):
         return saved
-    task = Task(config=replace(config, checkpoint=str(path), hellaswag=questions), data=tuple(data))
+    work = Work(config=replace(config, checkpoint=str(path), hellaswag=questions), data=tuple(data), tasks=tasks)
+    if tasks:
+        work = _with_kept(work, run_folder or (target[0] if target else None))
     if config.num_workers == 1:
-        result = evaluate_on_rank(task)
+        result = evaluate_on_rank(work)
     else:
-        shared = run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-"))
-        group = GroupSettings(num_workers=config.num_workers, device=config.device)
-        result = run_workers(evaluate_on_rank, task, group, shared)
+        result = _evaluate_on_workers(work, run_folder or open_folder(tempfile.mkdtemp(prefix="gpt25-evaluate-")))
     scores = Scores(
         checkpoint=source.address,
         manifest_fingerprint=_fingerprint(manifests),
@@ -156,9 +178,32 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     return scores
 
 
-def evaluate_on_rank(task: Task, _: SharedFiles | None = None) -> dict[str, Any]:
+def _with_kept(work: Work, folder: Folder | None) -> Work:
+    """Results on tasks are kept in ``folder``, and those of an interrupted evaluation are taken from it."""
+    if folder is None:
+        logger.info("the model has no run folder; give --output, and results on tasks are kept beside that file")
+        return work
+    model = weights.fingerprint(Path(work.config.checkpoint))
+    kept = read_kept(folder, TASK_SCORES_FILE, model)
+    return replace(work, kept=kept, keep_in=(folder.url, TASK_SCORES_FILE))
+
+
+def _evaluate_on_workers(work: Work, shared: Folder) -> dict[str, Any]:
+    """evaluate_on_rank on the workers of a group; ``shared`` is a folder that all of them see."""
+    group = GroupSettings(num_workers=work.config.num_workers, device=work.config.device)
+    if not work.tasks:
+        return run_workers(evaluate_on_rank, work, group, shared)
+    name = f"tasks-{uuid.uuid4().hex}.json"
+    store_tasks(work.tasks, shared, name)
+    try:
+        return run_workers(evaluate_on_rank, replace(work, tasks=(), stored=(shared.url, name)), group, shared)
+    finally:
+        shared.delete(name)
+
+
+def evaluate_on_rank(work: Work, _: SharedFiles | None = None) -> dict[str, Any]:
     """Measure this rank's share; returns the fields of Scores for all ranks together. Collective."""
-    config = task.config
+    config = work.config
     path = Path(config.checkpoint)
     workers = init_distributed(config.device)
     model = Transformer(weights.read_model_config(path))
@@ -166,35 +211,41 @@ def evaluate_on_rank(task: Task, _: SharedFiles | None = None) -> dict[str, Any]
     weights.load_weights(path, model)
     tokenizer = read_tokenizer(path)
     result: dict[str, Any] = {}
-    if task.data:
-        result |= _val_scores(model, tokenizer, task, workers)
+    tokens_per_batch = min(config.batch_size * model.config.context_length, _MOST_TOKENS)
+    if work.data:
+        result |= _val_scores(model, tokenizer, work, workers)
     if config.hellaswag:
         questions = hellaswag.read_questions(config.hellaswag, config.hellaswag_questions)
-        tokens_per_batch = config.batch_size * model.config.context_length
         encoded = hellaswag.encode_all(questions, tokenizer)
-        result |= hellaswag.score(model, encoded, workers, tokens_per_batch=min(tokens_per_batch, 8192)).figures()
+        result |= hellaswag.score(model, encoded, workers, tokens_per_batch=tokens_per_batch).figures()
+    tasks = stored_tasks(open_folder(work.stored[0]), work.stored[1]) if work.stored else work.tasks
+    if tasks:
+        keep_in = (open_folder(work.keep_in[0]), work.keep_in[1]) if work.keep_in else None
+        sizes: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "kept": work.kept, "keep_in": keep_in}
+        found = score_tasks(model, tokenizer, tasks, workers, **sizes)
+        result |= {"tasks": found} | core_result(config.tasks or "", found)
     return result
 
 
-def _val_scores(model: Transformer, tokenizer: Tokenizer, task: Task, workers: ProcessGroup) -> dict[str, Any]:
+def _val_scores(model: Transformer, tokenizer: Tokenizer, work: Work, workers: ProcessGroup) -> dict[str, Any]:
     sources = [
         ValSource(
             name=each.name,
             weight=each.weight,
-            stream=open_split(open_folder(each.folder), "val", num_folders=len(task.data)),
+            stream=open_split(open_folder(each.folder), "val", num_folders=len(work.data)),
         )
-        for each in task.data
+        for each in work.data
     ]
     if isinstance(sources[0].stream, PackedStream):
-        return _chat_scores(model, sources[0].stream, task, workers)
+        return _chat_scores(model, sources[0].stream, work, workers)
     results = [
         validation_loss(
             model,
             source.stream,
             workers,
             context_length=model.config.context_length,
-            batch_size=task.config.batch_size,
-            max_tokens=_share(task.config.val_tokens, len(sources)),
+            batch_size=work.config.batch_size,
+            max_tokens=_share(work.config.val_tokens, len(sources)),
         )
         for source in sources
     ]
@@ -215,10 +266,10 @@ def _val_scores(model: Transformer, tokenizer: Tokenizer, task: Task, workers: P
     return scores
 
 
-def _chat_scores(model: Transformer, stream: PackedStream, task: Task, workers: ProcessGroup) -> dict[str, Any]:
+def _chat_scores(model: Transformer, stream: PackedStream, work: Work, workers: ProcessGroup) -> dict[str, Any]:
     """Scores on packed conversations, which are in one folder."""
-    length = int(Manifest.load(open_folder(task.data[0].folder)).settings["context_length"])
-    limits: dict[str, Any] = {"batch_size": task.config.batch_size, "max_tokens": task.config.val_tokens}
+    length = int(Manifest.load(open_folder(work.data[0].folder)).settings["context_length"])
+    limits: dict[str, Any] = {"batch_size": work.config.batch_size, "max_tokens": work.config.val_tokens}
     found = chat_validation(model, stream, workers, context_length=length, **limits)
     return {"val_tokens": found.tokens, "val_loss": found.loss, "val_accuracy": found.accuracy}
 
@@ -277,7 +328,8 @@ def _saved_scores(
         most = _share(config.val_tokens, len(manifests))
         targets = [manifest.tokens("val") - 1 for manifest in manifests]
         same = same and scores.val_tokens == sum(min(each, most or each) for each in targets)
-    return scores if same and (not config.hellaswag or scores.hellaswag_acc is not None) else None
+    has_all = not config.tasks and (not config.hellaswag or scores.hellaswag_acc is not None)
+    return scores if same and has_all else None
 
 
 def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores, target: tuple[Folder, str] | None) -> None:
@@ -285,8 +337,9 @@ def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores, tar
     perplexity = scores.perplexity  # JSON knows no infinity
     known = perplexity if perplexity is not None and math.isfinite(perplexity) else None
     values = asdict(scores) | {"perplexity": known}
-    if scores.val_losses is None:  # one folder, as in most files
-        del values["val_losses"]
+    for name in ("val_losses", "tasks", "core", "core_stderr"):  # which most files have not
+        if values[name] is None:
+            del values[name]
     content = (json.dumps(values, indent=2) + "\n").encode()
     if target is not None:
         folder, name = target

@@ -4,21 +4,16 @@ The questions are the published hellaswag_val.jsonl (10,042 of them), one JSON o
 the harness's task, the context and an ending are encoded together, and the log-probabilities of the ending's tokens are
 summed: acc chooses the ending with the largest sum, acc_norm the one with the largest sum per character. Published for
 GPT-2.5: acc_norm about 0.36; chance is 0.25. tests/evaluation/test_hellaswag.py compares it with the harness itself.
-
-Shapes: B rows, T time, V vocab.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +21,9 @@ from model.transformer import Transformer
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import UserError
 from pipeline.storage.folders import is_url, open_folder
+from pipeline.tasks import harness
+from pipeline.tasks.prompts import encode_pairs
+from pipeline.tasks.rows import EncodedRows, join_rows, score_rows
 from pipeline.tokenizer.bpe import Tokenizer
 
 NUM_ENDINGS = 4
@@ -97,84 +95,41 @@ def _question(path: Path | str, number: int, line: str) -> Question:
 
 def prepare(values: dict[str, Any]) -> Question:
     """Clean one published question; ValueError where it has no answer, like those of the test set."""
-    context = f"{values['activity_label']}: {values['ctx_a']} {values['ctx_b'].capitalize()}"
-    endings = tuple(clean(ending) for ending in values["endings"])
-    answer = int(values["label"])
+    (context,), endings, answer = harness.hellaswag(values)
     if not 0 <= answer < len(endings):
         raise ValueError(f"label is {answer}, endings are {len(endings)}")
-    return Question(context=clean(context), endings=endings, answer=answer)
-
-
-def clean(text: str) -> str:
-    """``text`` without the markup that remains in the WikiHow part of the questions."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    return Question(context=context, endings=tuple(endings), answer=answer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedQuestions:
     """Questions as token ids, for any number of evaluations; a row is a context with one of its endings."""
 
-    ids: npt.NDArray[np.unsignedinteger[Any]]
-    """The ids of all rows, concatenated."""
-    offsets: npt.NDArray[np.int64]
-    """Offset of each row in ``ids``, and the total length."""
-    ending_ids: npt.NDArray[np.int64]
-    """Number of ids of the ending in each row."""
+    rows: EncodedRows
     endings: tuple[tuple[str, ...], ...]
     answers: tuple[int, ...]
 
     def row(self, number: int) -> tuple[list[int], int]:
         """The ids of a row, and how many of them belong to the ending."""
-        ids = self.ids[self.offsets[number] : self.offsets[number + 1]].tolist()
-        return ids, int(self.ending_ids[number])
+        return self.rows.row(number)
 
 
 def encode_all(questions: Sequence[Question], tokenizer: Tokenizer) -> EncodedQuestions:
-    """Encode questions into arrays; 10,042 questions take 8 MB.
-
-    Context and ending are encoded as one text. The context has as many ids as it has alone, and the rest is the ending.
-    """
-    stripped = [question.context.rstrip() for question in questions]
-    texts = [
-        f"{context}{question.context[len(context) :]} {ending}"
-        for question, context in zip(questions, stripped, strict=True)
-        for ending in question.endings
-    ]
-    ids, offsets = tokenizer.encode_batch(texts)
-    _, context_offsets = tokenizer.encode_batch(stripped)
-    num_context = np.repeat(np.diff(context_offsets), [len(question.endings) for question in questions])
+    """Encode questions into arrays; 10,042 questions take 8 MB."""
+    pairs = [(question.context, f" {ending}") for question in questions for ending in question.endings]
     return EncodedQuestions(
-        ids=ids,
-        offsets=offsets,
-        ending_ids=np.diff(offsets) - num_context,
+        rows=join_rows(encode_pairs(pairs, tokenizer), tokenizer.id_dtype),
         endings=tuple(question.endings for question in questions),
         answers=tuple(question.answer for question in questions),
     )
 
 
-@torch.no_grad()
 def score(
     model: Transformer, questions: EncodedQuestions, workers: ProcessGroup, *, tokens_per_batch: int
 ) -> HellaSwagResult:
-    """Accuracy of ``model`` on the questions, which the ranks share; the same result on every rank. Collective.
-
-    Every rank runs the same number of forward passes, each of about ``tokens_per_batch`` tokens with padding.
-    """
-    lengths = np.diff(questions.offsets).tolist()
-    sums = torch.zeros(len(lengths), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    batches = _batches(lengths, tokens_per_batch)
-    rounds = -(-len(batches) // workers.world_size)
-    for number in range(rounds):
-        index = number * workers.world_size + workers.rank
-        chosen = batches[index] if index < len(batches) else batches[0][:1]  # a forward pass whose result is not used
-        values = ending_log_probabilities(model, [questions.row(row) for row in chosen], workers.device)
-        if index < len(batches):
-            sums[chosen] = values.double().cpu()
-    model.train(training)
-    return _count_hits(questions, workers.sum(sums.to(workers.device)).cpu())
+    """Accuracy of ``model`` on the questions, which the ranks share; the same result on every rank. Collective."""
+    scores = score_rows(model, questions.rows, workers, tokens_per_batch=tokens_per_batch)
+    return _count_hits(questions, scores.log_probabilities)
 
 
 def _count_hits(questions: EncodedQuestions, log_probabilities: Tensor) -> HellaSwagResult:
@@ -188,34 +143,3 @@ def _count_hits(questions: EncodedQuestions, log_probabilities: Tensor) -> Hella
         start += len(endings)
     count = len(questions.answers)
     return HellaSwagResult(acc=hits / count, acc_norm=hits_norm / count, questions=count)
-
-
-def ending_log_probabilities(model: Transformer, rows: Sequence[tuple[list[int], int]], device: torch.device) -> Tensor:
-    """Sum of log p over the ids of each row's ending, in nats, (B,) float32; rows as in EncodedQuestions.row.
-
-    A row longer than the context is cut at its beginning.
-    """
-    length = model.config.context_length
-    cut = [(ids[-(length + 1) :], min(count, length)) for ids, count in rows]
-    longest = max(len(ids) for ids, _ in cut) - 1
-    tokens = torch.zeros(len(cut), longest, dtype=torch.int64)
-    for row, (ids, _) in enumerate(cut):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])  # padding on the right, which no token attends to
-    logits = model(tokens.to(device))  # (B, T, V)
-    sums = []
-    for row, (ids, count) in enumerate(cut):
-        targets = torch.tensor(ids[-count:], device=device)
-        own = logits[row, len(ids) - 1 - count : len(ids) - 1].float()  # (count, V)
-        sums.append((own.gather(1, targets[:, None])[:, 0] - own.logsumexp(dim=1)).sum())
-    return torch.stack(sums)
-
-
-def _batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Row numbers in batches of similar length; the longest come first, so that too little memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches, start = [], 0
-    while start < len(order):
-        count = max(1, tokens_per_batch // lengths[order[start]])
-        batches.append(order[start : start + count])
-        start += count
-    return batches

@@ -31,7 +31,7 @@ from pipeline.storage.folders import Folder, as_folder
 from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.mlflow_run import recorded_run_id
-from pipeline.tracking.report import draw_curves
+from pipeline.tracking.report import draw_curves, task_rows
 from pipeline.tracking.run_history import RunHistory
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,10 @@ _SCORES = {
     "hellaswag_acc": "HellaSwag, acc",
     "hellaswag_questions": "HellaSwag, questions",
 }
+
+
+_TaskScores = dict[str, dict[str, int | float | None]]
+"""Of evaluation.json, the results of tasks by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +166,7 @@ def _tables(run: Run, info: CheckpointInfo) -> dict[str, list[tuple[str, str]]]:
     scores = {key: value for key, value in run.scores.items() if value is not None}
     return {
         "recipe": [*_rows(info.config, _RECIPE), ("workers", str(info.world_size))],
-        "results": [*losses, *_rows(scores, _SCORES)],
+        "results": [*losses, *_rows(scores, _SCORES), *task_rows(scores)],
         "origin": [(name, value) for name, value in origin.items() if value],
     }
 
@@ -200,7 +204,7 @@ def _read_manifest(info: CheckpointInfo) -> Manifest | None:
 def _read_scores(folder: Folder, checkpoint: str) -> dict[str, Any]:
     try:
         scores = read_json(
-            folder, SCORES_FILE, dict[str, str | int | float | dict[str, float] | None], mend="delete it"
+            folder, SCORES_FILE, dict[str, str | int | float | dict[str, float] | _TaskScores | None], mend="delete it"
         )
     except DamagedFileError as error:
         logger.warning("the model card says nothing of scores: %s", error)

@@ -5,6 +5,7 @@ Which of the two a folder is, is decided here and nowhere else. One tensor is in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.checkpoints import reader as checkpoint_reader
 from pipeline.checkpoints.metadata import DESCRIPTION_FILE, TOKENIZER_FILE
 from pipeline.errors import UserError
 from pipeline.pretrained import huggingface
+from pipeline.storage.folders import as_folder
 from pipeline.tokenizer.bpe import Tokenizer
 
 _FREE = ("context_length", "theta")
@@ -102,6 +104,17 @@ def _tokenizer_fingerprint(path: Path) -> str:
     if huggingface.is_exported(path):
         return Tokenizer.from_file(path / TOKENIZER_FILE).fingerprint
     return checkpoint_reader.read_info(path).tokenizer_fingerprint
+
+
+def fingerprint(path: Path) -> str:
+    """Sha256 (hexadecimal) that changes with the weights: of a folder's files, or of a checkpoint's list of them."""
+    if not huggingface.is_exported(path):
+        return hashlib.sha256(checkpoint_reader.read_description(as_folder(path)).content).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted([path / huggingface.CONFIG_FILE, path / TOKENIZER_FILE, *path.glob("*.safetensors")]):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_weights(path: Path, model: Transformer) -> None:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _TEMPLATE = Path(__file__).with_name("report.html")
 _NO_RECIPE = {
     *("data", "output", "tracking_uri", "experiment", "registered_model", "price_per_hour", "dry_run", "hellaswag"),
-    "tokens_per_second",
+    *("tasks", "task_files", "tokens_per_second"),
 }
 _PANELS = {
     "loss (nats per token)": ("train/loss", "val/loss"),
@@ -42,9 +42,10 @@ _PANELS = {
     "tokens per second": ("perf/tokens_per_second",),
     "gradient norm": ("train/grad_norm",),
     "HellaSwag": ("eval/hellaswag_acc_norm", "eval/hellaswag_acc"),
+    "CORE": ("eval/core",),
 }
 """Label of an axis -> the metrics drawn on it."""
-_OPTIONAL_PANELS = {"HellaSwag"}
+_OPTIONAL_PANELS = {"HellaSwag", "CORE"}
 _SMOOTHED = {"train/loss", "train/grad_norm"}
 _SMOOTHED_POINTS = 40  # with fewer the raw curve can be read
 _MOST_POINTS = 2000  # of a curve, in the picture
@@ -61,6 +62,9 @@ class _Scores(TypedDict, total=False):
     hellaswag_acc_norm: float | None
     hellaswag_acc: float | None
     hellaswag_questions: int | None
+    tasks: dict[str, dict[str, int | float | None]] | None
+    core: float | None
+    core_stderr: float | None
 
 
 class _Summary(_Scores, total=False):
@@ -125,7 +129,7 @@ def _template() -> jinja2.Template:
 
 
 def draw_curves(history: RunHistory) -> bytes | None:
-    """Loss, learning rate, speed, gradient norm and HellaSwag by step, as a PNG.
+    """Loss, learning rate, speed, gradient norm, HellaSwag and CORE by step, as a PNG.
 
     None where nothing was trained, or where matplotlib, which MLflow brings along, is not installed.
     """
@@ -195,7 +199,25 @@ def _result(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:
             f"{hellaswag['hellaswag_questions']:,} questions (guessing: 0.25)"
         )
         rows.append(("HellaSwag", text))
+    return rows + task_rows(scores)
+
+
+def task_rows(scores: Mapping[str, Any]) -> Rows:
+    """Of evaluation.json, a line for each task, each score with its standard error behind +-, and one for CORE."""
+    rows = []
+    for name, values in (scores.get("tasks") or {}).items():
+        labels = {"acc": "acc", "acc_norm": "acc_norm", "centered": "centered", "bits_per_byte": "bits per byte"}
+        parts = [f"{_with_error(values, key)} {label}" for key, label in labels.items() if values.get(key) is not None]
+        examples = f", {values['num_fewshot']} examples each" if values.get("num_fewshot") else ""
+        rows.append((name, f"{', '.join(parts)}, on {values.get('questions', 0):,} questions{examples}"))
+    if scores.get("core") is not None:
+        rows.append(("CORE", f"{_with_error(scores, 'core')}, the mean of the centered accuracies"))
     return rows
+
+
+def _with_error(values: Mapping[str, Any], key: str) -> str:
+    error = values.get(f"{key}_stderr")
+    return f"{values[key]:.4f}" if error is None else f"{values[key]:.4f} +- {error:.4f}"
 
 
 def _has(values: Mapping[str, Any], *names: str) -> bool:

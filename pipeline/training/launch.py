@@ -25,9 +25,11 @@ from pipeline.errors import PROGRAM_ERRORS, RunStopped, UserError
 from pipeline.log_files import keep_log
 from pipeline.paths import resolve_output, working_folder
 from pipeline.pretrained.resolve import copy_questions, find_questions, resolve_checkpoint
-from pipeline.run_files import CHECKPOINTS_FOLDER, LOGS_FOLDER
+from pipeline.run_files import CHECKPOINTS_FOLDER, LOGS_FOLDER, TASKS_FILE
 from pipeline.storage.folders import Folder, in_bucket, open_folder
 from pipeline.storage.locks import exclusive_output
+from pipeline.tasks.catalog import read_tasks
+from pipeline.tasks.questions import store_tasks
 from pipeline.tracking.lineage import Parent, read_parent, write_parent
 from pipeline.tracking.mlflow_run import MLflowRun, current_run, mlflow_client, open_run, recorded_run_id
 from pipeline.tracking.mlflow_tracker import MLflowTracker, send_waiting
@@ -189,6 +191,8 @@ def _with_inputs(config: PretrainConfig, output: Folder) -> PretrainConfig:
         config = replace(config, checkpoint=str(found or resolve_checkpoint(config.checkpoint)))
     if config.hellaswag:  # the file may be on this machine only
         config = replace(config, hellaswag=copy_questions(find_questions(config.hellaswag), output))
+    if config.tasks:
+        store_tasks(read_tasks(config), output, TASKS_FILE)
     return config
 
 

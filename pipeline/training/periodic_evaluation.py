@@ -1,4 +1,4 @@
-"""Evaluations during training, when they are due: val loss on part of the val set, HellaSwag, a text sample.
+"""Evaluations during training, when they are due: val loss on part of the val set, HellaSwag, tasks, a text sample.
 
 They run on all ranks and do not influence training: with or without them the steps have the same bits. Rank 0 logs to
 the tracker, and keeps in <run>/best.json which checkpoint has the lowest val loss.
@@ -29,7 +29,12 @@ from pipeline.evaluation.validation import (
     validation_loss,
 )
 from pipeline.generation.sampling import continue_ids, continue_text
+from pipeline.run_files import TASKS_FILE
 from pipeline.storage.folders import Folder, open_folder
+from pipeline.tasks.catalog import core_result
+from pipeline.tasks.questions import stored_tasks
+from pipeline.tasks.results import all_figures
+from pipeline.tasks.scoring import score_tasks
 from pipeline.tokenizer.bpe import Tokenizer
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.optimizer import compiles
@@ -37,7 +42,7 @@ from pipeline.training.run_folder import Best, best_left, read_best, write_best
 
 logger = logging.getLogger(__name__)
 
-_HELLASWAG_TOKENS = 8192  # per forward pass, whose logits are all in memory at once
+_MOST_TOKENS = 8192  # of a forward pass for tasks, whose logits are all in memory at once
 
 
 class PeriodicEvaluation:
@@ -61,6 +66,8 @@ class PeriodicEvaluation:
         """The last validation."""
         self.hellaswag: HellaSwagResult | None = None
         """The last HellaSwag result."""
+        self.task_figures: dict[str, float] = {}
+        """The last scores on the tasks, by the names of their metrics."""
         self.sample = ""
         """The last text sample."""
         self.best = read_best(self.output)
@@ -69,6 +76,7 @@ class PeriodicEvaluation:
         self.chat = chat_of(chat_template, tokenizer) if chat_template else None
         """How a sample is asked for; None where it is plain text."""
         self._questions = encode_all(read_questions(config.hellaswag), tokenizer) if config.hellaswag else None
+        self._tasks = stored_tasks(output, TASKS_FILE) if config.tasks else ()
 
     def mend_best(self, checkpoints: Folder) -> None:
         """Replace a best checkpoint that is gone by the best of those in ``checkpoints``; logs on rank 0."""
@@ -102,6 +110,8 @@ class PeriodicEvaluation:
         with torch.compiler.set_stance("force_eager"):  # every other length would be compiled anew
             if self._questions is not None and (done % config.hellaswag_every == 0 or last):
                 self._score_hellaswag(done)
+            if self._tasks and (done % config.tasks_every == 0 or last):
+                self._score_tasks(done)
             if done % config.sample_every == 0 or last:
                 self._sample(done)
 
@@ -109,7 +119,8 @@ class PeriodicEvaluation:
         """The fields of RunSummary about the best checkpoint, accuracy and HellaSwag."""
         best = {"best_step": self.best.step, "best_val_loss": self.best.val_loss} if self.best else {}
         accuracy = {"val_accuracy": self.validation.accuracy} if self.validation else {}
-        return best | accuracy | (self.hellaswag.figures() if self.hellaswag else {})
+        tasks = {"task_scores": self.task_figures} if self.task_figures else {}
+        return best | accuracy | tasks | (self.hellaswag.figures() if self.hellaswag else {})
 
     def _validate(self, done: int, checkpoint: Folder | None) -> None:
         results = self._validation_losses(self.val_sources, self.config.val_tokens)
@@ -163,8 +174,8 @@ class PeriodicEvaluation:
 
     def _score_hellaswag(self, done: int) -> None:
         assert self._questions is not None
-        tokens = min(_HELLASWAG_TOKENS, self.config.micro_batch * self.config.context_length)
-        self.hellaswag = found = score(self.model, self._questions, self.workers, tokens_per_batch=tokens)
+        found = score(self.model, self._questions, self.workers, tokens_per_batch=self._tokens_per_batch)
+        self.hellaswag = found
         if self.workers.is_rank_zero:
             self.tracker.log_metrics({"eval/hellaswag_acc_norm": found.acc_norm, "eval/hellaswag_acc": found.acc}, done)
             logger.info(
@@ -174,6 +185,22 @@ class PeriodicEvaluation:
                 found.acc,
                 f"{found.questions:,}",
             )
+
+    @property
+    def _tokens_per_batch(self) -> int:
+        return min(_MOST_TOKENS, self.config.micro_batch * self.config.context_length)
+
+    def _score_tasks(self, done: int) -> None:
+        tokens = self._tokens_per_batch
+        found = score_tasks(self.model, self.tokenizer, self._tasks, self.workers, tokens_per_batch=tokens)
+        core = {name: value for name, value in core_result(self.config.tasks or "", found).items() if value is not None}
+        self.task_figures = core | all_figures(found)
+        if self.workers.is_rank_zero:
+            ends = ("_acc", "_acc_norm", "_centered", "_bits_per_byte")
+            shown = {name: value for name, value in self.task_figures.items() if name.endswith(ends) or name == "core"}
+            self.tracker.log_metrics({f"eval/{name}": value for name, value in shown.items()}, done)
+            if core:
+                logger.info("step %d: CORE %.4f on %s tasks", done, core["core"], len(found))
 
     def _sample(self, done: int) -> None:
         prompt, length = self.config.sample_prompt, self.config.sample_tokens

@@ -42,12 +42,14 @@ _NOT_IN_A_STEP = {
     *("batch_size", "grad_accum_steps", "num_workers", "resize_seconds"),  # how sums are rounded, at most
     *("device", "compile", "deterministic", "recompute", "collective_timeout", "max_failures", "skip_nonfinite"),
     *("profile_steps", "log_every", "val_every", "val_tokens", "sample_every", "sample_prompt", "sample_tokens"),
+    *("tasks", "task_files", "task_questions", "tasks_every"),
     *("hellaswag", "hellaswag_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
     *("tracking_uri", "experiment", "registered_model", "price_per_hour", "tokens_per_second"),
 }
 """Settings that may change without a step becoming another one."""
 _PLACES = {
     *("data", "output", "branch_from", "step", "checkpoint", "hellaswag", "dry_run"),
+    *("tasks", "task_files", "task_questions", "tasks_every"),
     *("tracking_uri", "experiment", "registered_model", "price_per_hour", "tokens_per_second"),
 }
 """Settings that no step depends on, or that name a file which every process finds elsewhere."""
@@ -83,6 +85,8 @@ class RunSummary:
     """HellaSwag after the last step, or None if it was not evaluated."""
     hellaswag_acc: float | None = None
     hellaswag_questions: int | None = None
+    task_scores: dict[str, float] | None = None
+    """Scores on the tasks after the last step by the names of their metrics, or None if none were scored."""
     val_accuracy: float | None = None
     """Share of the tokens of val_loss that were the likeliest, of conversations; None where it was not counted."""
 

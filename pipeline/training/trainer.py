@@ -242,7 +242,8 @@ class Trainer:
         """Whether logging, a checkpoint or an evaluation is due after ``done`` steps."""
         config = self.config
         evaluations = (config.val_every, config.sample_every, config.hellaswag_every)
-        intervals = (config.log_every, config.checkpoint_every, *evaluations)
+        tasks_every = config.tasks_every if config.tasks else None
+        intervals = (config.log_every, config.checkpoint_every, *evaluations, tasks_every)
         return done in {1, config.train_steps} or any(done % interval == 0 for interval in filter(None, intervals))
 
     def _after_step(self, done: int, result: StepResult) -> None:
