@@ -23,6 +23,7 @@ from pipeline.storage.folders import Folder, LocalFolder, node_cache, write_erro
 
 _WAIT_SECONDS = 10.0  # for a job that was told to stop
 _POLL_SECONDS = 0.02
+_TELL_SECONDS = 2.5  # how often a job says what it waits for
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +75,20 @@ def exclusive_output(output: Folder) -> Iterator[None]:
 
 def _wait(output: Folder) -> IO[str]:
     path = _lock_path(output)
-    deadline = time.monotonic() + _WAIT_SECONDS
+    start = told = time.monotonic()
     while (file := _try_to_hold(path)) is None:
         job = "another job"
         with contextlib.suppress(OSError, ValueError):
             job = f"another job (process {int(path.read_text())})"
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now - start > _WAIT_SECONDS:
             raise UserError(
                 f"{job} is writing to {output}; wait until it has ended, or stop it, or choose another --output"
             )
-        logger.info("waiting for %s, which is writing to %s, to end", job, output)
-        time.sleep(_WAIT_SECONDS / 4)
+        if now >= told:
+            logger.info("waiting for %s, which is writing to %s, to end", job, output)
+            told = now + _TELL_SECONDS
+        time.sleep(_POLL_SECONDS)
     return file
 
 
