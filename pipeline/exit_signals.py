@@ -149,6 +149,13 @@ def take_handlers() -> None:
             watch.take_handlers()
 
 
+def interrupt(signal_number: int) -> NoReturn:
+    """Raise Interrupted for a signal that the handler of a library has taken, maybe before the watch knows of it."""
+    for watch in _WATCHES:
+        watch.note(signal_number)
+    raise Interrupted(signal_number)
+
+
 def received() -> int | None:
     """The signal that has interrupted this process; None where there was none."""
     return next((watch.signal_number for watch in _WATCHES), None)

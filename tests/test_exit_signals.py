@@ -51,6 +51,20 @@ import hashlib
 def job():
     ready()
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)""",
+    "is told by a library, which alone has heard of it": """
+import signal
+from pipeline import exit_signals
+def leave(number, frame):
+    sys.exit(number)
+def job():
+    for number in exit_signals.NUMBERS:
+        signal.signal(number, leave)
+    signal.set_wakeup_fd(-1)
+    ready()
+    try:
+        time.sleep(600)
+    except SystemExit as stop:
+        exit_signals.interrupt(stop.code)""",
     "cleans up": """
 def job():
     try:

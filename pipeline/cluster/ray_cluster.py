@@ -118,7 +118,7 @@ def _signals_kept() -> Iterator[None]:
         yield
     except SystemExit as stop:  # by Ray's handler, whose exit code is the signal's number
         if stop.code == signal.SIGTERM:
-            raise exit_signals.Interrupted(signal.SIGTERM) from None
+            exit_signals.interrupt(signal.SIGTERM)
         raise
     finally:
         exit_signals.take_handlers()
