@@ -60,8 +60,8 @@ def job():
     for number in exit_signals.NUMBERS:
         signal.signal(number, leave)
     signal.set_wakeup_fd(-1)
-    ready()
     try:
+        ready()
         time.sleep(600)
     except SystemExit as stop:
         exit_signals.interrupt(stop.code)""",
