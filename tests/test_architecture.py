@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "versions": set(),
     "console": {"redaction"},
     "run_files": set(),
+    "published_results": set(),
     "redaction": set(),
     "storage": {"errors"},
     "log_files": {"errors", "redaction", "console", "storage"},
@@ -40,7 +41,10 @@ ROOMS: dict[str, set[str]] = {
     "decontamination": {"errors", "storage", "paths", "remote", "sources", "deduplication", "tokenizer"},
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
-    "tracking": {"errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"},
+    "tracking": {
+        *("errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"),
+        "published_results",
+    },
     "tasks": {"errors", "storage", "paths", "config", "remote", "distributed", "tokenizer", "dataset"},
     "cluster": {"errors", "exit_signals", "storage", "paths", "config", "console", "log_files", "distributed"},
 }

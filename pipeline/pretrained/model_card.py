@@ -1,4 +1,4 @@
-"""The README.md of an exported model, written from its run: data, recipe, curves, scores, where it came from.
+"""The README.md of an exported model, its report card: data, recipe, curves, scores, samples, cost, origin.
 
 Every figure comes from the run's own folder (journal, evaluation.json) and its checkpoint; what is not known there is
 left out. Nothing local gets out: of paths only the last part is shown, and no passwords.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from pipeline.storage.folders import Folder, as_folder
 from pipeline.storage.json_files import DamagedFileError, read_json
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.mlflow_run import recorded_run_id
-from pipeline.tracking.report import draw_curves, task_rows
+from pipeline.tracking.report import comparison, draw_curves, speed_rows, task_rows
 from pipeline.tracking.run_history import RunHistory
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _TABLE_ROWS = 12  # of the loss curve
+_MOST_SAMPLES = 3  # the last ones
 _RECIPE = {
     "optimizer": "optimizer",
     "train_steps": "steps",
@@ -137,6 +139,7 @@ def write(folder: Path, run: Run, config: ModelConfig, *, name: str, dtype: str)
         **_tables(run, run.info) if run.info else {},
         curves_file=CURVES_FILE if curves is not None else None,
         curve=_curve_rows(run),
+        samples=_samples(run),
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -167,8 +170,18 @@ def _tables(run: Run, info: CheckpointInfo) -> dict[str, list[tuple[str, str]]]:
     return {
         "recipe": [*_rows(info.config, _RECIPE), ("workers", str(info.world_size))],
         "results": [*losses, *_rows(scores, _SCORES), *task_rows(scores)],
+        "comparison": comparison(scores, tokens=info.tokens_seen),
+        "speed": speed_rows(run.history, {}),
         "origin": [(name, value) for name, value in origin.items() if value],
     }
+
+
+def _samples(run: Run) -> list[tuple[int, str]]:
+    """Step and text, indented as Markdown's code is, of the last samples before the checkpoint."""
+    if run.info is None:
+        return []
+    texts = [(step, text) for step, _, text in run.history.samples if step <= run.info.step]
+    return [(step, textwrap.indent(text, "    ", lambda line: True)) for step, text in texts[-_MOST_SAMPLES:]]
 
 
 def _rows(values: dict[str, Any], labels: dict[str, str]) -> list[tuple[str, str]]:

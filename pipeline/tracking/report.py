@@ -1,4 +1,4 @@
-"""The report of a run, on one page: <run>/report.html, which needs no other file and no network; and curves.png.
+"""The report card of a run, on one page: <run>/report.html, which needs no other file and no network; and curves.png.
 
 It is made from the run's folder alone: the journal, summary.json and, where jobs/evaluate.py was run before,
 evaluation.json. What they do not hold is left out of the page. MLflow gets it as an artifact.
@@ -22,6 +22,7 @@ import jinja2
 from typing_extensions import TypedDict
 
 from pipeline.console import format_seconds, python_command
+from pipeline.published_results import PUBLISHED
 from pipeline.run_files import CHECKPOINTS_FOLDER, CURVES_FILE, REPORT_FILE, SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import Folder
 from pipeline.storage.json_files import DamagedFileError, read_json
@@ -109,10 +110,12 @@ def render(
         summary=summary,
         begin=f"{begin:%Y-%m-%d}" if begin else None,
         result=_result(summary, scores),
+        comparison=comparison(scores, tokens=summary.get("tokens_seen")),
+        is_chat=bool(history.metrics.get("val/token_accuracy")),
         curves=None if curves is None else base64.b64encode(curves).decode("ascii"),
         inputs=[*_origin(folder, history), *(_input(item) for item in history.inputs)],
         recipe=[(name, value) for name, value in params if name not in _NO_RECIPE and value not in (None, [])],
-        speed=_speed(history, summary),
+        speed=speed_rows(history, summary),
         samples=[*history.samples[:1], *history.samples[1:][-(_MOST_SAMPLES - 1) :]],  # the first and the last ones
         checkpoint=(
             summary.get("checkpoint", folder.url)
@@ -215,6 +218,24 @@ def task_rows(scores: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def comparison(scores: Mapping[str, Any], *, tokens: int | None) -> list[tuple[str, ...]]:
+    """Rows of a table: what is compared, this model, and published ones with their sources.
+
+    Empty where neither HellaSwag nor CORE was measured: a val loss alone, over other tokens, compares with nothing.
+    """
+    asked = (scores.get("tasks") or {}).get("hellaswag") or {}
+    hellaswag, core = scores.get("hellaswag_acc_norm") or asked.get("acc_norm"), scores.get("core")
+    if hellaswag is None and core is None:
+        return []
+    own = (
+        *("this model", "" if tokens is None else f"{tokens / 1e9:.3g} B"),
+        *("" if value is None else f"{value:.4f}" for value in (scores.get("val_loss"), hellaswag, core)),
+        "val loss on its own val set",
+    )
+    others = [(each.model, each.tokens, each.val_loss, each.hellaswag, each.core, each.source) for each in PUBLISHED]
+    return [("", "tokens", "val loss", "HellaSwag, acc_norm", "CORE", "source"), own, *others]
+
+
 def _with_error(values: Mapping[str, Any], key: str) -> str:
     error = values.get(f"{key}_stderr")
     return f"{values[key]:.4f}" if error is None else f"{values[key]:.4f} +- {error:.4f}"
@@ -244,7 +265,7 @@ def _origin(folder: Folder, history: RunHistory) -> Rows:
     return rows
 
 
-def _speed(history: RunHistory, summary: Mapping[str, Any]) -> Rows:
+def speed_rows(history: RunHistory, summary: Mapping[str, Any]) -> Rows:
     """Figures per step are medians over the logged steps; hours are those of the processes that trained."""
     speed, mfu, wait, step = (
         _median(history, f"perf/{name}") for name in ("tokens_per_second", "mfu", "data_wait_seconds", "step_seconds")
