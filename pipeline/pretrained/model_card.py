@@ -152,7 +152,7 @@ def _template() -> jinja2.Template:
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _tables(run: Run, info: CheckpointInfo) -> dict[str, list[tuple[str, str]]]:
+def _tables(run: Run, info: CheckpointInfo) -> dict[str, Sequence[tuple[str, ...]]]:
     """Rows of the tables that only a checkpoint of ours has."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items() if name != "commit")
     mixture = mixture_text([source.name for source in info.sources], info.phases) if info.sources else ""
