@@ -3,7 +3,6 @@
 The model is a checkpoint, a run, an exported folder, hf://OWNER/NAME or models:/... of MLflow; see --help.
 """
 
-import dataclasses
 import os
 import sys
 
@@ -15,6 +14,8 @@ from pipeline.config.inference import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
+    import dataclasses
+
     from pipeline.evaluation import evaluate_job
     from pipeline.evaluation.validation import perplexity_text
     from pipeline.tracking.report import task_rows
