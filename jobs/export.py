@@ -1,7 +1,7 @@
 """A checkpoint as a Hugging Face folder: ``python jobs/export.py runs/demo --output export/demo``; see --help.
 
-transformers, lm-evaluation-harness and llama.cpp's converter read the folder, and every job here takes it back as its
---checkpoint. The same command again writes it anew.
+transformers, vLLM and lm-evaluation-harness read the folder, and every job here takes it back as its --checkpoint.
+``--format gguf`` writes a file for llama.cpp and ollama instead. The same command again writes it anew.
 """
 
 import os

@@ -48,6 +48,7 @@ ROOMS: dict[str, set[str]] = {
     "tasks": {"errors", "storage", "paths", "config", "remote", "distributed", "tokenizer", "dataset"},
     "cluster": {"errors", "exit_signals", "storage", "paths", "config", "console", "log_files", "distributed"},
 }
+ROOMS["gguf_export"] = {"errors", "tokenizer", "conversations.templates"}
 ROOMS["pretrained"] = {
     *("errors", "storage", "paths", "redaction", "tokenizer", "checkpoints", "tracking", "run_files"),
     *("remote.hub_client", "conversations.templates"),
@@ -76,7 +77,7 @@ ROOMS["demo"] = {"config", "paths", "storage", "dataset"}
 
 MORE_FOR: dict[str, set[str]] = {
     "conversations.finetune_job": {"pretrained", "training"},
-    "pretrained.export_job": {"config", "dataset", "generation"},
+    "pretrained.export_job": {"config", "dataset", "generation", "gguf_export"},
     "pretrained.model_card": {"config", "dataset", "generation"},
     "pretrained.pyfunc": {"generation"},
 }

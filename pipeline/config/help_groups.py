@@ -72,7 +72,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "export": {
         "settings": _SETTINGS,
-        "model": "checkpoint output dtype max_file_bytes",
+        "model": "checkpoint output format dtype max_file_bytes",
         "hub": "push_to_hub",
         "tracking": "mlflow tracking_uri",
     },
@@ -130,7 +130,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "runs/demo-chat --chat",
         "runs/demo --prompts prompts.txt --output texts.jsonl --num_samples 4",
     ),
-    "export": ("runs/demo --output export/demo", "runs/demo --output export/demo --dtype bf16"),
+    "export": (
+        "runs/demo --output export/demo",
+        "runs/demo --output export/demo --dtype bf16",
+        "runs/demo --output export/demo-gguf --format gguf --dtype q8_0",
+    ),
     "serve": (
         "runs/demo",
         "runs/demo --port 8080 --num_replicas 2",

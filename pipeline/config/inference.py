@@ -104,16 +104,19 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A checkpoint as a Hugging Face folder (jobs/export.py)."""
+    """A checkpoint as a Hugging Face folder, or as a GGUF for llama.cpp and ollama (jobs/export.py)."""
 
     checkpoint: str = "runs/gpt2.5"
     """Model to export: a checkpoint or run folder, or anything else that jobs/evaluate.py takes."""
     output: str = "export/gpt2.5"
     """Folder to write; the files of an earlier export in it are replaced, and it may hold nothing else."""
-    dtype: Literal["float32", "bf16"] = "float32"
-    """Number format of the exported weights."""
+    format: Literal["huggingface", "gguf"] = "huggingface"
+    """What to write: a folder for transformers and vLLM, or a GGUF for llama.cpp with a Modelfile for ollama."""
+    dtype: Literal["float32", "f32", "bf16", "q8_0"] = "float32"
+    """Number format of the exported weights; f32 is float32. q8_0, which takes 8.5 bits a weight, is for --format gguf
+    only."""
     max_file_bytes: int = 5_000_000_000
-    """Largest size of one weights file, in bytes; larger models are split over several files."""
+    """Largest size of one weights file, in bytes; larger models are split over several files. A GGUF is always one."""
     push_to_hub: str | None = None
     """Repository OWNER/NAME on the hub that the folder is uploaded to; HF_TOKEN must hold a token for it. If
     not given, nothing is uploaded."""
@@ -127,6 +130,14 @@ class ExportConfig:
     def __post_init__(self) -> None:
         require_plain(self)
         require_positive(self, "max_file_bytes")
+        is_gguf = self.format == "gguf"
+        require(is_gguf or self.dtype != "q8_0", "dtype is q8_0, which only a GGUF can have; add --format gguf")
+        require(not (is_gguf and self.mlflow), "--mlflow logs a Hugging Face folder; leave out --format gguf")
+
+    @property
+    def number_format(self) -> Literal["float32", "bf16", "q8_0"]:
+        """dtype by its one name."""
+        return "float32" if self.dtype == "f32" else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

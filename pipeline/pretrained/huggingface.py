@@ -78,6 +78,14 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def exported_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter as it is exported, without the padding rows of the vocabulary."""
+    return {
+        name: (config.vocab_size, *shape[1:]) if name in _VOCABULARY_MATRICES else shape
+        for name, shape in weight_shapes(config).items()
+    }
+
+
 def read_config(path: Path) -> ModelConfig:
     """The shape of the model in a Hugging Face folder, after the headers of its weights were found to agree with it.
 
@@ -131,7 +139,7 @@ def write_weights(
     Returns:
         The name of every file and its size in bytes.
     """
-    shapes = {name: _real_shape(config, name, shape) for name, shape in weight_shapes(config).items()}
+    shapes = exported_shapes(config)
     parts = _split(shapes, dtype.itemsize, max_file_bytes)
     several = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     names = several if len(parts) > 1 else [WEIGHTS_FILE]
@@ -217,7 +225,7 @@ def _is_gpt25(values: dict[str, Any]) -> bool:
 
 def _find_tensors(files: TensorFiles, config: ModelConfig, values: dict[str, Any]) -> dict[str, str]:
     """Our name of every weight, in the model's order -> its name in the files; UserError unless all of them fit."""
-    shapes = {name: _real_shape(config, name, shape) for name, shape in weight_shapes(config).items()}
+    shapes = exported_shapes(config)
     if _is_gpt25(values):
         found = gpt25_layout.TensorNames(files, config)
         names, others = found.ours, {*found.tables, found.tied_copy or ""}
@@ -250,11 +258,6 @@ def refuse_larger(file: Path, config: ModelConfig, shapes: Mapping[str, tuple[in
         raise UserError(
             f"{file} describes a network with context_length {config.context_length:,}; the most is {MOST_CONTEXT:,}"
         )
-
-
-def _real_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without padding rows."""
-    return (config.vocab_size, *shape[1:]) if name in _VOCABULARY_MATRICES else shape
 
 
 def _split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:

@@ -120,8 +120,12 @@ def read_run(source: ModelSource) -> Run:
     return replace(known, scores=scores, history=history, mlflow_run_id=recorded_run_id(folder))
 
 
-def write(folder: Path, run: Run, config: ModelConfig, *, name: str, dtype: str) -> None:
-    """Write README.md into ``folder``, and curves.png where the run's curves are known."""
+def write(folder: Path, run: Run, config: ModelConfig, *, name: str, dtype: str, gguf_file: str | None = None) -> None:
+    """Write README.md into ``folder``, and curves.png where the run's curves are known.
+
+    Args:
+        gguf_file: name of the file of weights, where the folder is for llama.cpp and not for transformers.
+    """
     if run.old_card is not None:
         (folder / CARD_FILE).write_text(run.old_card, encoding="utf-8")
         return
@@ -131,6 +135,7 @@ def write(folder: Path, run: Run, config: ModelConfig, *, name: str, dtype: str)
     card = _template().render(
         name=name,
         dtype=dtype,
+        gguf_file=gguf_file,
         config=config,
         run=run,
         info=run.info,
