@@ -26,6 +26,7 @@ MADE = (
     "my-model/config.json",
     "my-model/a.gguf",
     "my-model/Modelfile",
+    "Dockerfile",
     "data/mine/train_000000.bin",
     "shards of mine/val_000000.bin",
     "texts/part-000.parquet",
