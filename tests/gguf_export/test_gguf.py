@@ -316,8 +316,9 @@ def test_what_llama_cpp_cannot_have_is_one_sentence(tmp_path: Path, monkeypatch:
     )
     only_bytes = Tokenizer([*(bytes([byte]) for byte in range(256)), b"<|endoftext|>"], [], {"<|endoftext|>": 256})
     assert "has no merges, and llama.cpp reads none without" in refused(only_bytes)
-    looks_alike = tokenizer_of().with_special_tokens(["\u0120"])  # as the token of a blank is written
-    assert "two tokens that a GGUF writes as '\u0120'; give" in refused(looks_alike)
+    looks_alike = tokenizer_of().with_special_tokens(["[UNUSED_301]"])  # as the model's last id, which is no token
+    assert looks_alike.vocab_size == 301
+    assert "two tokens that a GGUF writes as '[UNUSED_301]'; give" in refused(looks_alike, vocab_size=302)
     monkeypatch.delitem(vocabulary._NAMES, "cl100k")
     assert "by the pattern cl100k, for which llama.cpp has no name" in refused(tokenizer_of("cl100k"))
 
