@@ -139,6 +139,7 @@ def chat_demo(flags: list[str]) -> None:
             ),
             ("MLflow", done.run.location),
             ("next", f"{python_command()} jobs/generate.py --config {flags[1]} --chat"),
+            ("in a browser", f"{python_command()} jobs/serve.py {generate.checkpoint}"),
         ],
     )
     print(f"\nuser\n  {generate.prompt}\nassistant\n  {answer.strip()}".replace("\n\n", "\n  "))

@@ -1,6 +1,7 @@
 """A model behind an OpenAI-compatible address: ``python jobs/serve.py runs/demo``; see --help.
 
-/v1/completions (stream and not), /v1/models, /health, /metrics, and a page to try prompts at /. Only this machine
+/v1/completions and /v1/chat/completions (stream and not), /v1/models, /health, /metrics, and a page at / to chat, or to
+try prompts. Only this machine
 reaches it unless --host says otherwise; GPT25_SERVE_TOKEN holds the token that clients must send, if there is one.
 """
 
@@ -23,6 +24,7 @@ def main(config: ServeConfig) -> None:
             [
                 ("page", f"{address.url}/"),
                 ("completions", f"{address.url}/v1/completions"),
+                ("chat", f"{address.url}/v1/chat/completions" if address.has_chat else "no template in the model"),
                 ("metrics", f"{address.url}/metrics"),
                 ("model", address.model_name),
                 ("token", "from GPT25_SERVE_TOKEN" if address.has_token else "none"),

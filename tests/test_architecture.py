@@ -66,6 +66,7 @@ ROOMS["conversations"] = {
 }
 ROOMS["serving"] = {
     *("errors", "exit_signals", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
+    "conversations.templates",
 }
 _DATA = {"listing", "sources", "remote", "filters", "deduplication", "decontamination", "preprocessing"}
 ROOMS["evaluation"] = set(ROOMS) - _DATA - {"serving"}

@@ -15,7 +15,7 @@ from pipeline.config.data import TokenizeConfig
 from pipeline.config.finetuning import FinetuneConfig
 from pipeline.conversations import stages
 from pipeline.conversations.stages import PackJob
-from pipeline.conversations.templates import TEMPLATES
+from pipeline.conversations.templates import TEMPLATE_FILE, TEMPLATES
 from pipeline.dataset.dataset import TOKENIZER_NAME, save_tokenizer
 from pipeline.dataset.manifest import BASE_TOKENIZER, CHAT_TEMPLATE, MANIFEST_NAME, Manifest
 from pipeline.preprocessing import ray_dataflow, resume_state, tokenization
@@ -28,7 +28,6 @@ from pipeline.tokenizer import bpe
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-TEMPLATE_FILE = "chat_template.jinja"
 _PARTS_PER_ITEM = 2
 
 

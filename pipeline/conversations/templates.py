@@ -25,6 +25,8 @@ Message: TypeAlias = Mapping[str, str]
 TemplateName: TypeAlias = Literal["chatml", "gpt2.5"]
 
 ROLES = ("system", "user", "assistant")
+TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers looks for a template, beside tokenizer.json."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from pipeline.checkpoints import reader as checkpoint_reader
-from pipeline.conversations.templates import TEMPLATES, Chat
+from pipeline.conversations.templates import TEMPLATE_FILE, TEMPLATES, Chat
 from pipeline.errors import UserError
 from pipeline.pretrained import huggingface
 from pipeline.tokenizer.bpe import Tokenizer
 
-_TEMPLATE_FILE = "chat_template.jinja"
+logger = logging.getLogger(__name__)
 
 
 def read_chat(path: Path, tokenizer: Tokenizer) -> Chat | None:
@@ -34,11 +35,20 @@ def read_chat(path: Path, tokenizer: Tokenizer) -> Chat | None:
     return Chat(template, tokenizer)
 
 
+def known_chat(path: Path, tokenizer: Tokenizer) -> Chat | None:
+    """As read_chat; where the template is none that can be used here, a warning says so, and there is no chat."""
+    try:
+        return read_chat(path, tokenizer)
+    except UserError as error:
+        logger.warning("the model is used without a chat: %s", error)
+        return None
+
+
 def _exported_name(path: Path) -> str | None:
     """The name of the template in an exported folder; None where there is none, its text where it is unknown."""
     text: str | None
-    if (path / _TEMPLATE_FILE).is_file():
-        text = (path / _TEMPLATE_FILE).read_text(encoding="utf-8")
+    if (path / TEMPLATE_FILE).is_file():
+        text = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
     elif (path / huggingface.TOKENIZER_CONFIG_FILE).is_file():
         text = huggingface.read_json(path / huggingface.TOKENIZER_CONFIG_FILE).get("chat_template")
     else:

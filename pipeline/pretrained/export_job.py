@@ -21,11 +21,12 @@ import torch
 from model.config import ModelConfig
 from pipeline.checkpoints.metadata import TOKENIZER_FILE
 from pipeline.config.inference import ExportConfig
+from pipeline.conversations.templates import TEMPLATE_FILE
 from pipeline.errors import UserError
 from pipeline.gguf_export.modelfile import MODELFILE
 from pipeline.paths import resolve_path, working_folder
 from pipeline.pretrained import hub_models, huggingface, model_card, weights
-from pipeline.pretrained.chat import read_chat
+from pipeline.pretrained.chat import known_chat, read_chat
 from pipeline.pretrained.resolve import ModelSource, read_tokenizer, resolve_model
 from pipeline.pretrained.tensor_files import INDEX_FILE, WEIGHTS_FILE
 from pipeline.storage.folders import open_folder
@@ -38,7 +39,7 @@ _NOTE_FORMAT = 1
 _WRITTEN = {  # by an export of a format, besides the files of _WEIGHTS
     "huggingface": {
         *(huggingface.CONFIG_FILE, huggingface.NOTE_FILE, huggingface.TOKENIZER_CONFIG_FILE),
-        *(huggingface.GENERATION_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, INDEX_FILE),
+        *(huggingface.GENERATION_CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE, WEIGHTS_FILE, INDEX_FILE),
         *(model_card.CARD_FILE, model_card.CURVES_FILE),
     },
     "gguf": {huggingface.NOTE_FILE, MODELFILE, model_card.CARD_FILE, model_card.CURVES_FILE},
@@ -122,19 +123,23 @@ def _write(config: ExportConfig, source: ModelSource, output: Path, partial: Pat
 def _write_huggingface(
     config: ExportConfig, path: Path, partial: Path, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> dict[str, int]:
-    """Write weights, settings and tokenizer for transformers; returns the files of weights and their bytes."""
-    dtype, eot_id = _DTYPES[config.number_format], tokenizer.eot_id
+    """Write weights, settings, tokenizer, chat template for transformers; returns the files of weights and their bytes."""
+    dtype, eot_id, chat = _DTYPES[config.number_format], tokenizer.eot_id, known_chat(path, tokenizer)
     tensors = weights.read_weights(path, model_config)
     files = huggingface.write_weights(partial, tensors, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)
     contents = {
         huggingface.CONFIG_FILE: huggingface.config_values(model_config, dtype=dtype, eot_id=eot_id),
         huggingface.TOKENIZER_CONFIG_FILE: huggingface.tokenizer_config(
-            tokenizer.end_of_text, model_config.context_length
+            tokenizer.end_of_text, model_config.context_length, chats=chat is not None
         ),
-        huggingface.GENERATION_CONFIG_FILE: huggingface.generation_config(eot_id),
+        huggingface.GENERATION_CONFIG_FILE: huggingface.generation_config(
+            eot_id, answer_end_id=chat.end_id if chat else None
+        ),
     }
     for name, values in contents.items():
         huggingface.write_json(partial / name, values)
+    if chat is not None:
+        (partial / TEMPLATE_FILE).write_text(chat.template.jinja, encoding="utf-8")
     shutil.copyfile(path / TOKENIZER_FILE, partial / TOKENIZER_FILE)
     return files
 

@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from pipeline.conversations.templates import TEMPLATE_FILE
 from pipeline.errors import UserError
 from pipeline.remote.hub_client import endpoint, final_hub_errors, request_settings, token
 
@@ -18,6 +19,7 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = [
     *("*.safetensors", "model.safetensors.index.json"),
     *("config.json", "generation_config.json", "gpt25.json", "tokenizer.json", "tokenizer_config.json"),
+    TEMPLATE_FILE,
 ]
 
 

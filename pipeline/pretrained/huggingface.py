@@ -4,7 +4,8 @@
         config.json                    shape of a LlamaForCausalLM, with norms of queries and keys Qwen3ForCausalLM
         model.safetensors              weights; above a size model-00001-of-00003.safetensors, ..., and an index
         tokenizer.json                 ours as it is;  tokenizer_config.json: which of its ids are special
-        generation_config.json         end of text, the recipe's sampling
+        chat_template.jinja            of a model that chats only: how its messages become text
+        generation_config.json         end of text and of an answer, the recipe's sampling
         README.md                      model card (model_card.py)
         gpt25.json                     run and step of the weights; marks the folder as an export of this project
 
@@ -191,8 +192,11 @@ def config_values(config: ModelConfig, *, dtype: torch.dtype, eot_id: int) -> di
     }
 
 
-def tokenizer_config(end_of_text: str, context_length: int) -> dict[str, Any]:
-    """Content of tokenizer_config.json. As with our tokenizer, text is never parsed into special tokens."""
+def tokenizer_config(end_of_text: str, context_length: int, *, chats: bool) -> dict[str, Any]:
+    """Content of tokenizer_config.json. As with our tokenizer, text is never parsed into special tokens.
+
+    But for a model that chats: transformers renders its messages as one text, whose special tokens have to be parsed.
+    """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
@@ -201,13 +205,18 @@ def tokenizer_config(end_of_text: str, context_length: int) -> dict[str, Any]:
         "pad_token": None,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "split_special_tokens": not chats,
     }
 
 
-def generation_config(eot_id: int) -> dict[str, Any]:
-    """Content of generation_config.json: the published sampling settings and the end-of-text id."""
-    return {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
+def generation_config(eot_id: int, *, answer_end_id: int | None = None) -> dict[str, Any]:
+    """Content of generation_config.json: the published sampling settings and the ids that end a text.
+
+    Args:
+        answer_end_id: of the token that ends an answer in a chat; None for a model that does not chat.
+    """
+    ends = eot_id if answer_end_id in (None, eot_id) else [answer_end_id, eot_id]
+    return {"bos_token_id": eot_id, "eos_token_id": ends, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
 
 
 def read_note(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.serving.metrics import PROGRESS, Progress, ServerMetrics
 from pipeline.serving.openai_protocol import RequestError, error_response
 
-COMPLETIONS = "/v1/completions"
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 METRICS = "/metrics"
 LEAST_TOKEN_CHARACTERS = 16
 _OPEN = ("/", "/health", "/healthz")  # these need no token
@@ -71,7 +71,7 @@ class Gate:
             self._metrics.count(scope["path"], status)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        is_completion = scope["path"] == COMPLETIONS and scope["method"] == "POST"
+        is_completion = scope["path"] in COMPLETIONS and scope["method"] == "POST"
         try:
             self._check(scope)
             body = await self._body(scope, receive, self._config.max_body_bytes if is_completion else 0)

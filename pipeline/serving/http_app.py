@@ -1,4 +1,4 @@
-"""The web application around one Engine: completions, models, health, a page to try prompts. ASGI, by Starlette.
+"""The web application around one Engine: completions, chats, models, health, a page to try both. ASGI, by Starlette.
 
 Everything that a request can use is bounded: seconds, prompts, tokens here; bytes, requests at a time and who may ask
 at the gate (gate.py). A faulty request is answered with a status of 4xx and a sentence in OpenAI's form.
@@ -26,6 +26,8 @@ from starlette.routing import Route
 
 from model.batching import Reason
 from pipeline.config.inference import ServeConfig
+from pipeline.conversations.templates import Chat
+from pipeline.serving import chat_completions
 from pipeline.serving.engine import Engine, EngineError, TokenDelta
 from pipeline.serving.metrics import Progress
 from pipeline.serving.openai_protocol import (
@@ -46,10 +48,17 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 class WebApp:
-    """Answers requests from one Engine; ``app`` is what stands behind the gate."""
+    """Answers requests from one Engine; ``app`` is what stands behind the gate.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, config: ServeConfig) -> None:
-        self._engine, self._tokenizer, self._limits, self._config = engine, tokenizer, limits, config
+    Args:
+        chat: how the messages of a chat become tokens; None where the model has no template for them.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, chat: Chat | None, limits: Limits, config: ServeConfig
+    ) -> None:
+        self._engine, self._tokenizer, self._chat = engine, tokenizer, chat
+        self._limits, self._config = limits, config
         self._started = int(time.time())
         routes = [
             Route("/", self._guarded(self._page)),
@@ -58,6 +67,7 @@ class WebApp:
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{name:path}", self._guarded(self._model)),
             Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
+            Route("/v1/chat/completions", self._guarded(self._chat_completions), methods=["POST"]),
         ]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
@@ -96,11 +106,22 @@ class WebApp:
         return json_response(self._model_entry)
 
     async def _completions(self, request: Request) -> Response:
+        return await self._complete(request, lambda body: parse(body, self._limits, self._tokenizer), Answer)
+
+    async def _chat_completions(self, request: Request) -> Response:
+        def parse_chat(body: bytes) -> Completion:
+            return chat_completions.parse(body, self._limits, self._chat)
+
+        return await self._complete(request, parse_chat, chat_completions.ChatAnswer)
+
+    async def _complete(
+        self, request: Request, parse_body: Callable[[bytes], Completion], answer_type: type[Answer]
+    ) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("the body must be JSON; send Content-Type: application/json", status=415)
         deadline = time.monotonic() + self._config.request_seconds
-        completion = parse(await request.body(), self._limits, self._tokenizer)
-        answer = Answer(completion, self._limits.model_name)
+        completion = parse_body(await request.body())
+        answer = answer_type(completion, self._limits.model_name)
         progress: Progress | None = request.scope.get("progress")
         if progress is not None:
             progress.add_prompt(completion.prompt_tokens)
@@ -127,9 +148,8 @@ class WebApp:
         """Server-sent events: a chunk for each part of a text, the token counts if requested, [DONE]."""
         num_tokens = 0
         try:
-            for index, head in enumerate(completion.heads):
-                if head:
-                    yield _event(to_json(answer.chunk(index, head, None)))
+            for chunk in answer.first_chunks():
+                yield _event(to_json(chunk))
             async for delta in self._deltas(completion, deadline):
                 num_tokens += delta.num_tokens
                 if delta.text or delta.finish_reason:
@@ -165,7 +185,8 @@ class WebApp:
 
     @cached_property
     def _page_html(self) -> str:
-        return PAGE.read_text(encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        return page.replace('data-chat="no"', 'data-chat="yes"') if self._chat else page
 
     @cached_property
     def _page_policy(self) -> str:

@@ -20,7 +20,7 @@ _REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 _FIRST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ENDPOINTS = {
     **{"/": "page", "/health": "health", "/healthz": "health", "/metrics": "metrics"},
-    **{"/v1/models": "models", "/v1/completions": "completions"},
+    **{"/v1/models": "models", "/v1/completions": "completions", "/v1/chat/completions": "chat"},
 }
 
 

@@ -25,6 +25,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config.inference import ServeConfig
 from pipeline.errors import UserError
 from pipeline.pretrained import weights
+from pipeline.pretrained.chat import known_chat
 from pipeline.pretrained.resolve import read_tokenizer, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Address:
     url: str
     model_name: str
     has_token: bool
+    has_chat: bool
+    """Whether the model has a chat template."""
 
 
 @contextlib.contextmanager
@@ -61,7 +64,7 @@ def serving(config: ServeConfig) -> Iterator[Address]:
 
     token_sha256 = _take_token(config)
     path = resolve_checkpoint(config.checkpoint)
-    read_tokenizer(path)  # a broken one is reported here and not by a replica
+    chat = known_chat(path, read_tokenizer(path))  # what is broken is reported here and not by a replica
     _require_finite(path)
     name = config.model_name or Path(config.checkpoint.rstrip("/")).name or "model"
     with contextlib.ExitStack() as running:
@@ -73,7 +76,8 @@ def serving(config: ServeConfig) -> Iterator[Address]:
         server.start(Gate(replicas, config, token_sha256=token_sha256))
         running.callback(server.stop)  # before the replicas go
         shown_host = f"[{config.host}]" if ":" in config.host else config.host
-        yield Address(url=f"http://{shown_host}:{server.port}", model_name=name, has_token=token_sha256 is not None)
+        url = f"http://{shown_host}:{server.port}"
+        yield Address(url=url, model_name=name, has_token=token_sha256 is not None, has_chat=chat is not None)
 
 
 def wait() -> None:
@@ -291,10 +295,12 @@ def build_app(config: ServeConfig) -> Any:
     limits = Limits(
         model_name=str(config.model_name),
         vocab_size=pretrained.tokenizer.vocab_size,
+        context_length=length,
         max_prompt_tokens=min(config.max_prompt_tokens or length, length),
         max_tokens=config.max_tokens,
         max_texts=config.max_texts,
     )
-    app = WebApp(engine, pretrained.tokenizer, limits, config).app
+    chat = known_chat(Path(config.checkpoint), pretrained.tokenizer)
+    app = WebApp(engine, pretrained.tokenizer, chat, limits, config).app
     app.state.engine = engine
     return app

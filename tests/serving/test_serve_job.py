@@ -29,10 +29,12 @@ import torch
 
 from model.generation import generate
 from pipeline.pretrained import resolve
+from pipeline.pretrained.chat import read_chat
 from tests.support.listening import beyond_loopback, listening
-from tests.support.models import train
+from tests.support.models import train, train_chat
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPTS = ["import os", "class A:\n    def ", "x = ", "# The", "\n\n", "for name in names:", "return ", "żółw"]
 FOR_EVER = 1_000_000
 """Tokens that no test waits for."""
@@ -56,7 +58,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tiny_data, tmp_path_factory.mktemp("run"))
+    """A model that chats; for completions it is one as any other."""
+    return train_chat(train(tiny_data, tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +103,20 @@ def wait_for_address(process: subprocess.Popen[str], log: Any) -> str:
     raise AssertionError(f"the server did not start: {log.read()[-3000:]}")
 
 
-def expected(checkpoint: Path, prompt: str, count: int, seed: int) -> str:
+def expected(checkpoint: Path, prompt: str, count: int, seed: int, *, path: str = COMPLETIONS) -> str:
     found = resolve.open_model(checkpoint, torch.device("cpu"))
-    ids = torch.tensor([found.tokenizer.encode(prompt)])
-    stop_id = found.tokenizer.eot_id
+    prompt_ids, stop_id = found.tokenizer.encode(prompt), found.tokenizer.eot_id
+    if path == CHAT:
+        chat = read_chat(checkpoint, found.tokenizer)
+        assert chat is not None
+        prompt_ids, stop_id = chat.render([user(prompt)], add_generation_prompt=True), chat.end_id
+    ids = torch.tensor([prompt_ids])
     new = generate(found.model, ids, max_new_tokens=count, temperature=1.0, top_p=None, seed=seed, stop_id=stop_id)
     return found.tokenizer.decode(new[0])
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
 
 def test_all_ports_are_on_loopback_and_the_replica_s_own_wants_the_token(server: Server) -> None:
@@ -148,6 +159,8 @@ def test_the_openai_package(server: Server, checkpoint: Path) -> None:
     assert whole.choices[0].text == text and whole.usage.completion_tokens == 30
     chunks = list(client.completions.create(**settings, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == text and len(chunks) > 5
+    said = client.chat.completions.create(model="tiny", messages=[user("import os")], max_tokens=30, seed=5)
+    assert said.choices[0].message.content == expected(checkpoint, "import os", 30, seed=5, path=CHAT)
     with pytest.raises(openai.BadRequestError, match="the model sees 128; shorten it"):
         client.completions.create(model="tiny", prompt="x " * 500)
     with pytest.raises(openai.NotFoundError, match="is not served here"):
@@ -204,6 +217,8 @@ def test_the_page_in_a_browser(server: Server, checkpoint: Path) -> None:
         problems: list[str] = []
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(f"{server.url}/")
+        page.get_by_role("tab", name="Completion").click()
+        page.get_by_role("button", name="Settings").click()
         page.get_by_label("prompt").fill("import os")
         for name, value in (("max_tokens", "30"), ("temperature", "1"), ("top_p", "1"), ("seed", "5")):
             page.locator(f"#{name}").fill(value)
@@ -273,9 +288,9 @@ async def exchange(server: Server, raw: bytes, *, leave_after: float | None = No
             await writer.wait_closed()
 
 
-def request(values: Any, headers: str = "") -> bytes:
+def request(values: Any, headers: str = "", *, path: str = COMPLETIONS) -> bytes:
     body = values if isinstance(values, bytes) else json.dumps(values).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     return f"{head}Content-Type: application/json\r\n{headers}\r\n".encode() + body
 
 
@@ -284,18 +299,23 @@ def status_of(answer: bytes) -> int:
 
 
 def choice_of(answer: bytes) -> Any:
-    return json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["text"]
+    (choice,) = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
 @pytest.mark.slow
-def test_two_hundred_clients(server: Server, checkpoint: Path) -> None:
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_two_hundred_clients(server: Server, checkpoint: Path, path: str) -> None:
     """Every one of them gets the text that it would get alone."""
-    wanted = {number: (PROMPTS[number % len(PROMPTS)], 3 + number % 20, number % 16) for number in range(200)}
-    texts = {values: expected(checkpoint, *values) for values in set(wanted.values())}
+    wanted = {number: (f"{PROMPTS[number % len(PROMPTS)]}1", 3 + number % 20, number % 16) for number in range(200)}
+    texts = {values: expected(checkpoint, *values, path=path) for values in set(wanted.values())}
+
+    def asked(prompt: str, count: int, seed: int) -> bytes:
+        what = {"messages": [user(prompt)]} if path == CHAT else {"prompt": prompt}
+        return request(what | {"max_tokens": count, "seed": seed}, path=path)
 
     async def crowd() -> list[bytes]:
-        bodies = [{"prompt": p, "max_tokens": count, "seed": seed} for p, count, seed in wanted.values()]
-        return list(await asyncio.gather(*(exchange(server, request(body)) for body in bodies)))
+        return list(await asyncio.gather(*(exchange(server, asked(*values)) for values in wanted.values())))
 
     for answer, values in zip(asyncio.run(crowd()), wanted.values(), strict=True):
         assert status_of(answer) == 200, answer
