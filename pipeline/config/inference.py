@@ -169,7 +169,8 @@ class ServeConfig:
     head_seconds: float = 10.0
     """Seconds in which a request's head must arrive, and in which a client must read some of its answer."""
     max_prompt_tokens: int | None = None
-    """Largest number of tokens in one prompt. If not given, the context length of the model."""
+    """Largest number of tokens in one prompt, or in the messages of a chat. If not given, the context length of the
+    model."""
     max_tokens: int = 1024
     """Largest max_tokens that a request may ask for."""
     max_texts: int = 16

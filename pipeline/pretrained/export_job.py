@@ -123,7 +123,7 @@ def _write(config: ExportConfig, source: ModelSource, output: Path, partial: Pat
 def _write_huggingface(
     config: ExportConfig, path: Path, partial: Path, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> dict[str, int]:
-    """Write weights, settings, tokenizer, chat template for transformers; returns the files of weights and their bytes."""
+    """Write what transformers reads; returns the files of weights and their bytes."""
     dtype, eot_id, chat = _DTYPES[config.number_format], tokenizer.eot_id, known_chat(path, tokenizer)
     tensors = weights.read_weights(path, model_config)
     files = huggingface.write_weights(partial, tensors, model_config, dtype=dtype, max_file_bytes=config.max_file_bytes)

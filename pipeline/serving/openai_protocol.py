@@ -27,9 +27,9 @@ from pipeline.tokenizer.bpe import Tokenizer
 _MAX_STOPS = 4
 _MAX_STOP_CHARACTERS = 200
 _MAX_TEMPERATURE = 10.0
+Neutral: TypeAlias = dict[str, tuple[Any, ...]]
 # Fields of OpenAI's that are not supported, with the values under which they change nothing. The types count, too:
 # logprobs 0 asks for the logprobs of the chosen tokens, though 0 == False.
-Neutral: TypeAlias = dict[str, tuple[Any, ...]]
 _NEUTRAL: Neutral = {
     "logprobs": (None, False),
     "presence_penalty": (None, 0, 0.0),
@@ -172,18 +172,16 @@ class Answer:
 
     def __init__(self, completion: Completion, model_name: str) -> None:
         self._completion = completion
-        self._common = {
-            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": model_name,
-        }
+        self._id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+        self._common = {"created": int(time.time()), "model": model_name}
 
     def whole(self, texts: Sequence[str], reasons: Sequence[Reason | None], num_tokens: int) -> dict[str, Any]:
         choices = [
             _choice(index, self.content(text), reason)
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
         ]
-        return {"object": self.kind, **self._common, "choices": choices, "usage": self._usage(num_tokens)}
+        head = {"id": self._id, "object": self.kind, **self._common}
+        return {**head, "choices": choices, "usage": self._usage(num_tokens)}
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """What a stream begins with, before there is a token."""
@@ -204,7 +202,7 @@ class Answer:
         return {"text": text}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"object": self.chunk_kind, **self._common, "choices": choices}
+        return {"id": self._id, "object": self.chunk_kind, **self._common, "choices": choices}
 
     def _usage(self, num_tokens: int) -> dict[str, int]:
         prompt_tokens = self._completion.prompt_tokens
