@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "listing": {"errors"},
     "remote": {"errors", "redaction", "storage", "listing"},
     "sources": {"errors", "paths", "listing", "remote"},
-    "filters": {"errors"},
+    "filters": {"errors", "tokenizer.kernels.cache"},
     "deduplication": {"sources.arrow_values", "tokenizer"},
     "decontamination": {"errors", "storage", "paths", "remote", "sources", "deduplication", "tokenizer"},
     "dataset": {"errors", "storage", "tokenizer"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.filters.words import TERMINAL, Bounds, above, below, repeated, share
+from collections.abc import Iterator
+
+from pipeline.filters.words import TERMINAL, Bounds, repeated, share
 
 BOUNDS: dict[str, float | None] = {
     "min_lines_with_terminal_mark": 0.12,
@@ -13,19 +15,11 @@ BOUNDS: dict[str, float | None] = {
 }
 
 
-def broken_rule(text: str, bounds: Bounds) -> str | None:
-    """The first rule that a text with at least one word breaks; None: it keeps them all."""
+def measured(text: str, bounds: Bounds) -> Iterator[tuple[str, float]]:
+    """What each rule measures of a text with at least one word, one after the other, as far as it is asked for."""
     lines = [line for line in text.split("\n") if line.strip()]
-    ended = share(sum(line.endswith(TERMINAL) for line in lines), len(lines))
-    short = share(sum(len(line) <= (bounds["short_line_length"] or 0) for line in lines), len(lines))
-    again = share(repeated(lines)[1], len(text.replace("\n", "")))
-    checks = (
-        ("min_lines_with_terminal_mark", below(ended, bounds["min_lines_with_terminal_mark"])),
-        ("max_short_lines", above(short, bounds["max_short_lines"])),
-        ("max_repeated_line_characters", above(again, bounds["max_repeated_line_characters"])),
-        (
-            "max_line_ends_per_word",
-            above(share(text.count("\n"), len(text.split())), bounds["max_line_ends_per_word"]),
-        ),
-    )
-    return next((name for name, is_broken in checks if is_broken), None)
+    yield "min_lines_with_terminal_mark", share(sum(line.endswith(TERMINAL) for line in lines), len(lines))
+    longest = bounds["short_line_length"] or 0
+    yield "max_short_lines", share(sum(len(line) <= longest for line in lines), len(lines))
+    yield "max_repeated_line_characters", share(repeated(lines)[1], len(text.replace("\n", "")))
+    yield "max_line_ends_per_word", share(text.count("\n"), len(text.split()))

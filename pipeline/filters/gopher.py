@@ -8,9 +8,13 @@ that overlap a counted one left out, which is how the rule is read by those who 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
-from pipeline.filters.words import Bounds, above, below, has_letter_or_digit, repeated, share
+import numpy as np
+
+from pipeline.filters.kernels import repetition as kernels
+from pipeline.filters.words import Bounds, has_letter, has_letter_or_digit, repeated, share
 
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 BOUNDS: dict[str, float | None] = {
@@ -35,70 +39,49 @@ BOUNDS: dict[str, float | None] = {
 _PARAGRAPHS, _LINES = re.compile(r"\n{2,}"), re.compile(r"\n+")
 
 
-def broken_rule(text: str, bounds: Bounds) -> str | None:
-    """The first rule that a text with at least one word breaks; None: it keeps them all."""
+def measured(text: str, bounds: Bounds) -> Iterator[tuple[str, float]]:
+    """What each rule measures of a text with at least one word, one after the other, as far as it is asked for."""
+    del bounds
     words = text.split()
-    return _quality(text, words, bounds) or _repeated_lines(text, bounds) or _repeated_words(text, words, bounds)
+    yield from _quality(text, words)
+    yield from _repeated_lines(text)
+    yield from _repeated_words(text, words)
 
 
-def _quality(text: str, words: list[str], bounds: Bounds) -> str | None:
+def _quality(text: str, words: list[str]) -> Iterator[tuple[str, float]]:
     lengths = [len(word) for word in words if has_letter_or_digit(word)]
+    yield "min_words", len(lengths)
+    yield "max_words", len(lengths)
     mean = share(sum(lengths), len(lengths))
+    yield "min_mean_word_length", mean
+    yield "max_mean_word_length", mean
+    yield "max_hashes_per_word", share(text.count("#"), len(words))
+    yield "max_ellipses_per_word", share(text.count("...") + text.count("…"), len(words))
     lines = text.splitlines()
-    bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines)
-    ellipses = sum(line.rstrip().endswith(("...", "…")) for line in lines)
-    alphabetic = sum(any(character.isalpha() for character in word) for word in words)
-    checks = (
-        ("min_words", below(len(lengths), bounds["min_words"])),
-        ("max_words", above(len(lengths), bounds["max_words"])),
-        ("min_mean_word_length", below(mean, bounds["min_mean_word_length"])),
-        ("max_mean_word_length", above(mean, bounds["max_mean_word_length"])),
-        ("max_hashes_per_word", above(share(text.count("#"), len(words)), bounds["max_hashes_per_word"])),
-        (
-            "max_ellipses_per_word",
-            above(share(text.count("...") + text.count("…"), len(words)), bounds["max_ellipses_per_word"]),
-        ),
-        ("max_bullet_lines", above(share(bullets, len(lines)), bounds["max_bullet_lines"])),
-        ("max_ellipsis_lines", above(share(ellipses, len(lines)), bounds["max_ellipsis_lines"])),
-        ("min_alphabetic_words", below(share(alphabetic, len(words)), bounds["min_alphabetic_words"])),
-        ("min_stop_words", below(len(STOP_WORDS.intersection(words)), bounds["min_stop_words"])),
-    )
-    return next((name for name, is_broken in checks if is_broken), None)
+    yield "max_bullet_lines", share(sum(line.lstrip().startswith(("•", "-")) for line in lines), len(lines))
+    yield "max_ellipsis_lines", share(sum(line.rstrip().endswith(("...", "…")) for line in lines), len(lines))
+    yield "min_alphabetic_words", share(sum(word.isalpha() or has_letter(word) for word in words), len(words))
+    yield "min_stop_words", len(STOP_WORDS.intersection(words))
 
 
-def _repeated_lines(text: str, bounds: Bounds) -> str | None:
-    for name, parts in (("paragraph", _PARAGRAPHS.split(text.strip())), ("line", _LINES.split(text))):
+def _repeated_lines(text: str) -> Iterator[tuple[str, float]]:
+    for name, pattern, content in (("paragraph", _PARAGRAPHS, text.strip()), ("line", _LINES, text)):
+        parts = pattern.split(content)
         count, characters = repeated(parts)
-        if above(count / len(parts), bounds[f"max_repeated_{name}s"]):
-            return f"max_repeated_{name}s"
-        if above(characters / len(text), bounds[f"max_repeated_{name}_characters"]):
-            return f"max_repeated_{name}_characters"
-    return None
+        yield f"max_repeated_{name}s", count / len(parts)
+        yield f"max_repeated_{name}_characters", characters / len(text)
 
 
-def _repeated_words(text: str, words: list[str], bounds: Bounds) -> str | None:
+def _repeated_words(text: str, words: list[str]) -> Iterator[tuple[str, float]]:
+    numbers: dict[str, int] = {}
+    own: Any = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)
+    characters: Any = np.array([len(word) for word in words], np.int64)
+    table: Any = np.empty(1 << (2 * len(words)).bit_length(), np.int64)
+    counts: Any = np.empty(len(table) + 1, np.int64)
     for length in (2, 3, 4):
-        runs = [" ".join(words[start : start + length]) for start in range(len(words) - length + 1)]
-        if runs:
-            run, count = Counter(runs).most_common(1)[0]
-            if above(len(run) * count / len(text), bounds[f"max_top_{length}_gram"]):
-                return f"max_top_{length}_gram"
+        first = kernels.most_frequent(own, length, table, counts)
+        if first >= 0:
+            run = int(characters[first : first + length].sum()) + length - 1  # with the blanks between the words
+            yield f"max_top_{length}_gram", run * int(counts[-1]) / len(text)
     for length in range(5, 11):
-        if above(_repeated_characters(words, length) / len(text), bounds[f"max_repeated_{length}_grams"]):
-            return f"max_repeated_{length}_grams"
-    return None
-
-
-def _repeated_characters(words: list[str], length: int) -> int:
-    """Characters, white space left out, of the runs of words that came before."""
-    seen: set[str] = set()
-    characters = start = 0
-    while start + length <= len(words):
-        run = "".join(words[start : start + length])
-        if run in seen:
-            characters += len(run)
-            start += length
-        else:
-            seen.add(run)
-            start += 1
-    return characters
+        yield f"max_repeated_{length}_grams", kernels.repeated_characters(own, characters, length, table) / len(text)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.filters import c4, fineweb, gopher
 from pipeline.filters.personal_data import masked
-from pipeline.filters.words import Bounds
+from pipeline.filters.words import Bounds, first_broken
 
 GROUPS: dict[str, ModuleType] = {"gopher": gopher, "c4": c4, "fineweb": fineweb}
 OwnRule = Callable[[str], str | None]
@@ -62,7 +62,7 @@ class Rules:
             if name == "c4":
                 text, broken = c4.kept_text(text, bounds)
             else:
-                broken = GROUPS[name].broken_rule(text, bounds)
+                broken = first_broken(GROUPS[name].measured(text, bounds), bounds)
             if broken:
                 return text, f"{name}: {broken}"
         for path in self.own:

@@ -38,6 +38,11 @@ TERMINAL = (
 """Signs that end a sentence, in several scripts."""
 
 
+def has_letter(word: str) -> bool:
+    """Whether a word has a letter."""
+    return any(character.isalpha() for character in word)
+
+
 def has_letter_or_digit(word: str) -> bool:
     """Whether a word is more than punctuation and symbols."""
     return word.isalnum() or any(unicodedata.category(character)[0] in "LNM" for character in word)
@@ -56,6 +61,14 @@ def above(value: float, bound: float | None) -> bool:
 def below(value: float, bound: float | None) -> bool:
     """Whether a rule with a smallest value is broken."""
     return bound is not None and value < bound
+
+
+def first_broken(measured: Iterable[tuple[str, float]], bounds: Bounds) -> str | None:
+    """The first rule whose bound a measured value breaks: rules are named max_ or min_; None: it keeps them all."""
+    for name, value in measured:
+        if (above if name.startswith("max_") else below)(value, bounds[name]):
+            return name
+    return None
 
 
 def repeated(elements: Iterable[str]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.filters import c4, fineweb, gopher
 from pipeline.filters.personal_data import masked
 from pipeline.filters.rules import GROUPS, Rules, filtered
+from pipeline.filters.words import first_broken
 from tests.support.filter_texts import digest, texts
 
 DECISIONS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "decisions.json").read_text(encoding="utf-8"))
@@ -50,9 +52,10 @@ def ours(name: str, text: str) -> str | None:
     if name == "c4":
         return c4.kept_text(text, c4.BOUNDS)[1]
     if name == "fineweb":
-        return fineweb.broken_rule(text, fineweb.BOUNDS)
+        return first_broken(fineweb.measured(text, fineweb.BOUNDS), fineweb.BOUNDS)
     off = [rule for rule in gopher.BOUNDS if (rule in QUALITY) != (name == "gopher_quality")]
-    return gopher.broken_rule(text, gopher.BOUNDS | dict.fromkeys(off))
+    bounds = gopher.BOUNDS | dict.fromkeys(off)
+    return first_broken(gopher.measured(text, bounds), bounds)
 
 
 @pytest.mark.parametrize("name", ["gopher_quality", "gopher_repetition", "c4", "fineweb"])
@@ -75,7 +78,8 @@ def test_the_texts_break_every_rule_but_one() -> None:
     rules = {rule for group in GROUPS.values() for rule in group.BOUNDS} - switches - {"short_line_length"}
     assert rules - seen == {"max_words"}
     words = "the good people of here " * 30
-    assert gopher.broken_rule(words, gopher.BOUNDS | {"max_words": 149}) == "max_words"
+    bounds = gopher.BOUNDS | {"max_words": 149}
+    assert first_broken(gopher.measured(words, bounds), bounds) == "max_words"
 
 
 def test_lines_that_c4_leaves_are_datatroves() -> None:
@@ -151,3 +155,36 @@ def test_own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("my_rules", "my_rules:none", "no_module_x:f", ":", "my_rules:__name__"):
         with pytest.raises(UserError, match="own rule"):
             Rules(own=(path,)).apply("x")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_of_words_are_counted_as_plain_python_counts_them(seed: int) -> None:
+    choose = random.Random(seed)
+    few = [choose.choice("abcdefgh") * choose.randrange(1, 6) for _ in range(choose.choice([2, 5, 12, 40]))]
+    for count in (1, 2, 4, 11, 60, 300):
+        words = [choose.choice(few) for _ in range(count)]
+        text = " ".join(words)
+        expected = {}
+        for length in (2, 3, 4):
+            if runs := [" ".join(words[start : start + length]) for start in range(count - length + 1)]:
+                run, number = Counter(runs).most_common(1)[0]
+                expected[f"max_top_{length}_gram"] = len(run) * number / len(text)
+        for length in range(5, 11):
+            expected[f"max_repeated_{length}_grams"] = repeated_characters(words, length) / len(text)
+        found = dict(gopher.measured(text, gopher.BOUNDS))
+        assert {name: found[name] for name in found if name in expected} == expected
+        assert [name for name in found if name.endswith(("gram", "grams"))] == list(expected)
+
+
+def repeated_characters(words: list[str], length: int) -> int:
+    seen: set[tuple[str, ...]] = set()
+    characters = start = 0
+    while start + length <= len(words):
+        run = tuple(words[start : start + length])
+        if run in seen:
+            characters += sum(map(len, run))
+            start += length
+        else:
+            seen.add(run)
+            start += 1
+    return characters
