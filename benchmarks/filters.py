@@ -10,6 +10,7 @@ set is alone, so each document is looked at by it. MB is 10^6 bytes of UTF-8 tex
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -47,7 +48,7 @@ def main() -> None:
     megabytes = sum(len(text.as_buffer()) for batch in batches for text in batch) / 1e6
     print(f"{documents:,} documents, {megabytes:.1f} MB", flush=True)
     work: dict[str, Callable[[], int]] = {
-        name: lambda rules=rules: sum(map(len, filtered(batches, rules, Counter()))) for name, rules in SETS.items()
+        name: functools.partial(count_kept, batches, rules) for name, rules in SETS.items()
     }
     sets = questions(batches)
     work["decontaminate"] = lambda: documents - sum(len(sets.overlaps(batch)) for batch in batches)
@@ -68,6 +69,10 @@ def main() -> None:
             f"documents/s, keeps {kept[name] / documents:.3f}",
             flush=True,
         )
+
+
+def count_kept(batches: list[pa.Array], rules: Rules) -> int:
+    return sum(map(len, filtered(batches, rules, Counter())))
 
 
 def first_documents(corpus: Path, num_bytes: int) -> Iterator[pa.Array]:

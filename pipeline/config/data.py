@@ -96,6 +96,9 @@ class TokenizeConfig(ReadingConfig):
     nothing to keep it. If not given, there are none."""
     mask_personal_data: bool = False
     """Replace e-mail addresses and public IP addresses by ones that belong to nobody."""
+    filter_report: str | None = None
+    """Path of an HTML page to write, about what the rules do to a sample of the source: counts, examples of what goes
+    and stays, histograms. It is written again with every call. If not given, none is written."""
     dedup: Literal["off", "exact", "minhash"] = "off"
     """With exact, documents whose text occurred before in the source are left out; with minhash, also those that are
     nearly the same as an earlier one. The source is then read twice."""
@@ -131,6 +134,10 @@ class TokenizeConfig(ReadingConfig):
             object.__setattr__(self, "decontaminate", ())
         require(all(self.decontaminate), "decontaminate has an empty name; give files of questions, or none")
         require("none" not in self.decontaminate, "decontaminate has none beside files; give either")
+        require(
+            self.filter_report is None or bool(self.filters or self.own_rules or self.mask_personal_data),
+            "filter_report is a page about rules, but there are none; give --filters or --own_rules, too",
+        )
         threshold = self.dedup_threshold
         require(
             threshold is None or 0 < threshold <= 1, f"dedup_threshold is {threshold}; it must lie above 0 and up to 1"

@@ -8,6 +8,7 @@ sentences stay. Marks of citations are taken out of the lines.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from pipeline.filters.words import Bounds, above, below
 
@@ -56,6 +57,13 @@ def kept_text(text: str, bounds: Bounds) -> tuple[str, str | None]:
         kept.append(line)
     is_short = below(sum(map(sentences, kept)), bounds["min_sentences"])
     return "\n".join(kept).strip(), "min_sentences" if is_short else None
+
+
+def measured(text: str, bounds: Bounds) -> Iterator[tuple[str, float]]:
+    """How many sentences stay of a text, unless it goes for another reason."""
+    kept, broken = kept_text(text, {**bounds, "min_sentences": None})
+    if broken is None:
+        yield "min_sentences", sum(map(sentences, kept.split("\n"))) if kept else 0
 
 
 def sentences(line: str) -> int:

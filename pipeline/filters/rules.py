@@ -55,20 +55,28 @@ class Rules:
 
     def apply(self, text: str) -> tuple[str, str | None]:
         """The text as it goes on, and the name of the rule that it breaks, with its group in front."""
-        if self.mask_personal_data:
-            text = masked(text)
+        text = masked(text) if self.mask_personal_data else text
+        for group, _, after, broken in self.steps(text):
+            if broken:
+                return after, f"{group}: {broken}"
+            text = after
+        return text, None
+
+    def steps(self, text: str) -> Iterator[tuple[str, str, str, str | None]]:
+        """Group, text before it and behind it, and the rule that the text breaks, one group after the other.
+
+        An own rule is a group of its own. ``text``: with personal data masked, if that is wanted.
+        """
         for name in self.groups:
             bounds = bounds_of(self, name)
             if name == "c4":
-                text, broken = c4.kept_text(text, bounds)
+                after, broken = c4.kept_text(text, bounds)
             else:
-                broken = first_broken(GROUPS[name].measured(text, bounds), bounds)
-            if broken:
-                return text, f"{name}: {broken}"
+                after, broken = text, first_broken(GROUPS[name].measured(text, bounds), bounds)
+            yield name, text, after, broken
+            text = after
         for path in self.own:
-            if broken := own_rule(path)(text):
-                return text, f"{path}: {broken}"
-        return text, None
+            yield path, text, text, own_rule(path)(text)
 
 
 @functools.lru_cache(maxsize=64)

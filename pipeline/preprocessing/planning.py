@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.config.data import ReadingConfig, TokenizeConfig
 from pipeline.errors import UserError
@@ -17,6 +17,7 @@ from pipeline.sources.documents import USUAL
 from pipeline.sources.readers import read_item
 from pipeline.sources.work_items import DocumentRules, FileSlice, WorkItem, open_slice, reading
 
+_SAMPLED_ITEMS = 64
 _LOOKED_AT_FILES, _LOOKED_AT_BYTES = 4, 1 << 20  # for a separator between documents
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,24 @@ def what_to_skip(config: ReadingConfig) -> Skip:
     if config.skip_bad_files:
         return {"files", "records"}
     return {"records"} if config.skip_bad_records else ()
+
+
+def sample_documents(items: Sequence[WorkItem], num_bytes: int) -> Iterator[str]:
+    """Documents of at most 64 work items at even distances, from the beginning of each, about ``num_bytes`` together.
+
+    A function of the plan and of the source alone. What cannot be read is left out.
+    """
+    count = min(_SAMPLED_ITEMS, len(items))
+    for number in range(count):
+        left = num_bytes // count
+        for array in read_item(items[number * len(items) // count], Counter(), None, [], {}):
+            for text in array.to_pylist():
+                yield text
+                left -= len(text.encode())
+                if left <= 0:
+                    break
+            if left <= 0:
+                break
 
 
 # ---- what is worth a word before the work begins ---------------------------------------------------------------------

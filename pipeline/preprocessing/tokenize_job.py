@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +19,22 @@ from pipeline.dataset import verification
 from pipeline.dataset.dataset import load_tokenizer_of
 from pipeline.dataset.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.paths import resolve_output, resolve_path
-from pipeline.preprocessing import tokenization
+from pipeline.filters.report import Sample, render
+from pipeline.paths import resolve_output, resolve_output_file, resolve_path
+from pipeline.preprocessing import resume_state, tokenization
 from pipeline.preprocessing.data_job import log_data, log_figures, report_json, run_job
+from pipeline.preprocessing.planning import filter_rules, sample_documents
 from pipeline.preprocessing.tokenization import DataReport
 from pipeline.run_files import SUMMARY_FILE
+from pipeline.sources.plan import with_address
 from pipeline.sources.sources import resolve_source
 from pipeline.storage.folders import Folder
 from pipeline.tracking.mlflow_run import MLflowRun
 from pipeline.tracking.tracker import Tracker
+
+_SAMPLE_BYTES = 16_000_000  # of text, which all the rules look at in a few seconds
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
@@ -40,7 +48,7 @@ def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
         output.write(SUMMARY_FILE, [report_json(report)])
         return report
 
-    return run_job(
+    done = run_job(
         config,
         "tokenize",
         DataReport,
@@ -48,6 +56,20 @@ def tokenize(config: TokenizeConfig) -> tuple[DataReport, MLflowRun, bool]:
         make=make,
         track=functools.partial(_track, config),
     )
+    if config.filter_report is not None:
+        _write_filter_report(config, config.filter_report, resolve_output(config.output))
+    return done
+
+
+def _write_filter_report(config: TokenizeConfig, path: str, output: Folder) -> None:
+    """Write the page about what the rules do to a sample of the source."""
+    folder, name = resolve_output_file(path)
+    sample = Sample(filter_rules(config))
+    items = with_address(resume_state.read_plan(output) or [], config.source)
+    sample.add(sample_documents(items, _SAMPLE_BYTES))
+    page = render(sample, source=resume_state.stored_source(config.source), counted=Manifest.load(output).skipped)
+    folder.write(name, [page.encode("utf-8", "replace")])
+    logger.info("%s/%s: what the rules do to %s documents", folder, name, f"{sample.documents:,}")
 
 
 def verify(config: TokenizeConfig) -> tuple[Manifest, list[str]]:

@@ -16,7 +16,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_split
 from pipeline.errors import UserError
 from pipeline.filters.rules import Rules
-from pipeline.preprocessing import tokenization
+from pipeline.preprocessing import tokenization, tokenize_job
 from pipeline.storage.folders import open_folder
 from pipeline.tokenizer import training as bpe_training
 from pipeline.tokenizer.bpe import Tokenizer
@@ -81,3 +81,23 @@ def test_mistakes_are_found_before_anything_is_read(config: TokenizeConfig, tmp_
         with pytest.raises(UserError, match=r"no_module_x|gopher\.min_wrds"):
             tokenization.tokenize(dataclasses.replace(config, **changed), open_folder(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_filter_report_is_the_same_for_any_workers(
+    config: TokenizeConfig, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "page.html"
+    chosen = dataclasses.replace(
+        config, filters=("gopher",), filter_report=str(path), output=str(tmp_path / "out"), tracking_uri=None
+    )
+    report, _, was_there = tokenize_job.tokenize(chosen)
+    page = path.read_text()
+    assert not was_there and "gopher: min_words" in page and "161 documents" in page
+    for reason, count in report.skipped.items():
+        assert f">{reason}</td>" in page and f">{count:,}</td>" in page
+    path.unlink()
+    assert tokenize_job.tokenize(dataclasses.replace(chosen, num_workers=1))[2]
+    assert path.read_text() == page
+    with pytest.raises(UserError, match="filter_report is a page about rules"):
+        dataclasses.replace(chosen, filters=())

@@ -16,7 +16,7 @@ _29 = np.uint64(29)
 
 
 @helper
-def slot_of(words: npt.NDArray[np.int64], start: int, length: int, table: npt.NDArray[np.int64]) -> int:
+def slot_of(words: npt.NDArray[np.int64], start: int, length: int, table: npt.NDArray[np.int64]) -> np.int64:
     """The place in ``table`` of the run that begins at word ``start``, or where it would go.
 
     table: number of the first word of a run, from 1; 0 is free. Its size must be a power of two.
@@ -40,7 +40,7 @@ def slot_of(words: npt.NDArray[np.int64], start: int, length: int, table: npt.ND
 @kernel
 def most_frequent(
     words: npt.NDArray[np.int64], length: int, table: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
-) -> int:
+) -> np.int64:
     """Where the most frequent run of ``length`` words first begins, the earliest of several; -1 in too short a text.
 
     How often it occurs is then in counts[-1]. counts: one more than the entries of ``table``.
@@ -63,7 +63,7 @@ def most_frequent(
 @kernel
 def repeated_characters(
     words: npt.NDArray[np.int64], characters: npt.NDArray[np.int64], length: int, table: npt.NDArray[np.int64]
-) -> int:
+) -> np.int64:
     """Characters of the runs of ``length`` words that came before; runs that overlap a counted one are left out.
 
     characters: of each word.
