@@ -196,7 +196,7 @@ def test_a_finished_run_is_done_and_its_report_is_made_again(home: Path) -> None
     folder = open_folder(home / "finished_run")
     config = PretrainConfig(**(CONFIGS["run"] | {"output": "finished_run"}))
     summary = finished_summary(config, data=home / "shards", output=folder)
-    assert summary is not None and asdict(summary) == EXPECTED["summary"] | {"val_accuracy": None}
+    assert summary is not None and asdict(summary) == EXPECTED["summary"] | {"task_scores": None, "val_accuracy": None}
     best = read_best(folder)
     assert best is not None and (best.step, best.val_loss) == (30, exact(EXPECTED["val_losses"])[30])
     entries = [entry for entry, _ in Journal(folder).read(0)]
