@@ -316,6 +316,12 @@ def _require_same_settings(folder: Folder, record: RunRecord, settings: dict[str
         )
     for name in sorted(settings.keys() | record.settings.keys()):
         old, new = (values.get(name, "left out") for values in (record.settings, settings))
+        if old != new and name == "evaluation_sets":
+            cure = "give the same --decontaminate" if name in record.settings else "give --decontaminate none"
+            raise UserError(
+                f"output folder {folder} was begun with another choice of evaluation questions to leave out; {cure} to "
+                "go on with it, or choose another --output"
+            )
         if old != new:
             raise UserError(
                 f"output folder {folder} was begun with {name} {_show(old)}, not {_show(new)}; "

@@ -121,13 +121,17 @@ def test_it_comes_behind_rules_and_copies(config: TokenizeConfig, tmp_path: Path
 
 
 def test_other_questions_are_another_folder(config: TokenizeConfig, tmp_path: Path) -> None:
-    output = open_folder(tmp_path / "out")
+    output, plain = open_folder(tmp_path / "out"), dataclasses.replace(config, decontaminate=())
     tokenization.tokenize(config, output)
-    with pytest.raises(UserError, match=r"begun with evaluation_sets .* left out"):
-        tokenization.finished(dataclasses.replace(config, decontaminate=()), output)
+    with pytest.raises(UserError, match=r"another choice of evaluation questions .* give the same --decontaminate to"):
+        tokenization.finished(plain, output)
     (tmp_path / "tasks.jsonl").write_text(json.dumps({"q": QUESTIONS[0]}))
-    with pytest.raises(UserError, match="begun with evaluation_sets"):
+    with pytest.raises(UserError, match="give the same --decontaminate to"):
         tokenization.tokenize(config, output)
+    without = open_folder(tmp_path / "without")
+    tokenization.tokenize(plain, without)
+    with pytest.raises(UserError, match="give --decontaminate none to go on"):
+        tokenization.finished(config, without)
 
 
 def test_a_preset_with_hellaswag_looks_for_its_questions(tmp_path: Path) -> None:
