@@ -288,8 +288,8 @@ def _pattern(pre_tokenizer: Any) -> tuple[Pattern | None, str]:
         if pre_tokenizer.get("add_prefix_space", True) or not pre_tokenizer.get("use_regex", True):
             return None, "a ByteLevel pre-tokenizer with add_prefix_space or without its pattern"
         return "gpt2", ""
-    if name == "Sequence of Split, ByteLevel":
-        pattern, problem = _split_pattern(*pre_tokenizer["pretokenizers"])
+    if name == "Sequence of Split, ByteLevel" and len(parts := _inner(pre_tokenizer, "pretokenizers")) == 2:
+        pattern, problem = _split_pattern(*parts)
         return pattern, f"the pre-tokenizer {name} {problem}" if problem else ""
     return None, f"the pre-tokenizer {name}"
 
@@ -312,8 +312,13 @@ def _name(part: Any) -> str:
     """The type of a part of the file; of a sequence, the types in it."""
     if not isinstance(part, dict):
         return str(part).lower() if part is None else repr(part)
-    inner = part.get("pretokenizers") or part.get("normalizers") or part.get("processors") or part.get("decoders") or []
+    inner = _inner(part, "pretokenizers", "normalizers", "processors", "decoders")
     return str(part.get("type", "of no type")) + (f" of {', '.join(_name(each) for each in inner)}" if inner else "")
+
+
+def _inner(part: dict[str, Any], *names: str) -> list[Any]:
+    """The parts of a sequence, which stand under the first of these names; none where there is no list."""
+    return next((part[name] for name in names if part.get(name) and isinstance(part[name], list)), [])
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -190,6 +190,24 @@ def test_other_patterns_are_refused_by_name(tmp_path: Path, pre_tokenizer: dict[
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        {"type": "Sequence", "pretokenizers": 1},
+        {"type": "Sequence", "pretokenizers": {"Split": 1, "ByteLevel": 2}},
+        {"type": "Sequence of Split, ByteLevel"},
+        {"type": "Sequence of Split", "pretokenizers": [{"type": "ByteLevel"}]},
+        {"type": "Sequence", "decoders": [{"type": "Split"}, {"type": "ByteLevel"}]},
+        {"type": "Sequence", "pretokenizers": ["Split", None]},
+        ["ByteLevel"],
+        "ByteLevel",
+    ],
+)
+def test_pre_tokenizers_of_wrong_types_are_refused_in_a_sentence(tmp_path: Path, pre_tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="the pre-tokenizer"):
+        read(tmp_path, pre_tokenizer)
+
+
 def test_what_else_the_file_of_llama_3_does_is_refused_by_name(tmp_path: Path) -> None:
     write_tokenizer_json(tmp_path / "tokenizer.json", Vocabulary(BYTE_TOKENS, [], {}, "cl100k"))
     content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
