@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pandas  # type: ignore[import-untyped]  # it brings no types
 import pytest
+from playwright.sync_api import sync_playwright
 
 from pipeline.storage.folders import open_folder
 from pipeline.tracking import report
@@ -120,6 +123,23 @@ def test_text_is_text_and_nothing_is_fetched(run: Path) -> None:
     assert "H100 <80GB>" in page.texts
     assert [address[:22] for address in page.addresses] == ["data:image/png;base64,"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_long_names_do_not_widen_the_page(run: Path, width: int) -> None:
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("needs Chromium (apt-get install chromium), or its path in CHROMIUM")
+    values = {"checkpoint": "/runs/" + "long" * 30, "lr": 0.0018}
+    report.write_pages(open_folder(run), [*make_entries(), {"kind": "params", "time": BEGIN, "values": values}])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.goto((run / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        too_wide = "[...document.querySelectorAll('.recipe div')].filter(it => it.scrollWidth > it.clientWidth).length"
+        assert page.locator(".recipe div").count() and page.evaluate(too_wide) == 0
+        browser.close()
 
 
 def test_without_a_known_peak_the_page_has_speed_and_no_mfu(run: Path) -> None:
