@@ -37,6 +37,7 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
     "RAY_DEDUP_LOGS_SKIP_REGEX": _NOISE,
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # else every line begins with "(RayTrainWorker pid=...)", in colours
+    "RAY_COLOR_PREFIX": "0",  # else what still has a prefix, such as "(raylet)", has colours in files too
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _ALONE = {

@@ -152,7 +152,10 @@ def _start_replicas(config: ServeConfig) -> Replicas:
 def _shut_down() -> None:
     """End the replicas, and Ray where it was started here."""
     from ray import serve
+    from ray._private import worker
 
+    # Calls to the controller that Serve ends are failures to Ray, which prints them to every driver.
+    worker.print_to_stdstream = lambda *_, **__: None
     serve.shutdown()
     ray_cluster.shut_down()
 

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -70,7 +69,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @contextlib.contextmanager
 def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, **variables: str) -> Iterator[Server]:
-    """jobs/serve.py with further environment variables; it must end well, without a traceback."""
+    """jobs/serve.py with further environment variables; it must end well, and nothing but its own lines be printed."""
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), str(checkpoint), "--port", "0", "--device", "cpu"]
     command += ["--model_name", "tiny", "--max_waiting", "300"]
     command += ["--max_tokens", str(FOR_EVER), "--request_seconds", "36000"]  # so that nothing ends by itself
@@ -82,12 +81,14 @@ def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, **variab
     )
     try:
         yield Server(url=wait_for_address(process, log), process=process)
-    finally:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=60)
+    except BaseException:
         process.kill()
-    assert process.returncode == 0
+        raise
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=1200) == 0
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    assert printed.splitlines()[-1] == "serve: ended" and "raylet" not in printed and "\x1b" not in printed, printed
     log.seek(0)
     said = log.read()
     assert "Traceback" not in said, said[said.index("Traceback") - 1000 :][:6000]
@@ -97,8 +98,7 @@ def wait_for_address(process: subprocess.Popen[str], log: Any) -> str:
     assert process.stdout is not None
     for line in process.stdout:
         if match := re.search(r"page\s+(http://\S+)/", line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-            return match[1]
+            return match[1]  # the few lines that follow fit into the pipe
     log.seek(0)
     raise AssertionError(f"the server did not start: {log.read()[-3000:]}")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +23,12 @@ from pipeline.tracking.journal import read_journal
 from pipeline.tracking.run_history import RunHistory
 from pipeline.training import launch
 from tests.support.factories import tiny_config
+from tests.support.holding import allow_holding, kill_in_training
 
 STEPS = 120
 KILL_AFTER = 10
+HELD_AT = 25
+"""The step before which the trial waits until it is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT25_HOME", str(path))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        allow_holding(patch)
         ray_cluster.connect(num_cpus=2)
         yield path
         ray_cluster.shut_down()
@@ -52,10 +55,8 @@ def losses(run_folder: Path) -> dict[str, dict[int, float]]:
     return {name: history.metrics[name] for name in ("train/loss", "val/loss")}
 
 
-def kill_when_trained(run_folder: Path, killed: list[int]) -> None:
-    """Kill the only trial's process as soon as the trial has a checkpoint, with its training on the way."""
-    while not (run_folder / f"checkpoints/step-{KILL_AFTER:06d}/checkpoint.json").exists():
-        time.sleep(0.02)
+def kill_trials(killed: list[int]) -> None:
+    """Kill the process of the only trial, with its training on the way."""
     for process in psutil.Process().children(recursive=True):
         if "TrialProcess" in " ".join(process.cmdline()):
             process.kill()
@@ -67,10 +68,11 @@ def test_a_killed_trial_goes_on_and_a_failed_one_is_not_the_sweeps(folder: Path,
     sweep = SweepConfig(output="sweep", vary=("hellaswag=None,missing.jsonl",), trials_at_once=1)
     trials = plan_trials(sweep, [*flags(config), "--keep_every", str(KILL_AFTER)])
     killed: list[int] = []
-    killer = threading.Thread(target=kill_when_trained, args=(folder / "sweep/trial-000", killed), daemon=True)
-    killer.start()
+    (folder / "sweep").mkdir()
+    run_folder, kill = folder / "sweep/trial-000", functools.partial(kill_trials, killed)
+    killer = kill_in_training(run_folder, kill, checkpoint=KILL_AFTER, held_at=HELD_AT)
     results, run = sweep_job.sweep(sweep, trials)
-    killer.join(1)
+    killer.join(1200)
     assert len(killed) == 1
     assert [result.status for result in results] == ["finished", "failed"]
     assert "missing.jsonl" in results[1].error

@@ -6,9 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,24 +30,26 @@ from pipeline.tracking.mlflow_run import MLflowRun
 from pipeline.training import launch
 from pipeline.training.run_folder import RunSummary
 from tests.support.factories import tiny_config
+from tests.support.holding import allow_holding, kill_in_training
 from tests.support.ray_environment import own_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 KILL_AFTER = 20
+HELD_AT = 27
+"""The step before which a run waits until it is killed; checkpoints are written every 5 steps."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder, with a local Ray of four logical CPUs."""
     path = tmp_path_factory.mktemp("launch")
-    before = os.environ.get("GPT25_HOME")
-    os.environ["GPT25_HOME"] = str(path)
-    ray_cluster.connect(num_cpus=4)
-    yield path
-    ray_cluster.shut_down()
-    if before is None:
-        del os.environ["GPT25_HOME"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT25_HOME", str(path))
+        allow_holding(patch)
+        ray_cluster.connect(num_cpus=4)
+        yield path
+        ray_cluster.shut_down()
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +70,6 @@ def config(tiny_data: Path) -> PretrainConfig:
 def clean(folder: Path, config: PretrainConfig) -> tuple[RunSummary, MLflowRun]:
     """A run that nobody disturbed."""
     return launch.pretrain(config)
-
-
-def when_checkpointed(run_folder: Path, action: Callable[[], None]) -> threading.Thread:
-    """Do ``action`` in a thread as soon as the run has its checkpoint of step KILL_AFTER."""
-
-    def wait_and_act() -> None:
-        while not any(step >= KILL_AFTER for step, _ in list_checkpoints(run_folder / "checkpoints")):
-            time.sleep(0.05)
-        action()
-
-    thread = threading.Thread(target=wait_and_act, daemon=True)
-    thread.start()
-    return thread
 
 
 def training_workers() -> list[psutil.Process]:
@@ -127,9 +114,9 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
         killed.append(victim.pid)
         victim.kill()
 
-    thread = when_checkpointed(folder / "worker-killed", kill_one)
+    thread = kill_in_training(folder / "worker-killed", kill_one, checkpoint=KILL_AFTER, held_at=HELD_AT)
     summary, run = launch.pretrain(dataclasses.replace(config, output="worker-killed"))
-    thread.join(10)
+    thread.join(1200)
     assert len(killed) == 1
     assert same_result(summary, clean[0])
     assert losses(run) == losses(clean[1]), "no point is missing or doubled"
@@ -143,10 +130,10 @@ def test_a_killed_job_goes_on_with_the_same_command(
     command = [sys.executable, str(ROOT / "jobs/pretrain.py"), *flags]
     # A cluster of its own: it dies with the job, as on a laptop that loses power.
     first = subprocess.Popen(command, env=own_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    when_checkpointed(folder / "job-killed", first.kill).join(1200)
+    kill_in_training(folder / "job-killed", first.kill, checkpoint=KILL_AFTER, held_at=HELD_AT).join(1200)
     assert first.wait(1200) == -9
     steps_kept = [step for step, _ in list_checkpoints(folder / "job-killed" / "checkpoints")]
-    assert KILL_AFTER <= steps_kept[-1] < STEPS
+    assert KILL_AFTER <= steps_kept[-1] <= HELD_AT
     second = subprocess.run(command, env=own_environment(), capture_output=True, text=True, timeout=1200, check=False)
     assert second.returncode == 0, second.stderr
     assert "resuming at step" in second.stdout + second.stderr
