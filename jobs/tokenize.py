@@ -11,7 +11,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from jobs._run import Rows, ignored_row, print_table, run, would_fail
-from pipeline.config.data import TokenizeConfig
+from pipeline.config.data import TASKS, TokenizeConfig
 from pipeline.console import format_rate
 from pipeline.errors import UserError
 
@@ -90,14 +90,17 @@ def _verify(config: TokenizeConfig) -> None:
 def describe(config: TokenizeConfig) -> Rows:
     """What --dry_run says besides the settings: the mistakes that end the job before Ray starts."""
     from pipeline.decontamination.evaluation_sets import EvaluationSets
+    from pipeline.decontamination.questions import check_names
     from pipeline.paths import resolve_output
     from pipeline.preprocessing.data_job import check_source
     from pipeline.run_files import SUMMARY_FILE
 
-    here = [name for name in config.decontaminate if "://" not in name]
+    tasks = [name for name in config.decontaminate if name.startswith(TASKS)]
+    here = [name for name in config.decontaminate if "://" not in name and name not in tasks]
     return would_fail(
         lambda: check_source(config),
         lambda: EvaluationSets.read(here),
+        lambda: check_names(tasks),
         lambda: resolve_output(config.output).size(SUMMARY_FILE),
     )
 

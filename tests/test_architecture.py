@@ -38,7 +38,9 @@ ROOMS: dict[str, set[str]] = {
     "sources": {"errors", "paths", "listing", "remote"},
     "filters": {"errors", "tokenizer.kernels.cache"},
     "deduplication": {"sources.arrow_values", "tokenizer"},
-    "decontamination": {"errors", "storage", "paths", "remote", "sources", "deduplication", "tokenizer"},
+    "decontamination": {
+        *("errors", "storage", "paths", "config", "remote", "sources", "deduplication", "tokenizer", "tasks"),
+    },
     "dataset": {"errors", "storage", "tokenizer"},
     "checkpoints": {"errors", "storage", "distributed", "versions"},
     "tracking": {

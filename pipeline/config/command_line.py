@@ -146,11 +146,10 @@ def load_preset(path: Path, section: str, config_class: type[Any]) -> dict[str, 
 
 
 def _of_other_sections(document: dict[str, dict[str, Any]], config_class: type[Any]) -> dict[str, list[str]]:
-    """What a preset says elsewhere of fields that are marked so in their metadata: section and key of each place."""
+    """What a preset says elsewhere of fields whose metadata have a function that finds it."""
     found: dict[str, list[str]] = {}
     for field in dataclasses.fields(config_class):
-        places = [document.get(section, {}).get(key) for section, key in field.metadata.get("also_of", ())]
-        if values := list(dict.fromkeys(str(value) for value in places if value)):
+        if "from_preset" in field.metadata and (values := field.metadata["from_preset"](document)):
             found[field.name] = values
     return found
 

@@ -6,13 +6,26 @@ no sense raises a UserError that shows it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config.settings import require, require_plain, require_positive
 from pipeline.tokenizer.patterns import MAX_TOKENS, Pattern
 
 GPT2_TOKENIZER = "hf://openai-community/gpt2"
+TASKS = "tasks:"
+"""Before names of tasks, among names of files."""
+
+
+def _questions_in_use(preset: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The questions that a preset trains and evaluates with, as ``decontaminate`` has them."""
+    found = []
+    for section in (preset.get(name, {}) for name in ("pretrain", "evaluate")):
+        hellaswag, tasks, files = (section.get(key) for key in ("hellaswag", "tasks", "task_files"))
+        found += [str(hellaswag)] if hellaswag else []
+        found += [f"{TASKS}{tasks}{f'@{files}' if files else ''}"] if tasks else []
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +124,11 @@ class TokenizeConfig(ReadingConfig):
     dedup_threshold: float | None = None
     """Smallest share of common runs of words (Jaccard's similarity) at which documents that minhash has found are taken
     for copies. If not given, what minhash has found is not compared again."""
-    decontaminate: tuple[str, ...] = field(
-        default=(), metadata={"also_of": (("pretrain", "hellaswag"), ("evaluate", "hellaswag"))}
-    )
-    """Files of evaluation questions (JSON lines or parquet, a question a record; s3://, gs://, https:// and hf:// too):
-    documents that share 13 words in a row with one are left out and listed. With none there are no such files. If not
-    given, the HellaSwag questions that the preset names for training and evaluation."""
+    decontaminate: tuple[str, ...] = field(default=(), metadata={"from_preset": _questions_in_use})
+    """Files of evaluation questions (JSON lines or parquet, a question a record; s3://, gs://, https:// and hf:// too),
+    or tasks:NAMES[@TASK_FILES] for tasks of jobs/evaluate.py: documents that share 13 words in a row with a question
+    are left out and listed. With none there are no such questions. If not given, the HellaSwag questions and the tasks
+    that the preset names for training and evaluation."""
     verify: bool = False
     """Write nothing; read the data in --output again and compare it with its manifest."""
     tokenizer: str | None = None

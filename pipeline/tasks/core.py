@@ -139,8 +139,7 @@ def _read_task(files: TaskFiles, entry: _TaskEntry, baselines: dict[str, float],
     questions = [_question(values, kind, place) for place, values in records(_read(files, name), f"{files}/{name}")]
     if not questions:
         raise UserError(f"{files}/{name} has no question; fetch it anew")
-    random.Random(_ORDER_SEED).shuffle(questions)
-    questions = questions[:limit]
+    questions = [questions[number] for number in file_order(len(questions))][:limit]
     num_fewshot = entry["num_fewshot"][0]
     if num_fewshot >= len(questions):
         raise UserError(
@@ -156,6 +155,13 @@ def _read_task(files: TaskFiles, entry: _TaskEntry, baselines: dict[str, float],
         baseline=baseline,
         questions=tuple(questions),
     )
+
+
+def file_order(count: int) -> list[int]:
+    """Where the questions of a task of CORE stand in its file, from 0, in the order in which they are asked."""
+    numbers = list(range(count))
+    random.Random(_ORDER_SEED).shuffle(numbers)
+    return numbers
 
 
 def _question(values: dict[str, Any], kind: Kind, place: str) -> Question:

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.decontamination.evaluation_sets import EvaluationSets, Question
+from pipeline.decontamination.evaluation_sets import EvaluationSets
+from pipeline.decontamination.questions import Question
 from pipeline.decontamination.words import gram_hashes, plain_words
 from pipeline.errors import UserError
 from tests.support.hellaswag_questions import make_questions, write_questions
+from tests.support.task_files import write_bundle, write_harness
 
 CHOOSE = random.Random(3)
 DROPPED = {"Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So", "Mn", "Mc", "Me", "Cf"}
@@ -144,6 +146,57 @@ def test_other_records_are_all_their_texts(tmp_path: Path) -> None:
     ]
     text = f"{record['question']}: {record['choices']['text'][0]}"  # type: ignore[index]
     assert found_in(sets, text) == [0] and sets.num_short == 0
+
+
+def test_questions_of_tasks_are_their_options(tmp_path: Path) -> None:
+    bundle = write_harness(write_bundle(tmp_path / "bundle", count=9), ["piqa"], 5)
+    sets = EvaluationSets.read([f"tasks:core,piqa@{bundle}"])
+    lines = {
+        f"core/{label}": (bundle / "eval_data" / "some" / f"{label}.jsonl").read_text().splitlines()
+        for label in ("choices", "blanks", "words")
+    }
+    lines["piqa"] = (bundle / "piqa.jsonl").read_text().splitlines()
+    expected = []
+    for name, own in lines.items():
+        for number, line in enumerate(own, 1):
+            values = json.loads(line)
+            texts = {
+                "core/choices": lambda v: [f"{v['query']}\nAnswer: {choice}" for choice in v["choices"]],
+                "core/blanks": lambda v: [f"{option} {v['continuation']}" for option in v["context_options"]],
+                "core/words": lambda v: [f"{v['context']} {v['continuation']}"],
+                "piqa": lambda v: [f"Question: {v['goal']}\nAnswer: {v[choice]}" for choice in ("sol1", "sol2")],
+            }[name](values)
+            expected.append(Question(name, number, "", tuple(texts)))
+    assert list(sets.questions) == expected and len(expected) == 3 * 9 + 5
+    assert [each.split(" ")[0] for each in sets.fingerprints] == list(lines)
+    assert found_in(sets, *(question.texts[-1] for question in expected)) == [
+        number for number, question in enumerate(expected) if len(naive_words(question.texts[-1])) >= 13
+    ]
+
+
+def test_tasks_are_known_by_their_questions_alone(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    before = EvaluationSets.read([f"tasks:core@{bundle}"]).fingerprints
+    config, words_file = bundle / "core.yaml", bundle / "eval_data" / "some" / "words.jsonl"
+    config.write_text(config.read_text().replace("num_fewshot: [2]", "num_fewshot: [3]"))
+    assert EvaluationSets.read([f"tasks:core@{bundle}"]).fingerprints == before
+    words_file.write_text("".join(words_file.read_text().splitlines(keepends=True)[:-1]))
+    after = EvaluationSets.read([f"tasks:core@{bundle}"]).fingerprints
+    assert after[:2] == before[:2] and after[2] != before[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tasks:cores", "there is no task cores; give of core, core/NAME"),
+        ("tasks:", "tasks is ''; give of core"),
+        ("tasks:core", "the files of core are not on the hub"),
+        ("tasks:core@{0}/none", "there is no folder .*none of tasks"),
+    ],
+)
+def test_tasks_that_cannot_be_read_are_a_sentence(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EvaluationSets.read([name.format(tmp_path)])
 
 
 @pytest.mark.parametrize(

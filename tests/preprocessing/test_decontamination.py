@@ -21,6 +21,7 @@ from pipeline.storage.folders import open_folder
 from pipeline.tokenizer import training as bpe_training
 from pipeline.tokenizer.bpe import Tokenizer
 from tests.support.fixtures import contents
+from tests.support.task_files import write_bundle, write_lines
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 CHOOSE = random.Random(9)
@@ -84,6 +85,21 @@ def test_documents_with_a_question_go_and_are_listed(config: TokenizeConfig, tmp
     assert [line["words"] for line in lines] == [QUESTIONS[number % 5] for number in DROPPED]
 
 
+def test_documents_with_a_question_of_a_task_go_and_are_listed(config: TokenizeConfig, tmp_path: Path) -> None:
+    """Its number is that of the line in the file, whatever the order in which the task asks."""
+    bundle = write_bundle(tmp_path / "bundle")
+    rows = [{"context": text.rpartition(" ")[0], "continuation": text.rpartition(" ")[2]} for text in QUESTIONS]
+    write_lines(bundle / "eval_data" / "some" / "words.jsonl", rows)
+    chosen = dataclasses.replace(config, decontaminate=(f"tasks:core/words@{bundle}",))
+    tokenization.tokenize(chosen, open_folder(tmp_path / "out"))
+    assert documents_of(tmp_path / "out") == [text for number, text in enumerate(TEXTS) if number not in DROPPED]
+    lines = listed(tmp_path / "out")
+    assert [(line["questions"], line["question"]) for line in lines] == [
+        ("core/words", number % 5 + 1) for number in DROPPED
+    ]
+    assert tokenization.finished(chosen, open_folder(tmp_path / "out")) is not None
+
+
 def test_a_lost_item_is_done_again_with_the_same_list(config: TokenizeConfig, tmp_path: Path) -> None:
     small = dataclasses.replace(
         config, item_bytes=4_000, filters=("gopher",), filter_bounds=("gopher.min_stop_words=1",)
@@ -134,7 +150,7 @@ def test_other_questions_are_another_folder(config: TokenizeConfig, tmp_path: Pa
         tokenization.finished(config, without)
 
 
-def test_a_preset_with_hellaswag_looks_for_its_questions(tmp_path: Path) -> None:
+def test_a_preset_with_hellaswag_or_tasks_looks_for_their_questions(tmp_path: Path) -> None:
     (tmp_path / "preset.yaml").write_text(
         "tokenize: {output: out}\npretrain: {hellaswag: h.jsonl}\nevaluate: {hellaswag: h.jsonl}\n"
     )
@@ -144,6 +160,12 @@ def test_a_preset_with_hellaswag_looks_for_its_questions(tmp_path: Path) -> None
         return resolve(TokenizeConfig, "tokenize", given, program="job").decontaminate
 
     assert files() == ("h.jsonl",)
+    (tmp_path / "other.yaml").write_text(
+        "tokenize: {output: out}\npretrain: {tasks: core, task_files: hf://datasets/a/b@main}\n"
+        "evaluate: {tasks: 'core,piqa', hellaswag: h.jsonl}\n"
+    )
+    other = resolve(TokenizeConfig, "tokenize", ["--config", str(tmp_path / "other.yaml")], program="job")
+    assert other.decontaminate == ("tasks:core@hf://datasets/a/b@main", "h.jsonl", "tasks:core,piqa")
     assert files("--decontaminate", "none") == ()
     assert files("--decontaminate", "a.jsonl", "b.jsonl") == ("a.jsonl", "b.jsonl")
     for wrong in (["none", "a.jsonl"], [""]):
