@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.decontamination.evaluation_sets import EvaluationSets, Overlap
+from pipeline.errors import UserError
 from pipeline.sources.readers import read_item
 from pipeline.sources.work_items import Damage, WorkItem
 from pipeline.storage.folders import Folder
@@ -36,8 +37,22 @@ def list_name(index: int) -> str:
 
 
 def join_lists(output: Folder, counts: Sequence[int]) -> None:
-    """Write the list of all work items, in plan order. ``counts``: of each item the documents in its list."""
-    output.write(LIST_NAME, (output.read(list_name(index)) for index, count in enumerate(counts) if count))
+    """Write the list of all work items, in plan order. ``counts``: of each item the documents in its list.
+
+    Raises:
+        UserError: the list of an item is missing.
+    """
+    output.write(LIST_NAME, (_read_list(output, index) for index, count in enumerate(counts) if count))
+
+
+def _read_list(output: Folder, index: int) -> bytes:
+    try:
+        return output.read(list_name(index))
+    except FileNotFoundError:
+        raise UserError(
+            f"{output}/{list_name(index)}, which lists documents that were left out, is missing; delete "
+            f"items/{index:06d}.json beside it and run the command again, which does that work item again"
+        ) from None
 
 
 @dataclasses.dataclass

@@ -165,7 +165,8 @@ def _records(name: str, content: bytes) -> Iterator[tuple[int, Any]]:
 def _question(name: str, number: int, record: Any) -> Question:
     values: Record = record if isinstance(record, dict) else {}
     own = next((values[key] for key in _NAMES if isinstance(values.get(key), str | int)), "")
-    return Question(name, number, str(own), tuple(text for text in _texts(record) if text.strip()))
+    texts = (text.encode("utf-8", "replace").decode() for text in _texts(record))  # half a character may be in JSON
+    return Question(name, number, str(own), tuple(text for text in texts if text.strip()))
 
 
 def _texts(record: Any) -> list[str]:

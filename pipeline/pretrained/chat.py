@@ -46,11 +46,13 @@ def known_chat(path: Path, tokenizer: Tokenizer) -> Chat | None:
 
 def _exported_name(path: Path) -> str | None:
     """The name of the template in an exported folder; None where there is none, its text where it is unknown."""
-    text: str | None
     if (path / TEMPLATE_FILE).is_file():
-        text = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
+        text = (path / TEMPLATE_FILE).read_bytes().decode("utf-8", "replace")
     elif (path / huggingface.TOKENIZER_CONFIG_FILE).is_file():
-        text = huggingface.read_json(path / huggingface.TOKENIZER_CONFIG_FILE).get("chat_template")
+        value = huggingface.read_json(path / huggingface.TOKENIZER_CONFIG_FILE).get("chat_template")
+        if value is None:
+            return None
+        text = str(value)  # folders of others may have a list of templates
     else:
         return None
     return next((name for name, template in TEMPLATES.items() if template.jinja == text), text)

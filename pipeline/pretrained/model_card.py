@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from typing_extensions import TypedDict
 
 from model.config import ModelConfig
 from pipeline.checkpoints.metadata import CheckpointInfo
@@ -75,8 +76,20 @@ _SCORES = {
 }
 
 
-_TaskScores = dict[str, dict[str, int | float | None]]
-"""Of evaluation.json, the results of tasks by name."""
+class _Scores(TypedDict, total=False):
+    """What the card shows of evaluation.json."""
+
+    checkpoint: str
+    val_loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    unigram_entropy: float | None
+    hellaswag_acc_norm: float | None
+    hellaswag_acc: float | None
+    hellaswag_questions: int | None
+    tasks: dict[str, dict[str, int | float | None]] | None
+    core: float | None
+    core_stderr: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +105,7 @@ class Run:
     history: RunHistory = field(default_factory=RunHistory)
     """The run's journal up to the step of the checkpoint."""
     mlflow_run_id: str | None = None
-    old_card: str | None = None
+    old_card: bytes | None = None
     """README.md of a folder in Llama's layout that is exported again."""
 
     @property
@@ -106,7 +119,7 @@ def read_run(source: ModelSource) -> Run:
     if huggingface.is_exported(source.path):
         card = source.path / CARD_FILE
         is_kept = card.is_file() and not huggingface.is_published_gpt25(source.path)  # that one speaks of its own code
-        return Run(old_card=card.read_text(encoding="utf-8") if is_kept else None)
+        return Run(old_card=card.read_bytes() if is_kept else None)
     description = read_description(as_folder(source.path))
     info = description.info
     known = Run(info=info, versions=description.versions, manifest=_read_manifest(info))
@@ -127,7 +140,7 @@ def write(folder: Path, run: Run, config: ModelConfig, *, name: str, dtype: str,
         gguf_file: name of the file of weights, where the folder is for llama.cpp and not for transformers.
     """
     if run.old_card is not None:
-        (folder / CARD_FILE).write_text(run.old_card, encoding="utf-8")
+        (folder / CARD_FILE).write_bytes(run.old_card)
         return
     curves = draw_curves(run.history)
     if curves is not None:
@@ -221,16 +234,14 @@ def _read_manifest(info: CheckpointInfo) -> Manifest | None:
 
 def _read_scores(folder: Folder, checkpoint: str) -> dict[str, Any]:
     try:
-        scores = read_json(
-            folder, SCORES_FILE, dict[str, str | int | float | dict[str, float] | _TaskScores | None], mend="delete it"
-        )
+        scores = read_json(folder, SCORES_FILE, _Scores, mend="delete it")
     except DamagedFileError as error:
         logger.warning("the model card says nothing of scores: %s", error)
         return {}
     if scores is None:
         logger.info("no scores in the model card; jobs/evaluate.py before the export puts them there")
         return {}
-    return scores if scores.get("checkpoint") == checkpoint else {}
+    return dict(scores) if scores.get("checkpoint") == checkpoint else {}
 
 
 def _inputs(run: Run) -> Sequence[dict[str, Any]]:

@@ -186,4 +186,15 @@ def checked(contexts: Sequence[Text], continuations: Sequence[Text], answer: int
     texts = tuple(map(str, continuations))
     if not all(text.strip() for text in texts):
         raise UserError(f"{place}: an answer is empty; fetch the file anew")
-    return Question(contexts=tuple(map(str, contexts)), continuations=texts, answer=answer)
+    question = Question(contexts=tuple(map(str, contexts)), continuations=texts, answer=answer)
+    if not all(_is_utf8(text) for text in (*question.contexts, *texts)):
+        raise UserError(f"{place}: half a character, which is no UTF-8, is in a text; fetch the file anew")
+    return question
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class TaskFiles:
             raise UserError(f"{name} in {self} has more than {_MOST_BYTES:,} bytes; it is no file of a task")
         try:
             return archive.read(entry)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, ValueError, EOFError) as error:
             raise UserError(f"{name} in {self} cannot be unpacked ({error}); fetch the file anew") from error
 
     def _open_archive(self) -> zipfile.ZipFile:
@@ -77,7 +78,7 @@ class TaskFiles:
                 self._archive = zipfile.ZipFile(io.BytesIO(content))
             else:
                 self._archive = zipfile.ZipFile(self.address)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise UserError(f"{self} cannot be read as a zip file ({error}); give another --task_files") from error
         return self._archive
 

@@ -199,6 +199,12 @@ def test_tasks_that_cannot_be_read_are_a_sentence(tmp_path: Path, name: str, mes
         EvaluationSets.read([name.format(tmp_path)])
 
 
+def test_half_a_character_in_json_is_no_word(tmp_path: Path) -> None:
+    own = words(14)
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"q": f"{' '.join(own[:7])} \ud83d {' '.join(own[7:])}"}) + "\n")
+    assert found_in(EvaluationSets.read([str(tmp_path / "odd.jsonl")]), " ".join(own)) == [0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -118,6 +118,19 @@ def test_a_lost_item_is_done_again_with_the_same_list(config: TokenizeConfig, tm
     assert tokenization.finished(small, output) is None
 
 
+def test_a_list_that_is_gone_is_a_sentence(config: TokenizeConfig, tmp_path: Path) -> None:
+    output = open_folder(tmp_path / "out")
+    tokenization.tokenize(config, output)
+    before = contents(tmp_path / "out")
+    for name in ("manifest.json", "contaminated.jsonl", "items/contaminated/000000.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(UserError, match=r"contaminated/000000.jsonl, .* delete items/000000.json beside it"):
+        tokenization.tokenize(config, output)
+    (tmp_path / "out" / "items" / "000000.json").unlink()
+    tokenization.tokenize(config, output)
+    assert contents(tmp_path / "out") == before
+
+
 def test_it_comes_behind_rules_and_copies(config: TokenizeConfig, tmp_path: Path) -> None:
     (tmp_path / "texts" / "2.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ["too short", TEXTS[3], NEW, TEXTS[4], TEXTS[5]])

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 from pipeline.config.inference import ExportConfig, GenerateConfig
 from pipeline.conversations.templates import TEMPLATES, Chat
+from pipeline.errors import UserError
 from pipeline.generation.generate_job import Generator
 from pipeline.pretrained.chat import known_chat, read_chat
 from pipeline.pretrained.export_job import export
@@ -146,3 +147,30 @@ def test_a_template_of_others_is_left_out_with_a_warning(
     assert "without a chat" in caplog.text and "known are chatml, gpt2.5" in caplog.text
     assert not (tmp_path / "out/chat_template.jinja").exists()
     assert known_chat(tmp_path / "theirs", read_tokenizer(tmp_path / "theirs")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", b"{{ messages }}\xdf"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": "{{ messages }}"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": {"default": 7}}'),
+    ],
+)
+def test_templates_in_other_forms_are_ones_that_are_not_known(
+    base: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    export(ExportConfig(checkpoint=str(base), output=str(tmp_path / "theirs")))
+    (tmp_path / "theirs" / name).write_bytes(content)
+    tokenizer = read_tokenizer(tmp_path / "theirs")
+    with pytest.raises(UserError, match="has a chat template that is not known here; known are chatml"):
+        read_chat(tmp_path / "theirs", tokenizer)
+    assert known_chat(tmp_path / "theirs", tokenizer) is None
+
+
+def test_the_card_of_others_keeps_its_bytes(base: Path, tmp_path: Path) -> None:
+    export(ExportConfig(checkpoint=str(base), output=str(tmp_path / "theirs")))
+    card = "# Ein Füchslein\r\n".encode("latin-1")
+    (tmp_path / "theirs/README.md").write_bytes(card)
+    export(ExportConfig(checkpoint=str(tmp_path / "theirs"), output=str(tmp_path / "out")))
+    assert (tmp_path / "out/README.md").read_bytes() == card

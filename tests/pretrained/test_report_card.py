@@ -61,3 +61,12 @@ def test_a_val_loss_alone_compares_with_nothing(run: Path, tmp_path: Path) -> No
     assert "Beside published results" not in card and "| val loss, whole val set | 3.2000 |" in card
     hellaswag = {"questions": 5, "num_fewshot": 0, "acc": 0.2, "acc_stderr": 0.1, "acc_norm": 0.4}
     assert "| this model |" in card_of(run, tmp_path, {"tasks": {"hellaswag": hellaswag}})
+
+
+@pytest.mark.parametrize("scores", [{"tasks": "many"}, {"core": "high"}, {"hellaswag_acc_norm": {}}])
+def test_scores_that_are_none_are_left_out(
+    run: Path, tmp_path: Path, scores: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    card = card_of(run, tmp_path, {"val_loss": 3.2} | scores)
+    assert "val loss, whole val set" not in card
+    assert "the model card says nothing of scores" in caplog.text and next(iter(scores)) in caplog.text

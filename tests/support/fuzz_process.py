@@ -7,6 +7,7 @@ in what way, the most memory and the slowest read; anything but a value or a Use
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -36,7 +37,7 @@ from pipeline.evaluation.evaluate_job import Scores
 from pipeline.evaluation.hellaswag import read_questions
 from pipeline.generation.generate_job import read_prompts
 from pipeline.preprocessing import resume_state
-from pipeline.pretrained import weights
+from pipeline.pretrained import model_card, weights
 from pipeline.pretrained.export_job import export
 from pipeline.run_files import SCORES_FILE, SUMMARY_FILE
 from pipeline.storage.folders import open_folder
@@ -47,6 +48,7 @@ from pipeline.tracking.journal import Journal, count_waiting, read_journal
 from pipeline.tracking.mlflow_run import recorded_run_id
 from pipeline.tracking.run_history import RunHistory
 from pipeline.training import largest_batch, run_folder
+from tests.support import fuzz_chat_and_tasks
 
 OLD = Path(__file__).resolve().parents[1] / "old_files/e56b0f4"
 NUMBERS = (0, -1, 1, 10**9, 10**30, -(10**30), 2**31, 2**63, 1e308, float("inf"), float("nan"), 0.5, True)
@@ -70,6 +72,7 @@ class Folders:
         run = base / "finished_run"
         (run / "evaluation.json").write_text(json.dumps({"checkpoint": "x", "val_loss": 1.0, "val_tokens": 5}))
         (run / "batch_size.json").write_text(json.dumps([{"batch_size": 4, "found_for": {"workers": 1}}]))
+        fuzz_chat_and_tasks.add_files(base)
         self.state = {f"model.{name}": p for name, p in self.load(self.checkpoint).items()}
         self.tokens = self.train_tokens()
 
@@ -108,6 +111,11 @@ def read_run(folders: Folders) -> None:
     count_waiting(folder, "b1ef5c457fb84b79add303b09e1e8905")
     Journal(folder).close()
     report.write_pages(folder, list(read_journal(folder))[-3:])
+    card = model_card.Run(
+        info=checkpoint_reader.read_info(folders.checkpoint), scores=model_card._read_scores(folder, "x")
+    )
+    assert card.info is not None
+    model_card._tables(card, card.info)
     largest_batch._known_size(folder, {"workers": 1})
     recorded_run_id(folder)
     run_folder.read_best(folder)
@@ -125,6 +133,10 @@ def read_items(folders: Folders) -> None:
 def read_export(folders: Folders) -> None:
     weights.read_progress(folders.base / "export")
     folders.load(folders.base / "export")
+
+
+def _in_base(read: Callable[[Path], object], folders: Folders) -> object:
+    return read(folders.base)
 
 
 TARGETS: dict[str, Callable[[Folders], object]] = {
@@ -152,6 +164,7 @@ TARGETS: dict[str, Callable[[Folders], object]] = {
     "questions.jsonl": lambda folders: read_questions(folders.base / "questions.jsonl"),
     "prompts.jsonl": lambda folders: read_prompts(str(folders.base / "prompts.jsonl")),
     "preset.yaml": lambda folders: load_preset(folders.base / "preset.yaml", "pretrain", PretrainConfig),
+    **{name: functools.partial(_in_base, read) for name, read in fuzz_chat_and_tasks.READERS.items()},
 }
 
 

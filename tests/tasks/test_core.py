@@ -16,6 +16,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,6 +38,7 @@ from pipeline.tracking.mlflow_run import mlflow_client, open_run
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from tests.support.file_server import running_files
 from tests.support.models import ALONE, train
+from tests.support.s3_server import S3
 from tests.support.task_files import BASELINES, harness_rows, write_bundle, write_harness, write_lines
 
 CONTEXT = 128
@@ -273,6 +276,30 @@ def test_a_zip_file_and_a_web_server_hold_the_same(bundle: Path, tmp_path: Path)
             assert read_tasks(TaskSettings(tasks="core", task_files=address)) == expected
 
 
+def test_a_bucket_holds_the_same(bundle: Path, tmp_path: Path, s3: S3) -> None:
+    """As a folder and as a zip file; a file of the harness lies beside; what is not there is said in a sentence."""
+    for path in sorted(bundle.rglob("*.*")):
+        s3.put(f"evals/{path.relative_to(bundle)}", path.read_bytes())
+    with zipfile.ZipFile(tmp_path / "core.zip", "w") as archive:
+        for path in sorted(bundle.rglob("*.*")):
+            archive.write(path, path.relative_to(bundle))
+    s3.put("core.zip", (tmp_path / "core.zip").read_bytes())
+    rows = harness_rows("piqa", 6)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "piqa.parquet")
+    s3.put("evals/piqa.parquet", (tmp_path / "piqa.parquet").read_bytes())
+    expected = read_tasks(TaskSettings(tasks="core", task_files=str(bundle)))
+    assert read_tasks(TaskSettings(tasks="core", task_files=f"{s3.url}/core.zip")) == expected
+    *found, piqa = read_tasks(TaskSettings(tasks="core,piqa", task_files=f"{s3.url}/evals"))
+    assert tuple(found) == expected
+    assert [question.contexts[0] for question in piqa.questions] == [
+        f"Question: {row['goal']}\nAnswer:" for row in rows
+    ]
+    with pytest.raises(UserError, match=r"evals/nothing has no core.yaml; give the folder or the zip file"):
+        read_tasks(TaskSettings(tasks="core", task_files=f"{s3.url}/evals/nothing"))
+    with pytest.raises(UserError, match=r"there is no .*none.zip"):
+        read_tasks(TaskSettings(tasks="core", task_files=f"{s3.url}/none.zip"))
+
+
 def test_the_same_first_questions_have_the_same_examples(bundle: Path) -> None:
     (some,) = read_tasks(TaskSettings(tasks="core/choices", task_files=str(bundle), task_questions=5))
     (whole,) = read_tasks(TaskSettings(tasks="core/choices", task_files=str(bundle)))
@@ -369,6 +396,13 @@ def test_files_of_core_that_are_missing_or_wrong(bundle: Path, tmp_path: Path) -
     (tmp_path / "no.zip").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read as a zip file"):
         read_tasks(TaskSettings(tasks="core", task_files=str(tmp_path / "no.zip")))
+    with zipfile.ZipFile(tmp_path / "no.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("core.yaml", "a: b\n" * 100)
+    content = bytearray((tmp_path / "no.zip").read_bytes())
+    content[39:44] = b"\xff" * 5  # the beginning of what was compressed
+    (tmp_path / "no.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"core\.yaml in .*no\.zip cannot be unpacked"):
+        read_tasks(TaskSettings(tasks="core", task_files=str(tmp_path / "no.zip")))
     damaged = tmp_path / "damaged"
     for name, content, words in (
         ("core.yaml", None, r"has no core\.yaml"),
@@ -411,6 +445,7 @@ def test_records_of_the_harness_that_are_wrong(tmp_path: Path) -> None:
     for row, words in (
         (without, "line 1 is no question of piqa: it has no 'sol2'"),
         (good | {"label": 2}, "the answer is option 2, but there are 2"),
+        (good | {"sol1": "a \ud83d"}, "line 1: half a character, which is no UTF-8, is in a text"),
         (good | {"label": "x"}, "line 1 is no question of piqa"),
         (good | {"sol1": None}, "a text is none"),
     ):

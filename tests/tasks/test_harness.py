@@ -6,9 +6,12 @@ be installed in another environment than this one: GPT25_LM_EVAL_PYTHON names th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.inference import EvaluateConfig, ExportConfig
 from pipeline.config.tasks import TaskSettings
+from pipeline.errors import UserError
 from pipeline.evaluation import evaluate_job, hellaswag
 from pipeline.pretrained import resolve
 from pipeline.pretrained.export_job import export
+from pipeline.tasks import harness
 from pipeline.tasks.catalog import read_tasks
 from pipeline.tasks.harness import TASKS
 from pipeline.tasks.results import TaskResult
@@ -35,6 +40,18 @@ from tests.support.task_files import harness_rows, write_harness
 
 HARNESS_NAMES = {name: "lambada_openai" if name == "lambada" else name for name in TASKS}
 COUNT = 24
+PLACES = {
+    "arc_challenge": "ARC-Challenge/test",
+    "arc_easy": "ARC-Easy/test",
+    "boolq": "boolq/validation",
+    "copa": "copa/validation",
+    "hellaswag": "default/validation",
+    "lambada": "default/test",
+    "openbookqa": "main/test",
+    "piqa": "plain_text/validation",
+    "winogrande": "winogrande_xl/validation",
+}
+"""Configuration and split of each task in its data set, as the harness names them."""
 
 
 @pytest.fixture(scope="module")
@@ -113,25 +130,44 @@ def test_hellaswag_is_the_same_as_by_its_own_flag(folder: Path, ours: resolve.Pr
         assert figures[name] == value, name
 
 
+def test_brackets_go_as_the_harness_takes_them_out_in_linear_time() -> None:
+    """The pattern alone takes minutes on the last of them."""
+    choose = random.Random(5)
+    texts = ["".join(choose.choices("[]ab \n", k=choose.randrange(14))) for _ in range(5000)]
+    for text in [*texts, "[x] y [", "[a\n]b]"]:
+        values = {"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": [text], "label": "0"}
+        cleaned = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+        assert harness.hellaswag(values)[1] == [cleaned]
+    long = {"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": ["]" + "[" * 1_000_000 + "\n]"], "label": "0"}
+    assert harness.hellaswag(long)[1] == long["endings"]
+
+
 # ---- where the files are ---------------------------------------------------------------------------------------------
 
 
-def test_files_of_the_hub_and_parquet(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = pa.Table.from_pylist(harness_rows("openbookqa", COUNT))
-    pq.write_table(table, tmp_path / "openbookqa.parquet")
-    expected = read_tasks(TaskSettings(tasks="openbookqa", task_files=str(files)))
-    assert read_tasks(TaskSettings(tasks="openbookqa", task_files=str(tmp_path))) == expected
-    content = (tmp_path / "openbookqa.parquet").read_bytes()
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_files_of_the_hub_and_parquet(name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each task the split that the harness asks, in one part or in two, from the place that the catalog has."""
+    rows = harness_rows(name, COUNT)
+    for part, own in (("whole", rows), ("0000", rows[:10]), ("0001", rows[10:])):
+        pq.write_table(pa.Table.from_pylist(own), tmp_path / f"{part}.parquet")
+    (tmp_path / "whole.parquet").rename(tmp_path / f"{name}.parquet")
+    expected = read_tasks(TaskSettings(tasks=name, task_files=str(files)))
+    assert read_tasks(TaskSettings(tasks=name, task_files=str(tmp_path))) == expected
+    address, place = re.sub("(?<=hf://datasets/)[^@]+", "someone/texts", TASKS[name].address), PLACES[name]
+    assert address.startswith("hf://datasets/someone/texts@~parquet/")
+    on_hub = {f"{place}/{part}.parquet": (tmp_path / f"{part}.parquet").read_bytes() for part in ("0000", "0001")}
+    others = {f"{place.partition('/')[0]}/train/0000.parquet", "other/validation/train.jsonl", "x.jsonl"}
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    with running_hub({"main/test/0000.parquet": content, "main/train/0000.parquet": b"", "x.jsonl": b""}) as hub:
+    with running_hub(on_hub | dict.fromkeys(others, b"no questions")) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        address = TASKS["openbookqa"].address.replace("allenai/openbookqa", "someone/texts")
-        monkeypatch.setitem(
-            TASKS, "openbookqa", type(TASKS["openbookqa"])(address=address, make=TASKS["openbookqa"].make)
-        )
-        assert read_tasks(TaskSettings(tasks="openbookqa")) == expected
+        monkeypatch.setitem(TASKS, name, dataclasses.replace(TASKS[name], address=address))
+        assert read_tasks(TaskSettings(tasks=name)) == expected
         (tmp_path / "empty").mkdir()
-        assert read_tasks(TaskSettings(tasks="openbookqa", task_files=str(tmp_path / "empty"))) == expected
+        assert read_tasks(TaskSettings(tasks=name, task_files=str(tmp_path / "empty"))) == expected
+        hub.push("b" * 40, {"x.jsonl": b""})
+        with pytest.raises(UserError, match=rf"has no .*~parquet.*; give a folder with {name}.jsonl"):
+            read_tasks(TaskSettings(tasks=name))
 
 
 # ---- the harness itself ----------------------------------------------------------------------------------------------
