@@ -20,7 +20,7 @@ TASKS = "tasks:"
 
 def _questions_in_use(preset: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The questions that a preset trains and evaluates with, as ``decontaminate`` has them."""
-    found = []
+    found: list[str] = []
     for section in (preset.get(name, {}) for name in ("pretrain", "evaluate")):
         hellaswag, tasks, files = (section.get(key) for key in ("hellaswag", "tasks", "task_files"))
         found += [str(hellaswag)] if hellaswag else []

@@ -56,12 +56,9 @@ def read_questions(names: Sequence[str]) -> tuple[list[Question], list[str]]:
         UserError: a file or a task cannot be read, or has no question.
     """
     questions: list[Question] = []
-    fingerprints = []
+    fingerprints: list[str] = []
     for name in names:
-        if name.startswith(TASKS):
-            found, sums = _of_tasks(name)
-        else:
-            found, sums = _of_file(name)
+        found, sums = _of_tasks(name) if name.startswith(TASKS) else _of_file(name)
         questions += found
         fingerprints += sums
     return questions, fingerprints
@@ -89,7 +86,8 @@ def _of_tasks(name: str) -> tuple[list[Question], list[str]]:
     from pipeline.tasks.core import file_order
 
     names, files = _names_and_files(name)
-    questions, fingerprints = [], []
+    questions: list[Question] = []
+    fingerprints = []
     for task in read_tasks(TaskSettings(tasks=names, task_files=files or None)):
         texts = [tuple(f"{context}{task.delimiter}{text}" for context, text in each.options) for each in task.questions]
         count = len(texts)

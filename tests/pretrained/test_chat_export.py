@@ -149,23 +149,19 @@ def test_a_template_of_others_is_left_out_with_a_warning(
     assert known_chat(tmp_path / "theirs", read_tokenizer(tmp_path / "theirs")) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("chat_template.jinja", b"{{ messages }}\xdf"),
+def test_templates_in_other_forms_are_ones_that_are_not_known(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    export(ExportConfig(checkpoint=str(base), output=str(folder)))
+    tokenizer = read_tokenizer(folder)
+    for name, content in (
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": "{{ messages }}"}]}'),
         ("tokenizer_config.json", b'{"chat_template": {"default": 7}}'),
-    ],
-)
-def test_templates_in_other_forms_are_ones_that_are_not_known(
-    base: Path, tmp_path: Path, name: str, content: bytes
-) -> None:
-    export(ExportConfig(checkpoint=str(base), output=str(tmp_path / "theirs")))
-    (tmp_path / "theirs" / name).write_bytes(content)
-    tokenizer = read_tokenizer(tmp_path / "theirs")
-    with pytest.raises(UserError, match="has a chat template that is not known here; known are chatml"):
-        read_chat(tmp_path / "theirs", tokenizer)
-    assert known_chat(tmp_path / "theirs", tokenizer) is None
+        ("chat_template.jinja", b"{{ messages }}\xdf"),
+    ):
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match="has a chat template that is not known here; known are chatml"):
+            read_chat(folder, tokenizer)
+        assert known_chat(folder, tokenizer) is None
 
 
 def test_the_card_of_others_keeps_its_bytes(base: Path, tmp_path: Path) -> None:
