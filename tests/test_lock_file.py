@@ -58,7 +58,7 @@ def asked_for(wanted: Requirement) -> list[Requirement]:
 
 def installed_otherwise() -> list[str]:
     """Packages of which another version than the locked one is installed here, such as an older torch."""
-    found = {canonicalize_name(each.name): Version(each.version).public for each in metadata.distributions()}
+    found: dict[str, str] = {canonicalize_name(d.name): Version(d.version).public for d in metadata.distributions()}
     return [f"{name} {found[name]}" for name in LOCKED if name in found and found[name] != LOCKED[name]]
 
 

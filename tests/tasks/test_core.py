@@ -398,9 +398,9 @@ def test_files_of_core_that_are_missing_or_wrong(bundle: Path, tmp_path: Path) -
         read_tasks(TaskSettings(tasks="core", task_files=str(tmp_path / "no.zip")))
     with zipfile.ZipFile(tmp_path / "no.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("core.yaml", "a: b\n" * 100)
-    content = bytearray((tmp_path / "no.zip").read_bytes())
-    content[39:44] = b"\xff" * 5  # the beginning of what was compressed
-    (tmp_path / "no.zip").write_bytes(content)
+    archived = bytearray((tmp_path / "no.zip").read_bytes())
+    archived[39:44] = b"\xff" * 5  # the beginning of what was compressed
+    (tmp_path / "no.zip").write_bytes(archived)
     with pytest.raises(UserError, match=r"core\.yaml in .*no\.zip cannot be unpacked"):
         read_tasks(TaskSettings(tasks="core", task_files=str(tmp_path / "no.zip")))
     damaged = tmp_path / "damaged"
