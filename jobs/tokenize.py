@@ -88,21 +88,26 @@ def _verify(config: TokenizeConfig) -> None:
 
 
 def describe(config: TokenizeConfig) -> Rows:
-    """What --dry_run says besides the settings: the mistakes that end the job before Ray starts."""
+    """What --dry_run says besides the settings: the mistakes that would end the job, or what the work takes."""
     from pipeline.decontamination.evaluation_sets import EvaluationSets
     from pipeline.decontamination.questions import check_names
+    from pipeline.estimation.dry_run import describe_work
     from pipeline.paths import resolve_output
     from pipeline.preprocessing.data_job import check_source
     from pipeline.run_files import SUMMARY_FILE
 
     tasks = [name for name in config.decontaminate if name.startswith(TASKS)]
     here = [name for name in config.decontaminate if "://" not in name and name not in tasks]
-    return would_fail(
+    mistakes = would_fail(
         lambda: check_source(config),
         lambda: EvaluationSets.read(here),
         lambda: check_names(tasks),
         lambda: resolve_output(config.output).size(SUMMARY_FILE),
     )
+    rows: Rows = []
+    if not mistakes and not config.verify:
+        mistakes = would_fail(lambda: rows.extend(describe_work(config)))
+    return [*mistakes, *rows]
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ ROOMS["preprocessing"] = {
     *("errors", "storage", "paths", "config", "console", "run_files", "listing", "sources", "remote", "tokenizer"),
     *("filters", "deduplication", "decontamination", "dataset", "tracking", "cluster"),
 }
+ROOMS["estimation"] = {
+    *("errors", "storage", "paths", "config", "console", "sources", "remote", "tokenizer", "filters", "deduplication"),
+    *("decontamination", "dataset", "preprocessing"),
+}
 ROOMS["conversations"] = {
     *("errors", "storage", "paths", "config", "run_files", "sources", "tokenizer", "dataset", "tracking"),
     "preprocessing",
@@ -70,7 +74,7 @@ ROOMS["serving"] = {
     *("errors", "exit_signals", "paths", "config", "tokenizer", "distributed", "cluster", "pretrained", "generation"),
     "conversations.templates",
 }
-_DATA = {"listing", "sources", "remote", "filters", "deduplication", "decontamination", "preprocessing"}
+_DATA = {"listing", "sources", "remote", "filters", "deduplication", "decontamination", "preprocessing", "estimation"}
 ROOMS["evaluation"] = set(ROOMS) - _DATA - {"serving"}
 ROOMS["training"] = set(ROOMS) - _DATA - {"serving"}
 ROOMS["sweep"] = {

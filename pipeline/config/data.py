@@ -137,11 +137,20 @@ class TokenizeConfig(ReadingConfig):
     """Special token of the tokenizer that every document starts with. If not given, <|endoftext|>."""
     train_tokenizer: bool = False
     """Train a tokenizer on a sample of the source, which also happens whenever --tokenizer is not given."""
+    nodes: str | None = None
+    """Nodes that dry_run counts minutes and dollars for: NUMBERxCPUS, such as 8x16, or a Ray cluster file, whose worker
+    types without a GPU count. If not given, cluster.yaml in the current folder, if there is one."""
+    price_per_hour: float | None = None
+    """Price of one node per hour in dollars, for the cost in dry_run. If not given, dry_run names none."""
+    dry_run: bool = False
+    """Print the resolved settings, what the source holds, and the minutes and dollars that it takes, from a sample of
+    some MB that is read and encoded on this machine; then stop. Nothing is written."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_vocab_size(self.vocab_size, 257, "256 bytes and <|endoftext|>")
         require_positive(self, "limit_documents", "limit_bytes", "dedup_words", "dedup_bands", "dedup_rows")
+        require_positive(self, "price_per_hour")
         if self.decontaminate == ("none",):
             object.__setattr__(self, "decontaminate", ())
         require(all(self.decontaminate), "decontaminate has an empty name; give files of questions, or none")

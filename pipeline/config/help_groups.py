@@ -19,7 +19,7 @@ _READING = {
     "tokenizer": "vocab_size sample_bytes tokenizer end_of_text_token train_tokenizer min_frequency special_tokens "
     "pattern",
     "tracking": _TRACKING,
-    "cluster": "num_workers item_bytes download_workers cache_bytes",
+    "cluster": "num_workers item_bytes download_workers cache_bytes nodes price_per_hour",
 }
 
 GROUPS: dict[str, dict[str, str]] = {
@@ -98,6 +98,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--config configs/demo.yaml",
         "--source 'my/texts/*.jsonl.zst' --output data/mine --vocab_size 32000",
         "--source input.txt --val_split tail --val_fraction 0.1 --output data/mine --vocab_size 1000",
+        "--source 'my/texts/*.jsonl.zst' --filters gopher --nodes 8x16 --price_per_hour 0.3 --dry_run",
         "--verify --output data/mine",
     ),
     "train_tokenizer": ("--source 'my/texts/*.jsonl.zst' --output data/tokenizer --vocab_size 32000",),

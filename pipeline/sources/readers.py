@@ -63,13 +63,15 @@ def read_item(
     fetched: pa.Table | None = None,
     damaged: Damage | None = None,
     first_bad: dict[str, str] | None = None,
+    open_file: Callable[[FileSlice], Any] = open_slice,
 ) -> Iterator[pa.Array]:
     """The texts of an item, in order, as large_string arrays of at most about 2 MB without nulls or blank texts.
 
     A larger document has an array to itself. What is left out is counted in ``skipped`` by reason. ``fetched``: what
     ``fetch_column_chunks`` made of the remote files; a slice that is not in it is read from its file. ``damaged`` takes
     a note of every slice that cannot be read whole; the part behind the first damage is left out. ``first_bad`` takes a
-    sentence about the first record without text for every reason; such records are counted and left out.
+    sentence about the first record without text for every reason; such records are counted and left out. ``open_file``
+    opens the files that are not in ``fetched``.
 
     Raises:
         DamagedInputError: where ``damaged`` is not given; for a record that is none where ``first_bad`` is not given.
@@ -81,7 +83,7 @@ def read_item(
     def read(file_slice: FileSlice, file: Any, start: int | None) -> Iterator[pa.Array]:
         return _slice(file_slice, item, file, left_out, start)
 
-    arrays = read_slices(item, fetched, damaged, read)
+    arrays = read_slices(item, fetched, damaged, read, open_file)
     for array in _joined(part for whole in arrays for part in _divided(whole)):
         texts = _without_blanks(array, skipped)
         if item.rules.max_document_bytes is not None:
@@ -95,6 +97,7 @@ def read_slices(
     fetched: pa.Table | None,
     damaged: Damage | None,
     read: Callable[[FileSlice, Any, int | None], Iterator[A]],
+    open_file: Callable[[FileSlice], Any] = open_slice,
 ) -> Iterator[A]:
     """What ``read`` makes of every slice; arguments and errors as of ``read_item``.
 
@@ -106,7 +109,7 @@ def read_slices(
         try:
             if part and part[0][0] == DAMAGED:
                 raise DamagedInputError(bytes(part[0][1]).decode())
-            with reading(file_slice.where), _open(file_slice, part) as file:
+            with reading(file_slice.where), _open(file_slice, part, open_file) as file:
                 yield from read(file_slice, file, part[0][0] if part else None)
         except UserError as error:
             mended = explained(file_slice, error)
@@ -134,9 +137,9 @@ def _slice(
         yield from _module(file_slice, file, left_out.counts)
 
 
-def _open(file_slice: FileSlice, fetched: FetchedRanges) -> Any:
+def _open(file_slice: FileSlice, fetched: FetchedRanges, open_file: Callable[[FileSlice], Any]) -> Any:
     if not fetched:
-        return open_slice(file_slice)
+        return open_file(file_slice)
     return SparseFile(fetched) if file_slice.kind == "parquet" else pa.BufferReader(fetched[0][1])
 
 
