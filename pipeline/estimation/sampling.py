@@ -256,7 +256,7 @@ def _texts(part: Part, config: TokenizeConfig, sample: SourceSample, opener: _Op
     skip = what_to_skip(config)
     damaged: Damage | None = sample.damaged if "files" in skip else None
     first: dict[str, str] | None = {} if "records" in skip else None
-    return read_item(part.item, sample.unread, None, damaged, first, opener.open)
+    return read_item(part.item, sample.unread, None, damaged, first, open_file=opener.open)
 
 
 def _head(file_slice: FileSlice, num_bytes: int, opener: _Opener) -> Iterator[pa.Array]:

@@ -63,6 +63,7 @@ def read_item(
     fetched: pa.Table | None = None,
     damaged: Damage | None = None,
     first_bad: dict[str, str] | None = None,
+    *,
     open_file: Callable[[FileSlice], Any] = open_slice,
 ) -> Iterator[pa.Array]:
     """The texts of an item, in order, as large_string arrays of at most about 2 MB without nulls or blank texts.
