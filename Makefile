@@ -88,7 +88,7 @@ lock: setup
 	@for version in 3.11 3.12; do \
 	  $(BIN)/uv pip compile --quiet --python-version $$version --python-platform x86_64-manylinux_2_28 --only-binary :all: \
 	    --generate-hashes --no-header --no-annotate --no-emit-index-url --constraint constraints.txt \
-	    --extra gcp --extra s3 pyproject.toml --output-file build/lock-$$version || exit 1; \
+	    --extra gcp --extra s3 --extra languages pyproject.toml --output-file build/lock-$$version || exit 1; \
 	done
 	@cmp build/lock-3.11 build/lock-3.12  # one file does for both
 	@sed -n '/^#/p' deploy/requirements.lock > build/lock-head

@@ -34,6 +34,7 @@ SETS = {
     "fineweb": Rules(groups=("fineweb",)),
     "gopher c4 fineweb": Rules(groups=("gopher", "c4", "fineweb")),
     "mask_personal_data": Rules(mask_personal_data=True),
+    "languages en": Rules(languages=("en",)),
 }
 
 

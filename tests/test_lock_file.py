@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from importlib import metadata
@@ -65,7 +66,8 @@ def installed_otherwise() -> list[str]:
 def test_it_holds_what_the_project_asks_for_and_no_more() -> None:
     if others := [name for name in installed_otherwise() if not name.startswith("setuptools ")]:
         pytest.skip(f"what the locked versions ask for cannot be read where others are installed: {', '.join(others)}")
-    waiting = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["gcp"], *EXTRAS["s3"])]
+    extras = itertools.chain(*(EXTRAS[name] for name in ("gcp", "s3", "languages")))
+    waiting = [Requirement(line) for line in (*PROJECT["dependencies"], *extras)]
     seen: set[str] = set()
     while waiting:
         wanted = waiting.pop()

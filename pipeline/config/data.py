@@ -104,6 +104,11 @@ class TokenizeConfig(ReadingConfig):
     filter_bounds: tuple[str, ...] = ()
     """Changed bounds of these rules, such as gopher.min_words=20 or c4.curly_bracket=off; docs/data.md lists them. If
     not given, the published ones."""
+    languages: tuple[str, ...] = ()
+    """Languages of the documents that stay, as codes such as en or de: the likeliest language of a document must be
+    among them, as fastText's lid.176 tells it. The manifest counts the others by language. If not given, all stay."""
+    language_score: float = 0.65
+    """Least score of a document's likeliest language, from 0 to 1, for it to stay; FineWeb has 0.65."""
     own_rules: tuple[str, ...] = ()
     """Functions of your own, as PACKAGE.MODULE:FUNCTION, which get a text and return a name for why it is left out, or
     nothing to keep it. If not given, there are none."""
@@ -156,9 +161,11 @@ class TokenizeConfig(ReadingConfig):
         require(all(self.decontaminate), "decontaminate has an empty name; give files of questions, or none")
         require("none" not in self.decontaminate, "decontaminate has none beside files; give either")
         require(
-            self.filter_report is None or bool(self.filters or self.own_rules or self.mask_personal_data),
-            "filter_report is a page about rules, but there are none; give --filters or --own_rules, too",
+            self.filter_report is None
+            or bool(self.filters or self.languages or self.own_rules or self.mask_personal_data),
+            "filter_report is a page about rules, but there are none; give --filters, --languages or --own_rules, too",
         )
+        require(0 <= self.language_score <= 1, f"language_score is {self.language_score}; it must lie between 0 and 1")
         threshold = self.dedup_threshold
         require(
             threshold is None or 0 < threshold <= 1, f"dedup_threshold is {threshold}; it must lie above 0 and up to 1"

@@ -14,7 +14,7 @@ _READING = {
     "settings": _SETTINGS,
     "data": "source output text_column column_separator document_separator max_document_bytes val_fraction val_split "
     "skip_bad_files skip_bad_records limit_documents limit_bytes filters "
-    "filter_bounds own_rules mask_personal_data filter_report dedup dedup_words "
+    "filter_bounds languages language_score own_rules mask_personal_data filter_report dedup dedup_words "
     "dedup_bands dedup_rows dedup_threshold decontaminate verify",
     "tokenizer": "vocab_size sample_bytes tokenizer end_of_text_token train_tokenizer min_frequency special_tokens "
     "pattern",

@@ -51,7 +51,7 @@ def describe_work(config: TokenizeConfig) -> Rows:
     tokenizer = str(resolve_path(config.tokenizer)) if config.tokenizer else None
     config = dataclasses.replace(config, source=resolve_source(config.source), tokenizer=tokenizer)
     rules = filter_rules(config)
-    rules.require_own()
+    rules.require_usable()
     given = tokenization.given_tokenizer(config)
     sets = tokenization.evaluation_sets(config)
     plan = _make_plan(config)

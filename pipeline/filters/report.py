@@ -16,8 +16,9 @@ import jinja2
 import numpy as np
 import xxhash
 
+from pipeline.filters import languages
 from pipeline.filters.personal_data import masked
-from pipeline.filters.rules import GROUPS, Rules, bounds_of
+from pipeline.filters.rules import GROUPS, LANGUAGE, LANGUAGE_SCORE, Rules, bounds_of
 from pipeline.filters.words import above, below
 
 KEPT = ""
@@ -70,6 +71,8 @@ class Sample:
 
     def _decide(self, text: str) -> str:
         for group, before, after, broken in self.rules.steps(text):
+            if group == LANGUAGE:
+                self.values.setdefault((group, LANGUAGE_SCORE), []).append(languages.likeliest(before)[1])
             if group in GROUPS:
                 for rule, value in GROUPS[group].measured(before, bounds_of(self.rules, group)):
                     self.values.setdefault((group, rule), []).append(value)
@@ -125,12 +128,15 @@ def render(sample: Sample, *, source: str, counted: Mapping[str, int]) -> str:
 
 def _settings(rules: Rules) -> list[str]:
     masking = ["mask_personal_data"] if rules.mask_personal_data else []
-    return [*rules.groups, *rules.bounds, *rules.own, *masking]
+    chosen = [f"languages {' '.join(rules.languages)}, language_score {rules.language_score:g}"]
+    return [*(chosen if rules.languages else []), *rules.groups, *rules.bounds, *rules.own, *masking]
 
 
 def _histograms(sample: Sample) -> list[tuple[str, list[Histogram]]]:
     """Group -> histograms of its rules, in the order of the settings."""
     found = []
+    if scores := sample.values.get((LANGUAGE, LANGUAGE_SCORE)):
+        found.append((LANGUAGE, [histogram(LANGUAGE_SCORE, scores, sample.rules.language_score)]))
     for group in sample.rules.groups:
         bounds = bounds_of(sample.rules, group)
         own = [

@@ -1,4 +1,4 @@
-"""The rules that documents pass before they are hashed and encoded: groups by name, own ones, and masking.
+"""The rules that documents pass before they are hashed and encoded: languages, groups by name, own ones, and masking.
 
 A document leaves them changed, unchanged, or with the name of the first rule that it breaks. What they do is a function
 of the text and of the settings alone.
@@ -19,11 +19,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.filters import c4, fineweb, gopher
+from pipeline.filters import c4, fineweb, gopher, languages
 from pipeline.filters.personal_data import masked
 from pipeline.filters.words import Bounds, first_broken
 
 GROUPS: dict[str, ModuleType] = {"gopher": gopher, "c4": c4, "fineweb": fineweb}
+LANGUAGE, LANGUAGE_SCORE = "language", "language_score"
+"""Group and rule of the likeliest language of a document."""
 OwnRule = Callable[[str], str | None]
 
 
@@ -37,6 +39,10 @@ class Rules:
     own: tuple[str, ...] = ()
     """Functions, PACKAGE.MODULE:FUNCTION, from a text to None or to the name of the rule that it breaks."""
     mask_personal_data: bool = False
+    languages: tuple[str, ...] = ()
+    """Codes of the languages that stay; none: all."""
+    language_score: float = 0.65
+    """Least score of the likeliest language."""
 
     def __post_init__(self) -> None:
         for name in self.groups:
@@ -44,12 +50,19 @@ class Rules:
                 raise UserError(f"filters are {' '.join(self.groups)}; each must be one of {', '.join(GROUPS)}")
         for entry in self.bounds:
             _parsed(entry)
+        if unknown := [code for code in self.languages if code not in languages.KNOWN]:
+            raise UserError(
+                f"languages has {' '.join(unknown)}, which names none; give codes such as en or de, of these: "
+                f"{' '.join(sorted(languages.KNOWN))}"
+            )
 
     def __bool__(self) -> bool:
-        return bool(self.groups or self.own or self.mask_personal_data)
+        return bool(self.groups or self.own or self.mask_personal_data or self.languages)
 
-    def require_own(self) -> None:
-        """Raise UserError for an own rule that cannot be imported."""
+    def require_usable(self) -> None:
+        """Raise UserError for an own rule that cannot be imported, and where no language can be told."""
+        if self.languages:
+            languages.require_package()
         for path in self.own:
             own_rule(path)
 
@@ -65,8 +78,11 @@ class Rules:
     def steps(self, text: str) -> Iterator[tuple[str, str, str, str | None]]:
         """Group, text before it and behind it, and the rule that the text breaks, one group after the other.
 
-        An own rule is a group of its own. ``text``: with personal data masked, if that is wanted.
+        The language is the first group, an own rule is a group of its own. ``text``: with personal data masked, if that
+        is wanted.
         """
+        if self.languages:
+            yield LANGUAGE, text, text, self._broken_language(text)
         for name in self.groups:
             bounds = bounds_of(self, name)
             if name == "c4":
@@ -77,6 +93,13 @@ class Rules:
             text = after
         for path in self.own:
             yield path, text, text, own_rule(path)(text)
+
+    def _broken_language(self, text: str) -> str | None:
+        """The language of a text that goes, or which of those that stay it is too uncertain for."""
+        language, score = languages.likeliest(text)
+        if language not in self.languages:
+            return language
+        return f"{language} below {self.language_score:g}" if score < self.language_score else None
 
 
 @functools.lru_cache(maxsize=64)

@@ -40,6 +40,8 @@ def filter_rules(config: TokenizeConfig) -> Rules:
         bounds=config.filter_bounds,
         own=config.own_rules,
         mask_personal_data=config.mask_personal_data,
+        languages=config.languages,
+        language_score=config.language_score,
     )
 
 

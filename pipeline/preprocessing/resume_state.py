@@ -41,7 +41,7 @@ _IGNORED = f"{_ITEMS}/ignored.json"
 _MOST_BYTES_OF_INPUTS = 256 << 20  # some 200 a file of the source
 _LATER_SETTINGS = {
     *("column_separator", "document_separator", "max_document_bytes", "val_split", "end_of_text_token"),
-    *("filters", "filter_bounds", "own_rules", "mask_personal_data"),
+    *("filters", "filter_bounds", "own_rules", "mask_personal_data", "languages", "language_score"),
     *("dedup_words", "dedup_bands", "dedup_rows", "dedup_threshold"),
     "evaluation_sets",
 }

@@ -142,7 +142,7 @@ def tokenize(config: TokenizeConfig, output: Folder, given: bpe.Tokenizer | None
     start = time.perf_counter()
     given = given or given_tokenizer(config)
     rules = filter_rules(config)
-    rules.require_own()
+    rules.require_usable()
     sets = evaluation_sets(config)
     settings = _settings(config, given, sets)
     source, run = resume_state.begin(output, config.source, settings)

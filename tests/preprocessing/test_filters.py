@@ -22,6 +22,7 @@ from pipeline.tokenizer import training as bpe_training
 from pipeline.tokenizer.bpe import Tokenizer
 from tests.support import filter_texts
 from tests.support.fixtures import contents
+from tests.support.language_texts import PARAGRAPHS
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -76,11 +77,30 @@ def test_what_breaks_a_rule_is_left_out_before_copies_are_looked_for(
 
 
 def test_mistakes_are_found_before_anything_is_read(config: TokenizeConfig, tmp_path: Path) -> None:
-    changes: tuple[dict[str, Any], ...] = ({"own_rules": ("no_module_x:f",)}, {"filter_bounds": ("gopher.min_wrds=3",)})
+    changes: tuple[dict[str, Any], ...] = (
+        {"own_rules": ("no_module_x:f",)},
+        {"filter_bounds": ("gopher.min_wrds=3",)},
+        {"languages": ("en", "english")},
+    )
     for changed in changes:
-        with pytest.raises(UserError, match=r"no_module_x|gopher\.min_wrds"):
+        with pytest.raises(UserError, match=r"no_module_x|gopher\.min_wrds|languages has english, which names none"):
             tokenization.tokenize(dataclasses.replace(config, **changed), open_folder(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_languages_are_counted_and_noted(config: TokenizeConfig, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in PARAGRAPHS.values()))
+    chosen = dataclasses.replace(config, languages=("en", "de"))
+    folder = open_folder(tmp_path / "out")
+    tokenization.tokenize(chosen, folder)
+    assert documents_of(tmp_path / "out") == [PARAGRAPHS["en"], PARAGRAPHS["de"]]
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.skipped == {f"language: {code}": 1 for code in PARAGRAPHS if code not in {"en", "de"}}
+    assert manifest.settings["languages"] == ["en", "de"] and "language_score" not in manifest.settings
+    assert tokenization.finished(chosen, folder) == manifest
+    for other in ({"languages": ("en",)}, {"language_score": 0.5}, {"languages": ()}):
+        with pytest.raises(UserError, match="was begun with"):
+            tokenization.finished(dataclasses.replace(chosen, **other), folder)
 
 
 def test_the_filter_report_is_the_same_for_any_workers(
