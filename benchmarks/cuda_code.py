@@ -103,14 +103,27 @@ def report(name: str, code: Code) -> str:
     return "\n".join(lines)
 
 
-def generate(output: Path, *, num_layers: int, micro_batch: int, deterministic: bool, attention: str) -> list[Path]:
-    """Write forward_0.py and backward_1.py of the recipe's loss; nothing is launched and no memory taken."""
+def generate(
+    output: Path,
+    *,
+    num_layers: int,
+    micro_batch: int,
+    deterministic: bool,
+    attention: str,
+    documents: bool = False,
+    recompute: bool = False,
+) -> list[Path]:
+    """Write forward_0.py and backward_1.py of the recipe's loss; nothing is launched and no memory taken.
+
+    With ``documents``, as it is with --document_mask.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from model import layers
     from model.config import ModelConfig
     from model.transformer import Transformer
+    from pipeline.distributed.recomputation import recompute_blocks
 
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
@@ -124,8 +137,11 @@ def generate(output: Path, *, num_layers: int, micro_batch: int, deterministic: 
             model = Transformer(config)
             tokens = torch.zeros(micro_batch, config.context_length, dtype=torch.int64)
         model.compute_dtype = torch.bfloat16
+        if recompute:
+            recompute_blocks(model)
         loss_of = torch.compile(model.mean_loss, dynamic=False, fullgraph=True, backend=writer(output, files))
-        loss_of(tokens, tokens.clone()).backward()
+        masked = {"documents": tokens.clone(), "all_count": True} if documents else {}
+        loss_of(tokens, tokens.clone(), **masked).backward()
     return files
 
 
@@ -199,6 +215,8 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=32, help="Windows of 1,024 tokens in one forward pass.")
     parser.add_argument("--deterministic", choices=["on", "off"], default="on", help="Repeatable operations only.")
     parser.add_argument("--attention", choices=["flash", "cudnn"], default="flash", help="The attention kernel.")
+    parser.add_argument("--document_mask", action="store_true", help="Flex attention, within documents.")
+    parser.add_argument("--recompute", action="store_true", help="Activations of blocks are computed again.")
     arguments = parser.parse_args()
     files = arguments.files
     if files is None:
@@ -211,6 +229,8 @@ def main() -> None:
             micro_batch=arguments.micro_batch,
             deterministic=arguments.deterministic == "on",
             attention=arguments.attention,
+            documents=arguments.document_mask,
+            recompute=arguments.recompute,
         )
     for path in files:
         print(report(path.name, read(path.read_text(encoding="utf-8"))))

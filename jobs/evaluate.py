@@ -22,10 +22,11 @@ def main(config: EvaluateConfig) -> None:
 
     result = evaluate_job.evaluate(config)
     seen = f", {result.tokens_seen:,} tokens seen" if result.tokens_seen is not None else ""
+    alone = ", each seeing its own document alone (document_mask)" if result.document_mask else ""
     rows = [("model", f"{result.checkpoint}{seen}")]
     if result.val_loss is not None:
         rows += [
-            ("val loss", f"{result.val_loss:.4f} nats per token, on {result.val_tokens:,} tokens"),
+            ("val loss", f"{result.val_loss:.4f} nats per token, on {result.val_tokens:,} tokens{alone}"),
             *((f"val loss, {name}", f"{loss:.4f}") for name, loss in (result.val_losses or {}).items()),
             ("perplexity", perplexity_text(result.val_loss)),
         ]

@@ -1,8 +1,9 @@
 """The parts of the network, each written out: linear maps, embedding, norm, rotary positions, attention, loss.
 
 From torch.nn come Module and Parameter only, from torch.nn.functional only scaled_dot_product_attention (flash
-attention). Every layer uses its weight inside its own forward and keeps no buffer, so that sharding, moving, casting
-and building on the meta device need no special care. Layouts follow transformers' Llama: the export is a renaming.
+attention), and flex attention for documents. Every layer uses its weight inside its own forward and keeps no buffer, so
+that sharding, moving, casting and building on the meta device need no special care. Layouts follow transformers' Llama:
+the export is a renaming.
 
 Shapes: B batch, T time, S time seen so far (cache included), D model, H heads, K head dim, F feed-forward, V vocab,
 P padded vocab, N = B T.
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.config import ModelConfig
 
@@ -27,6 +29,9 @@ LOSS_CHUNK_ELEMENTS = 2**22
 
 FUSED_ROWS = 256
 """Rows from which on layers with the same input are computed as one product."""
+
+Mask: TypeAlias = Tensor | BlockMask
+"""What each position sees: (B, 1, T, T) bool, or the blocks of flex attention (document_attention.py)."""
 
 
 class Linear(nn.Module):
@@ -258,13 +263,13 @@ class CausalSelfAttention(nn.Module):
         self.rotary = RotaryEmbedding(config.head_dim, config.theta)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None, mask: Tensor | None = None
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None, mask: Mask | None = None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x goes on behind the positions that it holds, and is added to it.
 
         Args:
             rotation: self.rotary.angles of x's positions, the same for every layer; not given, they are computed.
-            mask: (B, 1, T, T) bool, in place of the causal mask: what each position sees; it goes without a cache.
+            mask: what each position sees, in place of the causal mask; it goes without a cache.
         """
         start = 0 if cache is None else cache.length
         rotation = self.rotary.angles(start, x.shape[1], x.device) if rotation is None else rotation
@@ -277,6 +282,9 @@ class CausalSelfAttention(nn.Module):
         queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # (B, H, T, K)
         if cache is not None:
             keys, values = cache.append(keys, values)
+        if isinstance(mask, BlockMask):
+            mixed = flex_attention(queries, keys, values, block_mask=mask)
+            return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
         # is_causal puts the diagonal at the top left, which is right for as many keys as queries only.
         is_causal = start == 0 and mask is None
         if not is_causal and mask is None and x.shape[1] > 1:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from model.config import FAN_IN_GAIN, Init, ModelConfig
+from model.document_attention import block_mask, positions_in, takes_flex
 from model.kv_cache import KVCache
 from model.layers import (
     CausalSelfAttention,
     Embedding,
     LayerCache,
     Linear,
+    Mask,
     RMSNorm,
     RotaryEmbedding,
     Rotation,
@@ -38,7 +40,7 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config.d_model, config.d_ff)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None, mask: Tensor | None = None
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation | None = None, mask: Mask | None = None
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cache, rotation, mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
@@ -65,6 +67,8 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        *,
+        all_count: bool = False,
     ) -> Tensor:
         """Logits of the next token at each position, or their mean loss against the targets.
 
@@ -76,22 +80,30 @@ class Transformer(nn.Module):
             documents: (B, T) integers that never fall along T: which of several documents packed into a row a token
                 belongs to. A token sees those of its own document only, and positions begin at 0 in each. It goes
                 without a cache.
+            all_count: whether with documents every target counts, none being -1: on a GPU it spares the logits'
+                gradient a pass.
 
         Returns:
             Logits (B, T, V) in the weights' dtype; with targets the mean loss in nats, 0-d float32.
         """
         self._check_length(tokens, cache)
         if targets is not None:
-            return self.mean_loss(tokens, targets, cache, documents)
+            return self.mean_loss(tokens, targets, cache, documents, all_count=all_count)
         x = self._hidden(tokens, cache, documents)  # (B, T, D)
         return (x @ self._output_weight().to(x.dtype).T)[..., : self.config.vocab_size]  # (B, T, P) -> (B, T, V)
 
     def mean_loss(
-        self, tokens: Tensor, targets: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        *,
+        all_count: bool = False,
     ) -> Tensor:
         """From tokens to the loss: all that a training step computes forward, in one piece that can be compiled."""
         hidden = self._hidden(tokens, cache, documents)
-        return self.loss(hidden, self._output_weight(), targets, ignores=documents is not None)
+        return self.loss(hidden, self._output_weight(), targets, ignores=documents is not None and not all_count)
 
     def _hidden(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> Tensor:
         x = self.embedding(tokens)  # (B, T, D)
@@ -99,10 +111,10 @@ class Transformer(nn.Module):
             x = x.to(self.compute_dtype)
         start = 0 if cache is None else cache.length
         rotation = self.rotary.angles(start, tokens.shape[1], tokens.device)  # once, not once a layer
-        mask = None
+        mask: Mask | None = None
         if documents is not None:
-            mask = document_mask(documents)  # (B, 1, T, T)
-            rotation = rotation.at(mask[:, 0].sum(dim=-1) - 1)  # a token sees itself and all before it in its document
+            mask = block_mask(documents) if takes_flex(tokens.device) else document_mask(documents)
+            rotation = rotation.at(positions_in(documents))
         for index, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache.layers[index], rotation, mask)
         return self.norm(x)

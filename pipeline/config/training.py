@@ -171,6 +171,10 @@ class PretrainConfig(PeriodicTaskSettings):
     """With blocks, activations are computed again in the backward pass instead of being kept: the losses are the same,
     far less memory is needed, and steps take about a quarter longer."""
 
+    document_mask: bool = False
+    """Let no token see another document of its window; where the loss on the val set is measured, too, so that it does
+    not compare with losses measured without."""
+
     profile_steps: str | None = None
     """First and last step to profile with torch's profiler, for instance 20:25; profiled steps are slower. A trace and
     a table of the slowest operations go to the folder profile of the run and to MLflow. If not given, no step is

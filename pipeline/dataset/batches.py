@@ -34,7 +34,10 @@ class MicroBatch:
     """Factor for the mean loss of this micro-batch, such that the sum over a rank's micro-batches, averaged over ranks,
     is the mean loss of the step."""
     documents: torch.Tensor | None = None
-    """(B, T) int64, of packed conversations: which of them a token belongs to (Transformer.forward)."""
+    """(B, T) int64: which document or conversation of its window a token belongs to (Transformer.forward); None where
+    a token sees all before it in the window."""
+    all_count: bool = False
+    """Whether, beside documents, every target counts."""
 
     def pinned(self) -> MicroBatch:
         """A copy in page-locked memory."""
@@ -96,8 +99,9 @@ def micro_batches(
     rank: int,
     world_size: int,
     device: torch.device,
+    document_token: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """Read a rank's part of a step, one micro-batch at a time.
+    """Read a rank's part of a step, one micro-batch at a time, as window_batch does.
 
     A rank without windows left repeats its first one with weight zero, to join the collective operations.
     """
@@ -109,21 +113,38 @@ def micro_batches(
     for group in groups:
         weight = len(group) * world_size / divisor
         windows = group if len(group) else groups[0][:1]
-        yield window_batch(stream, windows, length=length, weight=weight, device=device)
+        yield window_batch(stream, windows, length=length, weight=weight, device=device, document_token=document_token)
 
 
 def window_batch(
-    stream: TokenStream, windows: np.ndarray, *, length: int, weight: float, device: torch.device
+    stream: TokenStream,
+    windows: np.ndarray,
+    *,
+    length: int,
+    weight: float,
+    device: torch.device,
+    document_token: int | None = None,
 ) -> MicroBatch:
-    """Windows of ``length`` tokens as inputs and targets; of packed conversations with what sets them apart."""
+    """Windows of ``length`` tokens as inputs and targets; of packed conversations with what sets them apart.
+
+    Given the token that documents begin with, documents are set apart too.
+    """
     tokens = read_windows(stream, windows, length=length, stride=length, device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if not isinstance(stream, PackedStream):
-        return MicroBatch(inputs=inputs, targets=targets, weight=weight)
+        documents = None if document_token is None else documents_in(inputs, document_token)
+        return MicroBatch(
+            inputs=inputs, targets=targets, weight=weight, documents=documents, all_count=documents is not None
+        )
     flags = read_windows(stream.flags, windows, length=length, stride=length, device=device)
     return MicroBatch(
         inputs=inputs, targets=targets_of(targets, flags), weight=weight, documents=documents_of(flags[:, :-1])
     )
+
+
+def documents_in(tokens: torch.Tensor, document_token: int) -> torch.Tensor:
+    """(B, T) int64, which document of its window each token (B, T) belongs to; 0 where it began before the window."""
+    return (tokens == document_token).long().cumsum(dim=1)
 
 
 def _divisor_of_packed(stream: PackedStream, windows: np.ndarray, length: int) -> float:
@@ -156,6 +177,8 @@ class BatchLoader:
     world_size: int
     device: torch.device
     """Where the batches are put."""
+    document_token: int | None = None
+    """The token that documents begin with, where no token is to see another document."""
 
     def __post_init__(self) -> None:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -191,6 +214,7 @@ class BatchLoader:
             rank=self.rank,
             world_size=self.world_size,
             device=torch.device("cpu"),
+            document_token=self.document_token,
         )
 
 

@@ -48,11 +48,16 @@ def _compile_whole(model: Transformer) -> None:
     plain, compiled = model.mean_loss, torch.compile(model.mean_loss, dynamic=False)
 
     def mean_loss(
-        tokens: Tensor, targets: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        tokens: Tensor,
+        targets: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        *,
+        all_count: bool = False,
     ) -> Tensor:
         if cache is None and tokens.shape[1] == model.config.context_length:
-            return compiled(tokens, targets, documents=documents)
-        return plain(tokens, targets, cache, documents)
+            return compiled(tokens, targets, documents=documents, all_count=all_count)
+        return plain(tokens, targets, cache, documents, all_count=all_count)
 
     model.mean_loss = mean_loss  # type: ignore[method-assign]
 

@@ -76,6 +76,8 @@ class Scores:
     """Nats per token; of a mixture, the mean with the weights of its first phase."""
     val_losses: dict[str, float] | None = None
     """Of a mixture, the val loss of each source."""
+    document_mask: bool | None = None
+    """True where no token of the val set saw another document, else None."""
     bits_per_byte: float | None = None
     """Bits per byte of the text of exactly these tokens, which can be compared between tokenizers."""
     unigram_entropy: float | None = None
@@ -139,6 +141,8 @@ class Work:
     """Results on tasks that need not be measured again."""
     keep_in: tuple[str, str] | None = None
     """Folder and name of the file in which results on tasks are kept."""
+    document_mask: bool = False
+    """Whether no token of the val set sees another document."""
 
 
 def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
@@ -159,9 +163,11 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     if not data and questions is None and not tasks:
         raise UserError(f"{path} does not say which data it was trained on; give --data or --hellaswag, or --tasks")
     manifests = [_check_data(each.folder, path) for each in data]
-    if reuse and run_folder and (saved := _saved_scores(config, run_folder, source.address, manifests)):
+    mask = _masks_documents(config, path, manifests)
+    if reuse and run_folder and (saved := _saved_scores(config, run_folder, source.address, manifests, mask)):
         return saved
-    work = Work(config=replace(config, checkpoint=str(path), hellaswag=questions), data=tuple(data), tasks=tasks)
+    config_of_work = replace(config, checkpoint=str(path), hellaswag=questions)
+    work = Work(config=config_of_work, data=tuple(data), tasks=tasks, document_mask=mask)
     if tasks:
         work = _with_kept(work, run_folder or (target[0] if target else None))
     if config.num_workers == 1:
@@ -171,6 +177,7 @@ def evaluate(config: EvaluateConfig, *, reuse: bool = False) -> Scores:
     scores = Scores(
         checkpoint=source.address,
         manifest_fingerprint=_fingerprint(manifests),
+        document_mask=mask or None,
         **weights.read_progress(path),
         **result,
     )
@@ -246,6 +253,7 @@ def _val_scores(model: Transformer, tokenizer: Tokenizer, work: Work, workers: P
             context_length=model.config.context_length,
             batch_size=work.config.batch_size,
             max_tokens=_share(work.config.val_tokens, len(sources)),
+            document_token=tokenizer.eot_id if work.document_mask else None,
         )
         for source in sources
     ]
@@ -295,6 +303,15 @@ def _find_data(config: EvaluateConfig, path: Path) -> list[EvaluationData]:
     ]
 
 
+def _masks_documents(config: EvaluateConfig, path: Path, manifests: Sequence[Manifest]) -> bool:
+    """Whether no token of the val set sees another document; conversations are kept apart in any case."""
+    if not manifests or manifests[0].chat_template:
+        return False
+    if config.document_mask != "auto" or huggingface.is_exported(path):
+        return config.document_mask == "on"
+    return bool(checkpoint_reader.read_info(path).config.get("document_mask", False))
+
+
 def _check_data(folder: str, path: Path) -> Manifest:
     data = open_folder(folder)
     manifest = Manifest.load(data)
@@ -313,7 +330,7 @@ def _fingerprint(manifests: Sequence[Manifest]) -> str | None:
 
 
 def _saved_scores(
-    config: EvaluateConfig, run_folder: Folder, checkpoint: str, manifests: Sequence[Manifest]
+    config: EvaluateConfig, run_folder: Folder, checkpoint: str, manifests: Sequence[Manifest], mask: bool
 ) -> Scores | None:
     """The scores in evaluation.json, if they are of this checkpoint and of the same part of this data."""
     try:
@@ -328,6 +345,7 @@ def _saved_scores(
         most = _share(config.val_tokens, len(manifests))
         targets = [manifest.tokens("val") - 1 for manifest in manifests]
         same = same and scores.val_tokens == sum(min(each, most or each) for each in targets)
+        same = same and bool(scores.document_mask) == mask
     has_all = not config.tasks and (not config.hellaswag or scores.hellaswag_acc is not None)
     return scores if same and has_all else None
 
@@ -337,7 +355,7 @@ def _save(config: EvaluateConfig, run_folder: Folder | None, scores: Scores, tar
     perplexity = scores.perplexity  # JSON knows no infinity
     known = perplexity if perplexity is not None and math.isfinite(perplexity) else None
     values = asdict(scores) | {"perplexity": known}
-    for name in ("val_losses", "tasks", "core", "core_stderr"):  # which most files have not
+    for name in ("val_losses", "document_mask", "tasks", "core", "core_stderr"):  # which most files have not
         if values[name] is None:
             del values[name]
     content = (json.dumps(values, indent=2) + "\n").encode()

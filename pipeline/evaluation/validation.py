@@ -4,7 +4,8 @@ Windows of context_length tokens follow one another from the start of the val se
 target exactly once; the last window has the rest. llm.c and modded-nanogpt count in the same way: window i has tokens
 [i * T, (i + 1) * T) as inputs and the tokens one further on as targets, and nothing separates documents. Over the first
 10,485,760 targets of fineweb_val_000000.bin, with a context of 1024, it is the val loss that they publish. Perplexity
-is exp(loss) over the same tokens.
+is exp(loss) over the same tokens. Of a model that was trained with a document mask, the same tokens are predicted from
+their own document alone, as they were in training: another number, which does not compare with theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from model.transformer import Transformer
-from pipeline.dataset.batches import read_windows
+from pipeline.dataset.batches import documents_in, read_windows
 from pipeline.dataset.shards import TokenStream
 from pipeline.dataset.token_counts import count_tokens
 from pipeline.dataset.training_data import ValSource
@@ -65,12 +66,16 @@ def validation_loss(
     context_length: int,
     batch_size: int,
     max_tokens: int | None = None,
+    document_token: int | None = None,
 ) -> ValidationResult:
     """Mean loss over the first ``max_tokens`` targets of ``stream`` (by default all); the ranks share the work.
 
     Every rank runs the same number of forward passes, which are collective operations under FSDP. Losses are summed on
     the device in float64, and the host waits for the device once, at the end. A compiled model runs only batches of
     ``batch_size`` windows compiled, because each other size would need a compilation of its own.
+
+    Args:
+        document_token: the token that documents begin with, where no token is to see another document.
 
     Raises:
         UserError: the stream holds fewer than two tokens.
@@ -86,12 +91,12 @@ def validation_loss(
     for windows in _rank_batches(full_windows, batch_size, workers):
         chosen = windows if len(windows) else np.zeros(1, dtype=np.int64)
         tokens = _read(stream, chosen, length=context_length + 1, stride=context_length, device=workers.device)
-        loss = _mean_loss(model, tokens, as_compiled=len(chosen) == batch_size)
+        loss = _mean_loss(model, tokens, document_token, as_compiled=len(chosen) == batch_size)
         total += len(windows) * context_length * torch.stack([loss, one])
     if rest:  # every rank computes it, rank 0 counts it
         last = np.array([full_windows])
         tokens = _read(stream, last, length=rest + 1, stride=context_length, device=workers.device)
-        loss = _mean_loss(model, tokens, as_compiled=False)
+        loss = _mean_loss(model, tokens, document_token, as_compiled=False)
         total += workers.is_rank_zero * rest * torch.stack([loss, one])
     model.train(training)
     summed, counted = workers.sum(total).tolist()
@@ -111,10 +116,14 @@ def _read(stream: TokenStream, windows: np.ndarray, *, length: int, stride: int,
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 
-def _mean_loss(model: Transformer, tokens: torch.Tensor, *, as_compiled: bool) -> torch.Tensor:
+def _mean_loss(
+    model: Transformer, tokens: torch.Tensor, document_token: int | None, *, as_compiled: bool
+) -> torch.Tensor:
     """Mean loss of tokens (B, T + 1), () float64 on the device."""
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    documents = None if document_token is None else documents_in(inputs, document_token)
     with contextlib.nullcontext() if as_compiled else torch.compiler.set_stance("force_eager"):
-        loss: torch.Tensor = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss: torch.Tensor = model(inputs, targets, documents=documents, all_count=documents is not None)
     return loss.double()
 
 

@@ -141,7 +141,8 @@ def measure(config: PretrainConfig, model: Transformer, workers: ProcessGroup, m
     with explained, deterministic(workers.device, enabled=config.deterministic == "on"):
         for is_last in (True,) if size == windows_per_worker(config, workers.world_size) else (False, True):
             set_gradient_sync(model, enabled=is_last)
-            (model(tokens, tokens) * 0.0).backward()
+            documents = tokens if config.document_mask else None
+            (model(tokens, tokens, documents=documents, all_count=config.document_mask) * 0.0).backward()
         taken = memory.peak()
     model.zero_grad(set_to_none=True)
     torch._dynamo.reset()  # each size is compiled anew, and torch limits the number of compilations
@@ -152,6 +153,8 @@ def _key(config: PretrainConfig, model: Transformer, workers: ProcessGroup) -> d
     """All that the memory of a micro-batch depends on."""
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else workers.device.type
     settings = {name: getattr(config, name) for name in _SETTINGS}
+    if config.document_mask:  # sizes that older versions saved were found without it
+        settings["document_mask"] = True
     return {"workers": workers.world_size, "device": device, "model": model.config.to_dict(), **settings}
 
 

@@ -43,6 +43,7 @@ class NonFiniteFinder:
     ) -> None:
         self.model, self.workers, self.loader, self.tokenizer = model, workers, loader, tokenizer
         self.stream, self.order, self.context_length = loader.stream, loader.order, loader.context_length
+        self.document_token = loader.document_token
         self.deterministic_mode = deterministic_mode
 
     def explain(self, outcome: Outcome) -> str:
@@ -80,7 +81,14 @@ class NonFiniteFinder:
 
     def _is_bad(self, window: int) -> bool:
         length, device = self.context_length + 1, self.workers.device
-        batch = window_batch(self.stream, np.array([window]), length=length, weight=1.0, device=device)
+        batch = window_batch(
+            self.stream,
+            np.array([window]),
+            length=length,
+            weight=1.0,
+            device=device,
+            document_token=self.document_token,
+        )
         loss_is_bad, gradient_is_bad = self._probe(batch)
         return any(loss_is_bad) or gradient_is_bad
 
@@ -92,7 +100,8 @@ class NonFiniteFinder:
         """
         set_gradient_sync(self.model, enabled=True)
         with deterministic(self.workers.device, enabled=self.deterministic_mode):
-            loss = self.model(batch.inputs, batch.targets, documents=batch.documents) * batch.weight
+            loss = self.model(batch.inputs, batch.targets, documents=batch.documents, all_count=batch.all_count)
+            loss = loss * batch.weight
             loss.backward()
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))

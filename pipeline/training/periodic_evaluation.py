@@ -165,10 +165,11 @@ class PeriodicEvaluation:
             "batch_size": self.config.micro_batch,
             "max_tokens": max(1, max_tokens // len(sources)),
         }
+        document_token = self.tokenizer.eot_id if self.config.document_mask else None
         return [
             chat_validation(self.model, source.stream, self.workers, **limits)
             if isinstance(source.stream, PackedStream)
-            else validation_loss(self.model, source.stream, self.workers, **limits)
+            else validation_loss(self.model, source.stream, self.workers, **limits, document_token=document_token)
             for source in sources
         ]
 

@@ -315,12 +315,13 @@ def finished_summary(config: PretrainConfig, *, data: Folders, output: Path | Fo
 def changed_settings(config: PretrainConfig, output: Folder) -> str:
     """What the settings say otherwise than the newest checkpoint, as in "lr 0.02 instead of 0.004"; empty for nothing.
 
-    Not compared are names of places and files, and what a checkpoint of an older version does not know.
+    Not compared are names of places and files, and what a checkpoint of an older version does not know, unless it is
+    sure what it was.
     """
     newest = newest_info(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))
     if newest is None:
         return ""
-    before, now = newest[1].config, json.loads(json.dumps(to_dict(config)))
+    before, now = {"document_mask": False} | newest[1].config, json.loads(json.dumps(to_dict(config)))
     names = [name for name in now if name in before and name not in _PLACES and now[name] not in (before[name], "auto")]
     return ", ".join(f"{name} {now[name]} instead of {before[name]}" for name in names)
 

@@ -66,7 +66,8 @@ def accumulate_gradients(
         batch = _next_batch(batches, loader, guard)
         data_wait_seconds += time.perf_counter() - start
         set_gradient_sync(model, enabled=index == count - 1)
-        micro_loss = model(batch.inputs, batch.targets, documents=batch.documents) * batch.weight
+        micro_loss = model(batch.inputs, batch.targets, documents=batch.documents, all_count=batch.all_count)
+        micro_loss = micro_loss * batch.weight
         micro_loss.backward()
         loss += micro_loss.detach()
         if loader.device.type == "cpu" and index < count - 1 and not is_abandoned:
@@ -88,4 +89,5 @@ def _next_batch(batches: Iterator[MicroBatch], loader: BatchLoader, guard: StepG
             guard.pending_error = error
     shape = (min(loader.order.batch_size, loader.order.windows_per_step), loader.context_length)
     zeros = torch.zeros(shape, dtype=torch.int64, device=loader.device)
-    return MicroBatch(inputs=zeros, targets=zeros, weight=0.0)
+    documents = None if loader.document_token is None else zeros
+    return MicroBatch(inputs=zeros, targets=zeros, weight=0.0, documents=documents, all_count=documents is not None)

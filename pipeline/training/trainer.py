@@ -288,6 +288,7 @@ class Trainer:
             rank=workers.rank,
             world_size=workers.world_size,
             device=workers.device,
+            document_token=self.tokenizer.eot_id if self.config.document_mask else None,
         )
 
     def _resume(self) -> int:

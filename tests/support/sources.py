@@ -39,3 +39,36 @@ def make_source(folder: Path, like: Path, module: str, *, train_tokens: int, val
     )
     dataclasses.replace(Manifest.load(like), shards=shards, inputs=({"name": module},)).save(folder)
     return folder
+
+
+def make_documents(folder: Path, like: Path, shards: dict[str, list[int]]) -> Path:
+    """Shards by name, each of documents of these lengths in tokens, their beginning counted; all texts differ."""
+    folder.mkdir(parents=True)
+    shutil.copy(like / TOKENIZER_NAME, folder)
+    tokenizer = load_tokenizer(open_folder(like))
+    text = Path(importlib.import_module("argparse").__file__ or "").read_text(encoding="utf-8")
+    left = np.array(tokenizer.encode(text), dtype=np.uint16)
+    entries = []
+    for name, lengths in shards.items():
+        tokens = np.empty(sum(lengths), dtype=np.uint16)
+        starts = np.cumsum([0, *lengths[:-1]])
+        is_start = np.zeros(len(tokens), dtype=bool)
+        is_start[starts] = True
+        tokens[is_start] = tokenizer.eot_id
+        taken = len(tokens) - len(lengths)
+        assert len(left) >= taken
+        tokens[~is_start], left = left[:taken], left[taken:]
+        sha256 = open_folder(folder).write(name, shard_parts(tokens, vocab_size=tokenizer.vocab_size))
+        entries.append(
+            ShardEntry(
+                name=name,
+                split=name.split("_", maxsplit=1)[0],
+                tokens=len(tokens),
+                documents=len(lengths),
+                text_bytes=len(tokenizer.decode(tokens[~is_start].tolist()).encode()),
+                sha256=sha256,
+                source="argparse",
+            )
+        )
+    dataclasses.replace(Manifest.load(like), shards=tuple(entries), inputs=({"name": "argparse"},)).save(folder)
+    return folder

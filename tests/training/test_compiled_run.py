@@ -60,18 +60,25 @@ def compiled_config(folder: Path) -> Any:
 
 # Graphs of the network: one from tokens to loss; or one of a block, which all blocks share, and one of the loss. They
 # are compiled without gradients, for validation, and with them; beside them there is the optimizer's kernel.
-@pytest.mark.parametrize(("whole", "optimizer", "graphs"), [(True, "adamw", 1), (False, "muon", 2)])
+@pytest.mark.parametrize(
+    ("whole", "changes", "graphs"),
+    [
+        (True, {"optimizer": "adamw"}, 1),
+        (True, {"optimizer": "adamw", "document_mask": True}, 1),
+        (False, {"optimizer": "muon"}, 2),
+    ],
+)
 def test_nothing_is_compiled_after_the_first_step(
-    whole: bool, optimizer: str, graphs: int, tiny_data: Path, tmp_path: Path
+    whole: bool, changes: dict[str, Any], graphs: int, tiny_data: Path, tmp_path: Path
 ) -> None:
-    ranks = run(tiny_data, tmp_path, whole=whole, optimizer=optimizer)
+    ranks = run(tiny_data, tmp_path, whole=whole, **changes)
     for rank in ranks:
         assert rank["graph_breaks"] == {}
         assert rank["counts"][0] == ["compile", graphs]
         assert rank["counts"][1:] == [["step", 2 * graphs + 1], ["evaluation", 2 * graphs + 1]] * STEPS
-    plain = dataclasses.replace(compiled_config(tmp_path), optimizer=optimizer, compile="off")
+    plain = dataclasses.replace(compiled_config(tmp_path), **changes, compile="off")
     summary, tracker = train_here(plain, tiny_data, tmp_path / "plain")
     # One rank and other kernels: sums in another order, which Adam's first steps and Muon's bfloat16 magnify.
-    tolerance = 1e-4 if optimizer == "adamw" else 1e-3
+    tolerance = 1e-4 if changes["optimizer"] == "adamw" else 1e-3
     assert ranks[0]["losses"] == pytest.approx([loss for _, loss in tracker.metrics["train/loss"]], rel=tolerance)
     assert ranks[0]["val_loss"] == pytest.approx(summary.val_loss, rel=tolerance)
