@@ -140,8 +140,8 @@ def generate(
         if recompute:
             recompute_blocks(model)
         loss_of = torch.compile(model.mean_loss, dynamic=False, fullgraph=True, backend=writer(output, files))
-        masked = {"documents": tokens.clone(), "all_count": True} if documents else {}
-        loss_of(tokens, tokens.clone(), **masked).backward()
+        apart = tokens.clone() if documents else None
+        loss_of(tokens, tokens.clone(), documents=apart, all_count=documents).backward()
     return files
 
 

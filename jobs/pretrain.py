@@ -83,7 +83,19 @@ def describe(config: PretrainConfig) -> Rows:
     config.check_vocab_size(vocab_size)
     train_tokens = [manifest.tokens("train") for manifest in manifests]
     plan = describe_run(config, vocab_size=vocab_size, train_tokens=train_tokens)
-    return plan + mistakes
+    return plan + _packing_rows(config) + mistakes
+
+
+def _packing_rows(config: PretrainConfig) -> Rows:
+    """What --packing best_fit does to the documents of each folder; those of a bucket are not fetched for it."""
+    from pipeline.dataset.packed_documents import describe_packing
+    from pipeline.paths import resolve_output
+
+    if config.packing != "best_fit":
+        return []
+    folders = [resolve_output(folder) for folder in config.mixture.folders]
+    found = [describe_packing(folder, window_length=config.context_length + 1) for folder in folders]
+    return [("" if number else "packing", sentence) for number, sentence in enumerate(found)]
 
 
 def _check_questions(hellaswag: str | None) -> None:

@@ -38,7 +38,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "embedding_lr output_lr vector_lr min_lr_fraction warmup_fraction warmup_steps schedule decay_fraction "
         "decay_from beta1 beta2 eps weight_decay embedding_weight_decay muon_momentum muon_iterations "
         "muon_coefficients grad_clip seed precision compile deterministic recompute skip_nonfinite",
-        "data": "data phase document_mask val_every val_tokens",
+        "data": "data phase packing document_mask val_every val_tokens",
         "tasks": "tasks task_files task_questions tasks_every hellaswag hellaswag_every",
         "checkpoints": "output checkpoint branch_from step checkpoint_every keep_checkpoints keep_every",
         "tracking": f"{_TRACKING} registered_model log_every sample_every sample_prompt sample_tokens profile_steps "

@@ -171,6 +171,10 @@ class PretrainConfig(PeriodicTaskSettings):
     """With blocks, activations are computed again in the backward pass instead of being kept: the losses are the same,
     far less memory is needed, and steps take about a quarter longer."""
 
+    packing: Literal["sequential", "best_fit"] = "sequential"
+    """How documents are put into windows. With sequential, they follow one another and are cut wherever a window ends.
+    With best_fit, only documents that are longer than a window are cut; the share of tokens that fill windows up, and
+    are read twice for it, is told at the start and by dry_run."""
     document_mask: bool = False
     """Let no token see another document of its window; where the loss on the val set is measured, too, so that it does
     not compare with losses measured without."""

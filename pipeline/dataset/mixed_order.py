@@ -83,6 +83,14 @@ class MixedStream(TokenStream):
         self._ends = [end * window_length for end in itertools.accumulate(self.source_windows)]
         self._starts = [0, *self._ends[:-1]]
 
+    def notes(self) -> list[str]:
+        """What is to be said of each source, with its folder."""
+        return [
+            f"{stream.files.folder if stream.files else number}: {note}"
+            for number, stream in enumerate(self._streams)
+            for note in stream.notes()
+        ]
+
     def read(self, start: int, length: int) -> Tokens:
         """Tokens ``[start, start + length)``, which must lie in one source, in a new array."""
         source = bisect.bisect_right(self._ends, start)

@@ -142,6 +142,10 @@ class TokenStream:
         """All files of a manifest behind the stream, for checking."""
         return [] if self.files is None else [self.files]
 
+    def notes(self) -> list[str]:
+        """What is to be said of how the windows were made; nothing where tokens lie in their order."""
+        return []
+
     def locate(self, position: int) -> tuple[int, int]:
         """The number of the shard that holds the token at ``position``, and the token's index in it."""
         index = bisect.bisect_right(self._ends, position)

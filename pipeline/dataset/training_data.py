@@ -14,6 +14,7 @@ from pipeline.dataset.batches import BatchOrder
 from pipeline.dataset.dataset import open_data
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.mixed_order import MixedOrder, MixedStream, Phases
+from pipeline.dataset.packed_documents import packed_stream
 from pipeline.dataset.shards import TokenStream, open_split
 from pipeline.errors import UserError
 from pipeline.storage.folders import Folder, as_folder
@@ -85,10 +86,19 @@ class TrainingData:
         parts = self.phases[0][1]
         return [part / sum(parts) for part in parts]
 
-    def open_train(self, *, window_length: int) -> tuple[TokenStream, list[TokenStream]]:
-        """The training tokens in windows of ``window_length``, and the streams of the sources behind them."""
+    def open_train(self, *, window_length: int, packing: str = "sequential") -> tuple[TokenStream, list[TokenStream]]:
+        """The training tokens in windows of ``window_length``, and the streams of the sources behind them.
+
+        With ``packing`` best_fit, the windows hold whole documents (packed_documents.py).
+        """
         streams = self._open("train")
-        return (MixedStream(streams, window_length=window_length) if self.is_mixture else streams[0]), streams
+        windows = streams
+        if packing == "best_fit":
+            windows = [
+                packed_stream(source.manifest, stream, window_length=window_length)
+                for source, stream in zip(self.sources, streams, strict=True)
+            ]
+        return (MixedStream(windows, window_length=window_length) if self.is_mixture else windows[0]), streams
 
     def open_val(self) -> list[ValSource]:
         """The val set of each source."""

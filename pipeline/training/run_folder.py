@@ -35,7 +35,9 @@ from pipeline.tracking.journal import read_journal
 from pipeline.tracking.tracker import RunInput
 from pipeline.training.schedule import SETTINGS, check_schedule
 
-_ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed")
+_ORDER_SETTINGS = ("context_length", "tokens_per_step", "seed", "packing")
+_OF_OLDER_VERSIONS = {"packing": "sequential", "document_mask": False}
+"""Settings that the checkpoints of older versions do not name, and what they were."""
 _NOT_IN_A_STEP = {
     *("data", "phase", "output", "branch_from", "step", "depth", "tokens_per_parameter", "vocab_size", "dry_run"),
     *("lr", *SETTINGS),  # the learning rates themselves are compared
@@ -184,6 +186,11 @@ def _check_source(config: PretrainConfig, data: Folder, manifest: Manifest) -> N
             f"data folder {data} holds conversations in windows of context_length {length}, but the settings say "
             f"{config.context_length}; give --context_length {length}, or another --data"
         )
+    if manifest.chat_template and config.packing != "sequential":
+        raise UserError(
+            f"data folder {data} holds conversations, which lie in windows of their own already; leave --packing "
+            f"{config.packing} out"
+        )
     if manifest.tokens("train") <= config.context_length:
         raise UserError(
             f"data folder {data} has {manifest.tokens('train'):,} tokens to train on, fewer than one window of "
@@ -216,10 +223,11 @@ def check_resumable(path: Folder | str, info: CheckpointInfo, config: PretrainCo
     expected = config.model_config(data.manifest.vocab_size)
     check_shape(f"checkpoint {path}", info.model_config.to_dict(), expected, otherwise="another --output for a new run")
     _check_windows(path, info, data)
+    settings = _OF_OLDER_VERSIONS | info.config
     for name in _ORDER_SETTINGS:
-        if info.config[name] != getattr(config, name):
+        if settings[name] != getattr(config, name):
             raise UserError(
-                f"checkpoint {path} was trained with {name} {info.config[name]}, now it is {getattr(config, name)}; "
+                f"checkpoint {path} was trained with {name} {settings[name]}, now it is {getattr(config, name)}; "
                 "that changes the data order, so keep it, or give a new --output"
             )
     optimizer = info.config.get("optimizer", "adamw")
@@ -321,7 +329,7 @@ def changed_settings(config: PretrainConfig, output: Folder) -> str:
     newest = newest_info(open_folder(f"{output}/{CHECKPOINTS_FOLDER}"))
     if newest is None:
         return ""
-    before, now = {"document_mask": False} | newest[1].config, json.loads(json.dumps(to_dict(config)))
+    before, now = _OF_OLDER_VERSIONS | newest[1].config, json.loads(json.dumps(to_dict(config)))
     names = [name for name in now if name in before and name not in _PLACES and now[name] not in (before[name], "auto")]
     return ", ".join(f"{name} {now[name]} instead of {before[name]}" for name in names)
 

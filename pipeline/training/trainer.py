@@ -98,7 +98,9 @@ class Trainer:
         self.output = output = as_folder(output)
         self.data = open_data_of_run(config, data)
         self.tokenizer, self.manifest = self.data.tokenizer, self.data.manifest
-        self.train_stream, train_streams = self.data.open_train(window_length=config.context_length + 1)
+        self.train_stream, train_streams = self.data.open_train(
+            window_length=config.context_length + 1, packing=config.packing
+        )
         self.val_sources = self.data.open_val()
         self.startup.mark("data")
         self.model_config = config.model_config(self.manifest.vocab_size)
@@ -334,6 +336,8 @@ class Trainer:
             str(self.dtype).removeprefix("torch."),
             f"resuming at step {self.start_step}" if self.start_step else "starting at step 0",
         )
+        for note in self.train_stream.notes():
+            logger.info("%s", note)
 
     def _report_startup(self, done: int) -> None:
         if self.workers.device.type == "cuda":

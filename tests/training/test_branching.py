@@ -262,7 +262,7 @@ def test_every_setting_decides_a_step_or_is_named_as_one_that_does_not() -> None
         *("num_layers", "num_heads", "d_model", "d_ff", "context_length", "theta", "norm_eps", "tie_embeddings"),
         *("qk_norm", "tokens_per_step", "optimizer", "embedding_lr", "output_lr", "vector_lr", "beta1", "beta2"),
         *("eps", "weight_decay", "embedding_weight_decay", "muon_momentum", "muon_iterations", "muon_coefficients"),
-        *("grad_clip", "seed", "precision", "document_mask"),
+        *("grad_clip", "seed", "precision", "packing", "document_mask"),
     }
 
 

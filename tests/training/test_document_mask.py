@@ -1,17 +1,19 @@
-"""--document_mask: a run in which no token sees another document, from its first loss to its evaluation."""
+"""--document_mask: a run in which no token sees another document, from its first loss to its evaluation.
+
+On several ranks, killed and resumed: test_packing.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
 from model.transformer import Transformer, init_weights
 from pipeline.checkpoints.reader import read_description
@@ -25,9 +27,7 @@ from pipeline.storage.folders import open_folder
 from pipeline.training.run_folder import changed_settings
 from tests.support.llama_twin import llama_twin
 from tests.support.sources import make_documents
-from tests.training.test_trainer import CONFIG, Run, checkpoint_tensors, run, train_here
-
-__all__ = ["run"]  # a fixture
+from tests.training.test_trainer import CONFIG, train_here
 
 MASKED = dataclasses.replace(CONFIG, document_mask=True, val_tokens=1000)
 LENGTH = CONFIG.context_length
@@ -41,7 +41,7 @@ def short_documents(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return make_documents(tmp_path_factory.mktemp("short") / "data", tiny_data, shards)
 
 
-def losses_alone(llama: LlamaForCausalLM, windows: np.ndarray, eot_id: int) -> list[torch.Tensor]:
+def losses_alone(llama: LlamaForCausalLM | Qwen3ForCausalLM, windows: np.ndarray, eot_id: int) -> list[torch.Tensor]:
     """The loss of every target of windows (B, T + 1), each computed from its own document alone."""
     found: list[torch.Tensor] = []
     for window in torch.from_numpy(windows.astype(np.int64)):
@@ -99,19 +99,3 @@ def test_another_value_at_a_resume_is_told(short_documents: Path, tmp_path: Path
     train_here(dataclasses.replace(CONFIG, train_steps=2), short_documents, tmp_path)
     changed = dataclasses.replace(MASKED, train_steps=2, val_tokens=CONFIG.val_tokens)
     assert changed_settings(changed, open_folder(tmp_path)) == "document_mask True instead of False"
-
-
-def test_two_ranks_give_the_curve_of_one_and_resume_bit_for_bit(
-    run: Run, short_documents: Path, tmp_path: Path
-) -> None:
-    given: dict[str, Any] = {"settings_of": MASKED, "data": [short_documents]}
-    _, tracker = train_here(MASKED, short_documents, tmp_path / "one")
-    clean = run(2, "clean", **given)
-    assert clean["losses"] == pytest.approx(dict(tracker.metrics["train/loss"]), rel=1e-4)
-    run(2, "broken", stop_after=7, **given)
-    resumed = run(2, "broken", **given)
-    assert resumed["start_step"] == 5
-    assert resumed["losses"] == {step: loss for step, loss in clean["losses"].items() if step > 5}
-    expected, found = checkpoint_tensors(tmp_path / "clean"), checkpoint_tensors(tmp_path / "broken")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
