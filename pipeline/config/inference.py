@@ -23,8 +23,8 @@ class EvaluateConfig(TaskSettings):
     """Number of tokens to predict, from the start of the val set. If not given, all of it; the val loss that is
     published for FineWeb takes 10485760."""
     document_mask: Literal["auto", "on", "off"] = "auto"
-    """With on, no token of the val set sees another document, with off, each sees all before it in its window; auto is
-    what the checkpoint was trained with."""
+    """With on, no token of the val set sees another document of its window, with off, it sees all of them before it;
+    auto is what the checkpoint was trained with."""
     hellaswag: str | None = None
     """HellaSwag questions: a hellaswag_val.jsonl, or hf://datasets/OWNER/NAME[@REVISION]/FILE. Optional."""
     hellaswag_questions: int | None = None

@@ -176,8 +176,8 @@ class PretrainConfig(PeriodicTaskSettings):
     With best_fit, only documents that are longer than a window are cut; the share of tokens that fill windows up, and
     are read twice for it, is told at the start and by dry_run."""
     document_mask: bool = False
-    """Let no token see another document of its window; where the loss on the val set is measured, too, so that it does
-    not compare with losses measured without."""
+    """Let no token see another document of its window. The validation loss is measured in the same way, so it does not
+    compare with losses measured without."""
 
     profile_steps: str | None = None
     """First and last step to profile with torch's profiler, for instance 20:25; profiled steps are slower. A trace and

@@ -41,7 +41,7 @@ _VERSION = 1  # of the way documents are packed; another one would give a run th
 _DOCUMENTS_AT_ONCE = 1 << 16
 _TOKENS_AT_ONCE = 1 << 23
 _SUMMARY = "plan.json"
-_ARRAYS = {"starts": np.dtype("<i8"), "lengths": np.dtype("<i4"), "firsts": np.dtype("<i8")}
+_ARRAYS: dict[str, np.dtype[Any]] = {"starts": np.dtype("<i8"), "lengths": np.dtype("<i4"), "firsts": np.dtype("<i8")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,8 @@ class PackedDocuments(TokenStream):
         window, offset = divmod(start, self._length)
         if not (0 <= window < self.plan.num_windows and offset + length <= self._length):
             raise IndexError(f"tokens [{start:,}, {start + length:,}) do not lie in one window of {self._length:,}")
-        parts = [self._stream.read(int(first), int(size)) for first, size in zip(*self._pieces(window), strict=True)]
+        pieces = zip(*self._pieces(window), strict=True)
+        parts: list[npt.NDArray[Any]] = [self._stream.read(int(first), int(size)) for first, size in pieces]
         tokens: Tokens = np.concatenate(parts)[offset : offset + length]
         return tokens
 

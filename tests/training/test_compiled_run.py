@@ -64,7 +64,7 @@ def compiled_config(folder: Path) -> Any:
     ("whole", "changes", "graphs"),
     [
         (True, {"optimizer": "adamw"}, 1),
-        (True, {"optimizer": "adamw", "document_mask": True}, 1),
+        pytest.param(True, {"optimizer": "adamw", "document_mask": True}, 1, marks=pytest.mark.slow),
         (False, {"optimizer": "muon"}, 2),
     ],
 )
