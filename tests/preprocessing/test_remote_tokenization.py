@@ -20,7 +20,9 @@ from pipeline.preprocessing import tokenization
 from pipeline.storage.folders import open_folder
 from pipeline.tokenizer import training as bpe_training
 from tests.support.fake_hub import NAME, FakeHub, running_hub
+from tests.support.file_server import running_files
 from tests.support.fixtures import ROOT, contents
+from tests.support.planted_corpus import planted_corpus
 from tests.support.s3_server import S3, Fault, FaultyProxy, environment
 
 
@@ -169,6 +171,49 @@ def test_bucket_to_bucket(
     s3.put("raw/c.jsonl", files["c.jsonl"] + b'{"text": "more"}\n')
     with pytest.raises(UserError, match=r"c\.jsonl has changed in the source since output folder s3://"):
         tokenization.tokenize(from_bucket, output)
+
+
+def test_near_duplicates_and_questions_from_a_bucket_to_a_bucket(
+    config: TokenizeConfig, tmp_path: Path, s3: S3
+) -> None:
+    """Signatures, pairs and the list of a bucket's output lie in the bucket, too."""
+    corpus = planted_corpus()
+    local = dataclasses.replace(corpus.write(tmp_path), tokenizer=config.tokenizer)
+    tokenization.tokenize(local, open_folder(tmp_path / "local"))
+    for name, content in corpus.parquet(3).items():
+        s3.put(f"raw/{name}", content)
+    s3.put("questions.jsonl", corpus.question_lines())
+    there = dataclasses.replace(local, source=f"{s3.url}/raw", decontaminate=(f"{s3.url}/questions.jsonl",))
+    output = open_folder(f"{s3.url}/shards")
+    s3.fail(Fault(status=503), times=4)
+    tokenization.tokenize(there, output)
+    manifest = Manifest.load(output)
+    assert manifest.skipped == corpus.skipped and verify(output) == []
+    assert tokenization.finished(there, output) == manifest
+    written = {key.removeprefix("shards/"): s3.get(key) for key in s3.objects() if key.startswith("shards/")}
+    shards = {name: content for name, content in written.items() if name.endswith(".bin")}
+    assert shards == {name: (tmp_path / "local" / name).read_bytes() for name in shards_in(tmp_path / "local")}
+    questions = [json.loads(line)["question"] for line in written["contaminated.jsonl"].splitlines()]
+    assert questions == [question for _, question in corpus.listed]
+    assert not [name for name in written if name.startswith(("items/signatures", "items/pairs", "items/duplicates"))]
+    assert manifest.settings["evaluation_sets"] == Manifest.load(tmp_path / "local").settings["evaluation_sets"]
+
+
+def test_near_duplicates_and_questions_from_the_web(config: TokenizeConfig, tmp_path: Path) -> None:
+    corpus = planted_corpus()
+    local = dataclasses.replace(corpus.write(tmp_path, files=1), tokenizer=config.tokenizer)
+    tokenization.tokenize(local, open_folder(tmp_path / "local"))
+    with running_files({**corpus.parquet(1), "questions.jsonl": corpus.question_lines()}) as server:
+        server.traffic.fail(status=503, times=2, path="questions.jsonl")
+        questions = (f"{server.url}/questions.jsonl",)
+        there = dataclasses.replace(local, source=f"{server.url}/00.parquet", decontaminate=questions)
+        tokenization.tokenize(there, open_folder(tmp_path / "out"))
+        assert not [fault for fault in server.traffic.faults if fault.times]
+        assert Manifest.load(tmp_path / "out").skipped == corpus.skipped
+        assert shards_in(tmp_path / "out") == shards_in(tmp_path / "local")
+        server.files["questions.jsonl"] = b'{"question": "another one"}'
+        with pytest.raises(UserError, match="another choice of evaluation questions"):
+            tokenization.finished(there, open_folder(tmp_path / "out"))
 
 
 def test_bucket_that_refuses_to_be_written(config: TokenizeConfig, s3: S3) -> None:
