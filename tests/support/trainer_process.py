@@ -1,6 +1,7 @@
 """A process of test_trainer.py: ``trainer_process.py SETTINGS.json`` trains and writes what happened.
 
-Settings: {"config": PretrainConfig's fields, "data": [folder, ...], "stop_after": steps or null, "history": file}.
+Settings: {"config": PretrainConfig's fields, "data": [folder, ...], "stop_after": steps or null, "is_killed": whether
+every rank then kills itself, whatever is being written, "history": file}.
 Beside the history, HISTORY.RANK tells which windows every rank was fed: [[step, [[token, ...], ...]], ...].
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,8 @@ def main() -> None:
     if settings["stop_after"]:
         for step in range(start_step, settings["stop_after"]):
             trainer.advance(step)
+        if settings.get("is_killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
         trainer.writer.wait()
     else:
         trainer.run()

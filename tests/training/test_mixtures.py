@@ -101,6 +101,24 @@ def test_four_two_three_workers_over_a_phase_read_the_windows_of_the_weights_and
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [6, 7, 8, 9])
+def test_killed_around_a_phase_change(run: Run, sources: dict[str, Path], tmp_path: Path, step: int) -> None:
+    """Every rank by SIGKILL, whatever of the checkpoint of step 5 is written; the phase begins with step 7."""
+    config = mixed(sources, "web:3 books:1", "7 web:1 books:2 late:3")
+    given = {"settings_of": config, "data": folders(config)}
+    clean = run(2, "clean", **given)
+    assert run(2, "killed", kill_after=step, **given) == {}
+    resumed = run(2, "killed", **given)
+    start = resumed["start_step"]
+    assert start in {0, 5}
+    assert resumed["windows"] == clean["windows"][start * WINDOWS :]
+    assert resumed["losses"] == {done: loss for done, loss in clean["losses"].items() if done > start}
+    expected, found = checkpoint_tensors(tmp_path / "clean"), checkpoint_tensors(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def cut(folder: Path) -> list[list[int]]:
     """The windows of a source, read without the pipeline; all differ."""
     tokens = read_shard(folder / "train_000000.bin")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,18 @@ def run(tiny_data: Path, tmp_path: Path) -> Run:
         output: str,
         *,
         stop_after: int | None = None,
+        kill_after: int | None = None,
         settings_of: PretrainConfig = CONFIG,
         data: Sequence[Path] = (tiny_data,),
     ) -> dict[str, Any]:
         config = dataclasses.asdict(dataclasses.replace(settings_of, output=str(tmp_path / output)))
         history, settings = tmp_path / "history.json", tmp_path / "settings.json"
-        settings.write_text(
-            json.dumps({"config": config, "data": [*map(str, data)], "stop_after": stop_after, "history": str(history)})
-        )
+        ends = {"stop_after": stop_after or kill_after, "is_killed": kill_after is not None}
+        settings.write_text(json.dumps({"config": config, "data": [*map(str, data)], "history": str(history), **ends}))
         result = run_ranks("trainer_process.py", settings, world_size=world_size)
+        if kill_after is not None:
+            assert result.returncode == -signal.SIGKILL, result.stderr
+            return {}
         assert result.returncode == 0, result.stderr
         found = json.loads(history.read_text())
         found["windows"] = windows_fed(history, world_size)
