@@ -105,6 +105,7 @@ class KillableJob:
         moment: str = "",
         printed: str = "",
         child: str = "",
+        appeared: str = "",
         group: bool = False,
     ) -> Ended:
         """Run the command; it gets the signal ``number`` at a moment of ``moments``, or as it prints a line.
@@ -112,6 +113,7 @@ class KillableJob:
         Args:
             printed: a pattern that the output must match.
             child: part of the command line of a process that it or Ray has started.
+            appeared: a pattern of files in its output, of which one must be there.
             group: whether its whole process group gets the signal.
         """
         notes = self.home / "moments"
@@ -133,7 +135,7 @@ class KillableJob:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return self._watch(process, notes, log, number, printed=printed, child=child, group=group)
+        return self._watch(process, notes, log, number, printed=printed, child=child, appeared=appeared, group=group)
 
     def _watch(
         self,
@@ -144,12 +146,14 @@ class KillableJob:
         *,
         printed: str,
         child: str,
+        appeared: str,
         group: bool,
     ) -> Ended:
         sent_at, began = 0.0, time.monotonic()
         while process.poll() is None:
             text = log.read_text(errors="replace")
             is_due = bool(printed and re.search(printed, text)) or bool(child and _has_child(process.pid, child))
+            is_due = is_due or bool(appeared and any(self.output.glob(appeared)))
             if not sent_at and number is not None and is_due:
                 (os.killpg if group else os.kill)(process.pid, number)
                 sent_at = time.monotonic()
