@@ -120,7 +120,14 @@ def test_parts_of_a_file_are_few_and_alike(sizes: list[int], item_bytes: int) ->
         return
     items = plan_of([[(size, 1) for size in sizes]], item_bytes)
     largest = max([item.size_bytes for item in items if item.size_bytes <= item_bytes], default=0)
-    assert (len(items), largest) == fewest_parts(sizes, item_bytes)
+    fewest, least = fewest_parts(sizes, item_bytes)
+    assert len(items) == fewest
+    assert least <= largest <= least + item_bytes // 128, "sizes are equalised to a 128th"
+
+
+def test_parts_are_alike_up_to_a_128th() -> None:
+    items = plan_of([[(size, 1) for size in (7, 60, 60, 1, 52, 60)]], 144)
+    assert [item.size_bytes for item in items] == [128, 112], "127 and 113 are nearer to each other"
 
 
 def test_parts_of_a_file_of_equal_row_groups() -> None:

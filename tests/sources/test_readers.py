@@ -180,9 +180,6 @@ def test_reads_of_a_fetched_file_are_few(tmp_path: Path) -> None:
 
 def test_large_pieces_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.sources.column_chunks._MAX_SLICE_BYTES", 20)
-    monkeypatch.setattr(
-        "pipeline.sources.readers.open_slice", lambda file_slice: open_local(file_slice) if file_slice.file else None
-    )
     (tmp_path / "a.jsonl").write_bytes(json_lines(["large " * 10]))
     write_parquet(tmp_path / "b.parquet", ["large " * 10])
     (tmp_path / "c.txt").write_text("large " * 10)
@@ -190,8 +187,8 @@ def test_large_pieces_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytes
     (item,) = as_remote(items_of(tmp_path))
     table = column_chunks.fetch_column_chunks(item, open_local)
     assert table.to_pylist() == [{"slice": 3, "start": 0, "data": b"small"}]
-    texts = [text for array in read_item(item, Counter(), table) for text in array.to_pylist()]
-    assert texts == [*["large " * 10] * 3, "small"]
+    arrays = read_item(item, Counter(), table, open_file=open_local)
+    assert [text for array in arrays for text in array.to_pylist()] == [*["large " * 10] * 3, "small"]
 
 
 def test_what_was_not_fetched_is_not_read() -> None:
