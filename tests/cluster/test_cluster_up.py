@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.hosts import Host, missing_programs, running_hosts, wait_until
+from tests.support.planted_corpus import FLAGS, planted_corpus
 from tests.support.rented import HEAD, ROOT, SECRETS, WORKERS, Rented, bucket, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -167,6 +168,38 @@ def test_a_second_ray_up_disturbs_neither_mlflow_nor_the_bucket_and_sets_the_fir
     report(f"both workers there {cluster.await_nodes(3):.0f} s later")
     assert head.run("pgrep -f 'mlflow server'").split() == before
     assert "tokenize: done before" in cluster.submit("tokenize", preset=write_preset(cluster, "small"))
+
+
+def test_raw_parquet_through_all_stages_on_all_machines(cluster: Rented) -> None:
+    """Rules, near-duplicates and decontamination in one command; source, questions and output are in the bucket."""
+    corpus = planted_corpus()
+    for name, body in corpus.parquet(8).items():
+        cluster.bucket.put_object(Bucket="gpt25", Key=f"home/raw/planted/{name}", Body=body)
+    cluster.bucket.put_object(Bucket="gpt25", Key="home/questions.jsonl", Body=corpus.question_lines())
+    preset = write_preset(cluster, "planted", item_bytes=20_000)
+    places = ["--source=raw/planted/*.parquet", "--decontaminate=questions.jsonl"]
+    flags = [*FLAGS, *places, "--vocab_size=300", "--val_fraction=0.1"]
+    before = {row["task_id"] for row in cluster.listed("tasks")}
+    started = time.monotonic()
+    assert "tokenize: done\n" in cluster.submit("tokenize", *flags, preset=preset)
+    report(
+        f"all stages on {len(corpus.texts)} documents, from submission to the end: {time.monotonic() - started:.0f} s"
+    )
+    names = {row["node_id"]: row["node_ip"] for row in cluster.listed("nodes")}
+    rows = [row for row in cluster.listed("tasks") if row["task_id"] not in before and row.get("node_id")]
+    machines = {names[row["node_id"]] for row in rows if "in_turn" in str(row.get("name"))}
+    report(f"its tasks ran on {sorted(machines)}")
+    assert len(machines) >= 2
+    manifest = read_json(cluster, "data/planted/manifest.json")
+    assert manifest["skipped"] == corpus.skipped
+    assert sum(shard["documents"] for shard in manifest["shards"]) == len(corpus.kept)
+    assert manifest["settings"]["dedup"] == "minhash" and len(manifest["inputs"]) == 8
+    assert manifest["settings"]["evaluation_sets"][0].startswith("questions.jsonl ")
+    body = cluster.bucket.get_object(Bucket="gpt25", Key="home/data/planted/contaminated.jsonl")["Body"].read()
+    found = [json.loads(line)["question"] for line in body.splitlines()]
+    assert found == [question for _, question in corpus.listed]
+    assert "tokenize: done before\n" in cluster.submit("tokenize", *flags, preset=preset)
+    assert "nothing is wrong" in cluster.submit("tokenize", *flags, "--verify", preset=preset)
 
 
 def test_a_machine_that_dies_while_tokenizing(cluster: Rented) -> None:
