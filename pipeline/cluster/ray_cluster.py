@@ -50,7 +50,7 @@ _ALONE = {
 
 def connect(*, num_cpus: int) -> None:
     """Join the cluster that the environment names, or start a local Ray with ``num_cpus`` logical CPUs."""
-    starts_one = not (submitted() or os.environ.get("RAY_ADDRESS"))
+    starts_one = not named_by_environment()
     if starts_one:
         set_local_environment()
     _set_defaults(_QUIET)
@@ -68,6 +68,11 @@ def connect(*, num_cpus: int) -> None:
             _start(num_cpus)
     if submitted():
         _await_nodes(int(os.environ.get("GPT25_NODES", "1")))
+
+
+def named_by_environment() -> bool:
+    """Whether the environment names a cluster, so that none is started on this machine."""
+    return submitted() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _start(num_cpus: int) -> None:
@@ -212,7 +217,7 @@ def require(*, num_workers: int, gpus: bool) -> None:
 
 def require_device(device: str) -> None:
     """UserError where --device cuda would start a local Ray on a machine without a GPU; a cluster knows by itself."""
-    if device != "cuda" or submitted() or os.environ.get("RAY_ADDRESS"):
+    if device != "cuda" or named_by_environment():
         return
     import ray
     import torch

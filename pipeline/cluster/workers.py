@@ -1,4 +1,5 @@
 """Runs a function on a group of workers: Ray Train starts them, restarts the group after a loss, returns the result.
+A group of one on the CPU of this machine is this process itself, and needs no Ray.
 
 Ray Train restarts a group after any exception, and cannot send a message to running workers. So errors of the user and
 requests to stop travel through two files in a folder that all workers see (SharedFiles). Checkpoints are not Ray
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import torch
 
 from pipeline.cluster import ray_cluster
 from pipeline.config.training import worker_range
@@ -159,10 +161,36 @@ def run_workers(
             outcome = _fit_until_done(worker, settings, group, files, use_gpu=use_gpu)
         finally:
             files.delete()
+    return _result_of(outcome)
+
+
+def run_in_process(
+    worker: Worker[SettingsT, ResultT], settings: SettingsT, group: GroupSettings, files: SharedFiles
+) -> ResultT:
+    """Run ``worker`` in this process, as the only one of its group; returns its result.
+
+    Nothing starts it again after an error that is not the user's: the same command does.
+
+    Raises:
+        UserError: raised by the worker, or an error of the program itself.
+        RunStopped: the worker was asked to stop, and did.
+    """
+    try:
+        return _result_of(_fit(functools.partial(_run_worker, worker, settings, files), group, files))
+    finally:
+        files.delete()
+
+
+def fits_this_process(group: GroupSettings) -> bool:
+    """Whether the group is one worker on a CPU of this machine; in a cluster, Ray chooses the machine."""
+    on_cpu = group.device == "cpu" or (group.device == "auto" and not torch.cuda.is_available())
+    return worker_range(group.num_workers) == (1, 1) and on_cpu and not ray_cluster.named_by_environment()
+
+
+def _result_of(outcome: WorkerOutcome) -> Any:
     if outcome.error:
         raise UserError(outcome.error)
-    result: ResultT = outcome.result
-    return result
+    return outcome.result
 
 
 def _fit_until_done(
@@ -175,10 +203,10 @@ def _fit_until_done(
 
     losses = 0
     with tempfile.TemporaryDirectory(prefix="gpt25-", ignore_cleanup_errors=True) as storage:
+        trainer = functools.partial(_ray_trainer, worker, settings, group, files, use_gpu=use_gpu, storage=storage)
         while True:
             try:
-                trainer = _ray_trainer(worker, settings, group, files, use_gpu=use_gpu, storage=storage)
-                return _fit(trainer, group, files)
+                return _fit(lambda: trainer().fit().return_value, group, files)
             except TrainingFailedError as error:
                 if sentence := files.read_error():
                     raise UserError(sentence) from error
@@ -192,13 +220,8 @@ def _fit_until_done(
                 ) from error
 
 
-def _fit(trainer: Any, group: GroupSettings, files: SharedFiles) -> WorkerOutcome:
-    """The outcome of rank 0."""
-
-    def fit() -> WorkerOutcome:
-        outcome: WorkerOutcome = trainer.fit().return_value
-        return outcome
-
+def _fit(fit: Callable[[], WorkerOutcome], group: GroupSettings, files: SharedFiles) -> WorkerOutcome:
+    """The outcome of rank 0, which ``fit`` returns; signals meanwhile ask the workers to stop."""
     if not group.stop_on_signals:
         return call_in_thread(fit)  # in the main thread Ray would take Ctrl-C
     with stop_on_signals(files.request_stop) as request:

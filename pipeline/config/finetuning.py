@@ -109,7 +109,8 @@ class FinetuneConfig:
     """Number of newest checkpoints to keep; the one with the lowest val loss is kept too."""
 
     num_workers: int | str = 1
-    """Number of training workers, each with one GPU or one CPU; 2:8 is elastic, from 2 to 8 as the cluster has room."""
+    """Number of training workers, each with one GPU or one CPU; 2:8 is elastic, from 2 to 8 as the cluster has room.
+    One worker on a CPU of this machine trains in the process of the job, without Ray."""
     resize_seconds: float = 300.0
     """Seconds between two attempts to add workers to an elastic run, which resumes from its newest checkpoint."""
     collective_timeout: int = 600

@@ -209,7 +209,8 @@ class PretrainConfig(PeriodicTaskSettings):
     """Number of steps between checkpoints that are never deleted. If not given, there are none."""
 
     num_workers: int | str = 4
-    """Number of training workers, each with one GPU or one CPU; 2:8 is elastic, from 2 to 8 as the cluster has room."""
+    """Number of training workers, each with one GPU or one CPU; 2:8 is elastic, from 2 to 8 as the cluster has room.
+    One worker on a CPU of this machine trains in the process of the job, without Ray."""
     resize_seconds: float = 300.0
     """Seconds between two attempts to add workers to an elastic run, which resumes from its newest checkpoint."""
     skip_nonfinite: int = 0

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 from pipeline.checkpoints.copying import copy_checkpoint
 from pipeline.checkpoints.reader import find_checkpoint, list_checkpoints, read_description
 from pipeline.cluster import ray_cluster
-from pipeline.cluster.workers import GroupSettings, SharedFiles, run_workers, show_progress
+from pipeline.cluster.workers import (
+    GroupSettings,
+    SharedFiles,
+    fits_this_process,
+    run_in_process,
+    run_workers,
+    show_progress,
+)
 from pipeline.config.run_plan import opening
 from pipeline.config.training import PretrainConfig
 from pipeline.dataset.manifest import Manifest
@@ -61,12 +68,14 @@ class WorkerSettings:
     """Address of the run folder."""
     run: MLflowRun
     shows_progress: bool = True
+    under_ray: bool = True
+    """Whether Ray Train has started the worker; else it is the job's own process."""
 
 
 def pretrain(
     config: PretrainConfig, files: SharedFiles | None = None, *, shows_progress: bool = True
 ) -> tuple[RunSummary, MLflowRun]:
-    """Train as ``config`` says, on the cluster; returns at once if this run is done already.
+    """Train as ``config`` says, on the cluster or in this process; returns at once if this run is done already.
 
     Args:
         files: the shared files of the workers, where another process is to ask them to stop.
@@ -107,12 +116,19 @@ def _pretrain_alone(
         settings = WorkerSettings(
             config=config, data=tuple(map(str, data)), output=str(output), run=run, shows_progress=shows_progress
         )
-        group = replace(group_settings(config), logs=logs)
-        files = files or SharedFiles(folder=str(output))
-        files.delete_of_killed()
-        with _marked_where_killed(run):
-            summary = run_workers(pretrain_worker, settings, group, output, files)
+        summary = _run(settings, replace(group_settings(config), logs=logs), output, files)
     return summary, current_run(output, run)
+
+
+def _run(settings: WorkerSettings, group: GroupSettings, output: Folder, files: SharedFiles | None) -> RunSummary:
+    """Train on the workers of ``group``, or in this process where it is enough."""
+    is_alone = files is None and fits_this_process(group)
+    files = files or SharedFiles(folder=str(output))
+    files.delete_of_killed()
+    with _marked_where_killed(settings.run):
+        if is_alone:
+            return run_in_process(pretrain_worker, replace(settings, under_ray=False), group, files)
+        return run_workers(pretrain_worker, settings, group, output, files)
 
 
 def _open_run(config: PretrainConfig, output: Folder, *, reopen: bool) -> MLflowRun:
@@ -222,22 +238,24 @@ def group_settings(config: PretrainConfig) -> GroupSettings:
 def pretrain_worker(settings: WorkerSettings, files: SharedFiles) -> RunSummary:
     """Run the trainer in this worker."""
     config = settings.config
+    startup = StartupTimer.from_environment() if settings.under_ray else StartupTimer()
     workers = init_distributed(config.device, deterministic=config.deterministic == "on")
-    show_progress(workers.is_rank_zero and settings.shows_progress)
+    if settings.under_ray:
+        show_progress(workers.is_rank_zero and settings.shows_progress)
     output = open_folder(settings.output)
     tracker = _tracker(settings, output) if workers.is_rank_zero else Tracker()
     stop_watcher = FileWatcher(lambda: workers.is_rank_zero and files.stop_requested())
     if workers.is_rank_zero:
         files.delete_begun()  # of a group that was lost
-    watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
-    with contextlib.closing(stop_watcher), _failures_logged(tracker, files.has_error):
+    watches_preemption = settings.under_ray and os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+    with contextlib.closing(stop_watcher), _failures_logged(tracker, files, may_restart=settings.under_ray):
         trainer = Trainer(
             config,
             data=[open_folder(address) for address in settings.data],
             output=output,
             workers=workers,
             tracker=tracker,
-            startup=StartupTimer.from_environment(),
+            startup=startup,
             interruptions=Interruptions(
                 stop_requested=_told_at_first_call(stop_watcher, files, is_teller=workers.is_rank_zero),
                 preemption_pending=_preemption_pending if watches_preemption else None,
@@ -271,21 +289,23 @@ def _preemption_pending() -> bool:
 
 
 def _tracker(settings: WorkerSettings, output: Folder) -> Tracker:
-    """The tracker of rank 0: MLflow and the dashboard of Ray."""
+    """The tracker of rank 0: MLflow and, under Ray, its dashboard."""
     mlflow = MLflowTracker(settings.run, output, registered_model=settings.config.registry_name, sample_system=True)
+    if not settings.under_ray:
+        return mlflow
     return Trackers(mlflow, RayMetrics(output.url.rpartition("/")[2]))
 
 
 @contextlib.contextmanager
-def _failures_logged(tracker: Tracker, peer_failed: Callable[[], bool]) -> Iterator[None]:
+def _failures_logged(tracker: Tracker, files: SharedFiles, *, may_restart: bool) -> Iterator[None]:
     """A context in which an error that no new start mends, here or in another worker, marks the run as failed."""
     try:
-        with end_after_peer_error(peer_failed, lambda: tracker.finish("FAILED")):
+        with end_after_peer_error(files.has_error, lambda: tracker.finish("FAILED")):
             yield
     except (UserError, *PROGRAM_ERRORS):
         tracker.finish("FAILED")
         raise
     except RuntimeError:  # raised by a collective when another worker has left
-        if peer_failed():
+        if not may_restart or files.has_error():
             tracker.finish("FAILED")
         raise

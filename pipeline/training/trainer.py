@@ -328,10 +328,11 @@ class Trainer:
         self.tracker.log_tags(hardware.hardware_tags(self.workers))
         self.tracker.log_inputs(run_inputs(self.data))
         logger.info(
-            "%s parameters, %s train tokens, %d workers on %s, %s; %s",
+            "%s parameters, %s train tokens, %d worker%s on %s, %s; %s",
             f"{self.model_config.num_parameters:,}",
             f"{len(self.train_stream):,}",
             self.workers.world_size,
+            "s" if self.workers.world_size > 1 else "",
             self.workers.device.type,
             str(self.dtype).removeprefix("torch."),
             f"resuming at step {self.start_step}" if self.start_step else "starting at step 0",

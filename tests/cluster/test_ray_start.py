@@ -118,7 +118,7 @@ def test_a_folder_too_deep_for_rays_sockets_is_one_sentence(tiny_data: Path, tmp
     """As batch systems make them for every job."""
     deep = tmp_path / ("a_rather_long_scratch_folder_such_as_slurm_makes_for_every_job/user_1234567/job_7654321")
     deep.mkdir(parents=True)
-    flags = ["--data", str(tiny_data), "--output", "run", "--num_workers=1", "--context_length=32"]
+    flags = ["--data", str(tiny_data), "--output", "run", "--num_workers=2", "--context_length=32"]
     result = subprocess.run(
         [sys.executable, str(ROOT / "jobs/pretrain.py"), *flags],
         cwd=tmp_path,

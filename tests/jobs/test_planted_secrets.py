@@ -98,7 +98,7 @@ def test_no_planted_secret_is_written_or_printed(source: str, tmp_path_factory: 
         small = {"num_layers": 1, "num_heads": 2, "d_model": 16, "d_ff": 32, "context_length": 16}
         steps = {"tokens_per_step": 64, "batch_size": 2, "train_steps": 4, "val_tokens": 50, "sample_tokens": 2}
         text = {"source": source, "output": "data", "vocab_size": 300, "num_workers": 1, "val_fraction": 0.1}
-        run = {"data": "data", "output": "run", "num_workers": 1, "device": "cpu", **small, **steps}
+        run = {"data": "data", "output": "run", "num_workers": 2, "device": "cpu", **small, **steps}
         sections = {"tokenize": text | shared, "pretrain": run | shared}
         (home / "preset.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
         printed = job("tokenize.py", home) + job("pretrain.py", home, "--dry_run") + job("pretrain.py", home)

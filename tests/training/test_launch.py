@@ -16,6 +16,7 @@ import torch
 from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
+from safetensors.torch import load_file
 
 from pipeline.checkpoints.reader import list_checkpoints
 from pipeline.cluster import ray_cluster, workers
@@ -84,6 +85,12 @@ def losses(run: MLflowRun) -> list[tuple[int, float]]:
 def same_result(summary: RunSummary, expected: RunSummary) -> bool:
     fields = ("steps", "tokens_seen", "first_loss", "last_loss", "val_loss", "val_tokens", "sample")
     return all(getattr(summary, name) == getattr(expected, name) for name in fields)
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint."""
+    files = sorted((run / f"checkpoints/step-{step:06d}").glob("*.safetensors"))
+    return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def test_four_workers_train_and_everything_is_in_mlflow(clean: tuple[RunSummary, MLflowRun], folder: Path) -> None:
@@ -157,6 +164,20 @@ def test_evaluation_on_two_workers_equals_one(clean: tuple[RunSummary, MLflowRun
     assert together.val_loss == pytest.approx(alone.val_loss, rel=1e-6)  # float32 means, added up in float64
     assert alone.unigram_entropy is not None and alone.val_loss is not None
     assert alone.learned == pytest.approx(alone.unigram_entropy - alone.val_loss)
+
+
+def test_one_worker_of_ray_gives_the_bits_of_one_in_this_process(
+    config: PretrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a run may begin on a laptop and go on in a cluster."""
+    short = dataclasses.replace(config, num_workers=1, train_steps=10, output="one-here")
+    here, run_here = launch.pretrain(short)
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster, which this process has joined already")
+    there, run_there = launch.pretrain(dataclasses.replace(short, output="one-there"))
+    assert same_result(here, there) and losses(run_here) == losses(run_there)
+    here_weights, there_weights = tensors(folder / "one-here", 10), tensors(folder / "one-there", 10)
+    assert here_weights.keys() == there_weights.keys() and here_weights
+    assert all(torch.equal(tensor, there_weights[name]) for name, tensor in here_weights.items())
 
 
 def test_a_mistake_in_a_worker_is_one_error_and_no_retry(
