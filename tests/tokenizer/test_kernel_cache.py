@@ -65,6 +65,13 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+def test_compiling_is_said_once_and_only_where_it_happens(checkout: Path, tmp_path: Path) -> None:
+    (checkout / KERNELS / "second.py").write_text(KERNEL, encoding="utf-8")
+    calls = "import logging\nlogging.basicConfig(level=logging.INFO)\n" + CALL + CALL.replace("outer", "second")
+    found = [run(calls, checkout, tmp_path / "cache").stderr.count("compiling kernels") for _ in range(2)]
+    assert found == [1, 0]
+
+
 def test_found_from_another_checkout_and_never_stale(checkout: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert run(CALL, checkout, cache).stdout.split() == ["2", "0", "1"]

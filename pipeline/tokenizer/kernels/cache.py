@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -156,6 +157,8 @@ class StampedCache(_Cache):
                 compiled = cache.load_overload(sig, target_context)  # compiled by another process meanwhile
                 if compiled is not None:
                     self._release()
+                else:
+                    _announce()
             return compiled
         except OSError as error:
             logger.warning("kept kernels cannot be read, they are compiled again: %s", error)
@@ -189,6 +192,11 @@ class StampedCache(_Cache):
         """Delete what is on disk for this kernel."""
         if self._opened:
             self._opened.flush()
+
+
+@functools.cache  # the first kernel speaks for all
+def _announce() -> None:
+    logger.info("compiling kernels for this machine, which happens once and takes up to half a minute")
 
 
 def _wait_for_lock(path: Path) -> IO[str]:
