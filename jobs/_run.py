@@ -65,6 +65,7 @@ def run(
             print(yaml.safe_dump({section: to_dict(config)}, sort_keys=False), end="")
             print("".join(f"# {line}\n" for line in _lines(rows)), end="")
         else:
+            print(f"{section}: starting", file=sys.stderr, flush=True)  # libraries and folders may take seconds
             action(config)
 
     guarded(job, resume=resume)

@@ -69,15 +69,16 @@ def demo(flags: list[str]) -> None:
     evaluate = resolve(EvaluateConfig, "evaluate", flags, program="jobs/demo.py")
 
     from pipeline.demo import stories
-    from pipeline.evaluation import evaluate_job
     from pipeline.paths import resolve_path
-    from pipeline.preprocessing import tokenize_job
-    from pipeline.training import launch
 
     if settings.stories:
         _say("1/4 stories", settings.stories)
         stories.write_stories(resolve_path(settings.stories), num_bytes=settings.story_bytes, seed=settings.story_seed)
     _say("2/4 text to shards", tokenize.output)
+    from pipeline.evaluation import evaluate_job  # with torch, which takes a second or two
+    from pipeline.preprocessing import tokenize_job
+    from pipeline.training import launch
+
     data, data_run, _ = tokenize_job.tokenize(tokenize)
     _say("3/4 training", pretrain.output)
     training, training_run = launch.pretrain(pretrain)
@@ -111,9 +112,7 @@ def chat_demo(flags: list[str]) -> None:
     finetune = resolve(FinetuneConfig, "finetune", flags, program="jobs/demo.py")
     generate = resolve(GenerateConfig, "generate", [*flags, "--chat"], program="jobs/demo.py")
 
-    from pipeline.conversations import finetune_job
     from pipeline.demo.conversations import write_conversations
-    from pipeline.generation.generate_job import Generator
     from pipeline.paths import resolve_path
 
     if settings.conversations:
@@ -121,6 +120,9 @@ def chat_demo(flags: list[str]) -> None:
         path = resolve_path(settings.conversations)
         write_conversations(path, count=settings.num_conversations, seed=settings.story_seed)
     _say("2/3 training", finetune.output)
+    from pipeline.conversations import finetune_job  # with torch
+    from pipeline.generation.generate_job import Generator
+
     done = finetune_job.finetune(finetune)
     _say("3/3 a chat", generate.checkpoint)
     asked = {"role": "user", "content": generate.prompt}

@@ -26,6 +26,8 @@ from pipeline.errors import UserError
 def main(config: GenerateConfig) -> None:
     from pipeline.generation import generate_job
 
+    if (config.chat or config.interactive) and config.prompt != GenerateConfig.prompt:
+        print("generate: prompt is not used, as prompts are typed here", file=sys.stderr, flush=True)
     if config.chat:
         chat(generate_job.Generator(config), config)
         return

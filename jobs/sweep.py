@@ -25,6 +25,7 @@ def main() -> None:
     if config.dry_run:
         print_table(f"sweep: {len(trials)} trials", [_settings(trial.name, trial.varied) for trial in trials])
         return
+    print(f"sweep: starting, {len(trials)} trials", file=sys.stderr, flush=True)
     from pipeline.paths import resolve_output
     from pipeline.run_files import REPORT_FILE
     from pipeline.sweep import sweep_job

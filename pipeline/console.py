@@ -9,7 +9,9 @@ import shutil
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.redaction import redact
 
@@ -22,6 +24,8 @@ _MOST_READ = 100_000
 _MOST_LINES = 1000
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 
 class PlainFormatter(logging.Formatter):
@@ -83,6 +87,23 @@ def format_rate(bytes_per_second: float) -> str:
     return f"{megabytes:,.1f} MB/s" if megabytes >= 1 else f"{max(0.1, megabytes * 1000):,.1f} kB/s"
 
 
+def with_progress(items: Sequence[Item], title: str, unit: str, *, shown: bool) -> Iterator[Item]:
+    """The items one by one; where all together take longer than LOG_SECONDS, it is said how many are done.
+
+    Args:
+        title: name of the work, in front of every line.
+        unit: what the items are, in the plural.
+        shown: whether this process is the one that says it.
+    """
+    if not shown:
+        yield from items
+        return
+    with CountProgress(title, unit, len(items), only_long=True) as progress:
+        for item in items:
+            yield item
+            progress.add()
+
+
 class CountProgress:
     """How many units of a known, or later known, total are done.
 
@@ -90,14 +111,21 @@ class CountProgress:
         title: name of the work, in front of the bar and of every log line.
         unit: what is counted, in the plural.
         total: number of units; it may be given to update_to later.
+        only_long: say nothing of work that is done within LOG_SECONDS.
     """
 
-    def __init__(self, title: str, unit: str, total: int | None = None) -> None:
+    def __init__(self, title: str, unit: str, total: int | None = None, *, only_long: bool = False) -> None:
         from tqdm import tqdm
 
-        self._title, self._unit = title, unit
+        self._title, self._unit, self._says_end = title, unit, not only_long
         self._bar = tqdm(
-            total=total, desc=title, unit=f" {unit}", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
+            total=total,
+            desc=title,
+            unit=f" {unit}",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            delay=LOG_SECONDS if only_long else 0,
         )
         self._total, self._done = total or 0, 0
         self._logged = time.perf_counter()
@@ -118,6 +146,6 @@ class CountProgress:
         self._bar.update(done - self._done)
         self._done = done
         now = time.perf_counter()
-        if self._bar.disable and (now - self._logged >= LOG_SECONDS or done == total):
+        if self._bar.disable and (now - self._logged >= LOG_SECONDS or (done == total and self._says_end)):
             self._logged = now
             logger.info("%s: %s of %s %s", self._title, f"{done:,}", f"{total:,}", self._unit)

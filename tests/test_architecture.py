@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
         *("errors", "storage", "paths", "redaction", "console", "run_files", "versions", "distributed"),
         "published_results",
     },
-    "tasks": {"errors", "storage", "paths", "config", "remote", "distributed", "tokenizer", "dataset"},
+    "tasks": {"errors", "storage", "paths", "config", "console", "remote", "distributed", "tokenizer", "dataset"},
     "cluster": {"errors", "exit_signals", "storage", "paths", "config", "console", "log_files", "distributed"},
 }
 ROOMS["gguf_export"] = {"errors", "tokenizer", "conversations.templates"}

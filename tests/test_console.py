@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import console
 from pipeline.console import MOST_CHARACTERS, PlainFormatter, format_rate, plain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,3 +56,21 @@ def test_a_job_prints_its_error_so() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and r"\x1b[31m\u202e" in done.stderr
     assert "\x1b" not in done.stderr and "SECRET" not in done.stderr and len(done.stderr) < 2100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown", "lines"),
+    [
+        (3600.0, True, []),
+        (0.0, True, ["scoring: 1 of 3 batches", "scoring: 2 of 3 batches", "scoring: 3 of 3 batches"]),
+        (0.0, False, []),
+    ],
+)
+def test_long_work_says_how_far_it_is(
+    seconds: float, shown: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(console, "LOG_SECONDS", seconds)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        assert list(console.with_progress("abc", "scoring", "batches", shown=shown)) == ["a", "b", "c"]
+    assert caplog.messages == lines

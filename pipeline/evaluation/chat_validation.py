@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from model.transformer import Transformer
+from pipeline.console import with_progress
 from pipeline.dataset.batches import window_batch
 from pipeline.dataset.shards import PackedStream
 from pipeline.distributed.process_group import ProcessGroup
@@ -51,7 +52,8 @@ def chat_validation(
     model.eval()
     total = torch.zeros(3, dtype=torch.float64, device=workers.device)  # summed loss, right ones, all
     with torch.compiler.set_stance("force_eager"):  # logits are computed in no other place
-        for start in range(0, -(-num_windows // workers.world_size), size):
+        starts = range(0, -(-num_windows // workers.world_size), size)
+        for start in with_progress(starts, "validation", "batches", shown=workers.is_rank_zero):
             windows = mine[start : start + size]
             chosen = windows if len(windows) else np.zeros(1, dtype=np.int64)  # to join the others' collectives
             total += min(1, len(windows)) * _sums(model, stream, chosen, length, workers.device)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from model.transformer import Transformer
+from pipeline.console import with_progress
 from pipeline.dataset.batches import documents_in, read_windows
 from pipeline.dataset.shards import TokenStream
 from pipeline.dataset.token_counts import count_tokens
@@ -88,7 +89,8 @@ def validation_loss(
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=workers.device)  # summed loss, counted targets
     one = torch.ones((), dtype=torch.float64, device=workers.device)
-    for windows in _rank_batches(full_windows, batch_size, workers):
+    batches = _rank_batches(full_windows, batch_size, workers)
+    for windows in with_progress(batches, "validation", "batches", shown=workers.is_rank_zero):
         chosen = windows if len(windows) else np.zeros(1, dtype=np.int64)
         tokens = _read(stream, chosen, length=context_length + 1, stride=context_length, device=workers.device)
         loss = _mean_loss(model, tokens, document_token, as_compiled=len(chosen) == batch_size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.transformer import Transformer
+from pipeline.console import with_progress
 from pipeline.distributed.process_group import ProcessGroup
 
 
@@ -72,7 +73,8 @@ def score_rows(model: Transformer, rows: EncodedRows, workers: ProcessGroup, *, 
     training = model.training
     model.eval()
     batches = _batches(lengths, tokens_per_batch)
-    for number in range(-(-len(batches) // workers.world_size)):
+    numbers = range(-(-len(batches) // workers.world_size))
+    for number in with_progress(numbers, "scoring", "batches", shown=workers.is_rank_zero):
         index = number * workers.world_size + workers.rank
         chosen = batches[index] if index < len(batches) else batches[0][:1]  # a forward pass whose result is not used
         values = _score_batch(model, [rows.row(row) for row in chosen], workers.device)

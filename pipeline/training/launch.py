@@ -108,11 +108,11 @@ def _pretrain_alone(
     logs = f"{output}/{LOGS_FOLDER}"
     with keep_log(open_folder(logs), "driver"):
         config = _with_inputs(config, output)
-        run = _open_run(config, output, reopen=True)
         if shows_progress:
             _announce(config, data)
             if changed:
                 logger.info("the run in %s goes on with %s", output, changed)
+        run = _open_run(config, output, reopen=True)
         settings = WorkerSettings(
             config=config, data=tuple(map(str, data)), output=str(output), run=run, shows_progress=shows_progress
         )

@@ -39,7 +39,8 @@ def error_of(name: str, *flags: str, cwd: Path) -> str:
     result = job(name, *flags, cwd=cwd)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    (line,) = result.stderr.strip().splitlines()
+    *before, line = result.stderr.strip().splitlines()
+    assert before in ([], [f"{name.removesuffix('.py')}: starting"])  # settings alone are checked before that line
     assert line.startswith("error: ")
     return line
 
