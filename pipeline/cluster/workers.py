@@ -176,7 +176,7 @@ def run_in_process(
         RunStopped: the worker was asked to stop, and did.
     """
     try:
-        return _result_of(_fit(functools.partial(_run_worker, worker, settings, files), group, files))
+        return _result_of(_fit(functools.partial(_run_worker, worker, settings, files, group.logs), group, files))
     finally:
         files.delete()
 
@@ -353,8 +353,7 @@ def _run_worker(
 
 
 def _explained(error: Exception) -> str:
-    """One sentence about an error of the program; the traceback goes to the log of the worker."""
-    logger.debug("the error that ends the run:", exc_info=error)
+    """One sentence about an error of the program; the log of the worker has the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in frames]
     what = " ".join(str(error).split()) or "no further words"
@@ -368,7 +367,9 @@ def _log_kept(logs: str) -> contextlib.AbstractContextManager[None]:
     """A context in which this worker's log is kept in the folder at ``logs``, under its rank; empty keeps none."""
     if not logs:
         return contextlib.nullcontext()
-    return keep_log(open_folder(logs), f"rank-{int(os.environ['RANK']):03d}", with_output=True)
+    has_own_output = "RANK" in os.environ  # else this is the job's process, whose output may be a file of the user's
+    rank = int(os.environ.get("RANK", "0"))
+    return keep_log(open_folder(logs), f"rank-{rank:03d}", with_output=has_own_output)
 
 
 def _leave_process_group() -> None:

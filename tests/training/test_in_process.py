@@ -104,7 +104,8 @@ def test_ctrl_c_and_sigterm_stop_behind_a_checkpoint_and_the_same_command_goes_o
         assert "Traceback" not in output and "Ray" not in output
         assert (f"resuming at step {before}" if before else "starting at step 0") in output
         assert status(tmp_path) == "KILLED"
-        assert f"stopped at step {stopped}" in (tmp_path / "run/logs/driver.log").read_text()
+        for name in ("driver", "rank-000"):
+            assert f"stopped at step {stopped}" in (tmp_path / f"run/logs/{name}.log").read_text()
         before = stopped
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(("stop-", "begun-"))]
 
@@ -145,6 +146,8 @@ def test_an_error_of_the_program_fails_the_run(
     with pytest.raises((UserError, RuntimeError), match=words):
         launch.pretrain(config)
     assert status(tmp_path) == "FAILED"
+    log = (tmp_path / "run/logs/rank-000.log").read_text()
+    assert "Traceback (most recent call last)" in log and f"{type(error).__name__}: {error}" in log
     monkeypatch.setattr(Trainer, "run", works)
     assert launch.pretrain(config)[0].steps == config.train_steps, "the same command goes on"
     assert status(tmp_path) == "FINISHED"
