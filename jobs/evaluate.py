@@ -18,11 +18,11 @@ def main(config: EvaluateConfig) -> None:
 
     from pipeline.evaluation import evaluate_job
     from pipeline.evaluation.validation import perplexity_text
-    from pipeline.tracking.report import task_rows
+    from pipeline.tracking.report import MASKED, task_rows
 
     result = evaluate_job.evaluate(config)
     seen = f", {result.tokens_seen:,} tokens seen" if result.tokens_seen is not None else ""
-    alone = ", each seeing its own document alone (document_mask)" if result.document_mask else ""
+    alone = MASKED if result.document_mask else ""
     rows = [("model", f"{result.checkpoint}{seen}")]
     if result.val_loss is not None:
         rows += [

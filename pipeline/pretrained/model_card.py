@@ -63,10 +63,13 @@ _RECIPE = {
     "embedding_weight_decay": "weight decay of embedding and output matrix",
     "grad_clip": "gradient clipping",
     "precision": "precision",
+    "packing": "documents in windows (packing)",
+    "document_mask": "attention within each document alone",
     "seed": "seed",
 }
 _SCORES = {
     "val_loss": "val loss, whole val set",
+    "document_mask": "val loss with each token seeing its own document alone",
     "perplexity": "val perplexity",
     "bits_per_byte": "val bits per byte",
     "unigram_entropy": "unigram entropy of the val set",
@@ -81,6 +84,7 @@ class _Scores(TypedDict, total=False):
 
     checkpoint: str
     val_loss: float | None
+    document_mask: bool | None
     perplexity: float | None
     bits_per_byte: float | None
     unigram_entropy: float | None
@@ -263,6 +267,8 @@ def _hub_data_set(entry: dict[str, Any]) -> str | None:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 and value != round(value) else f"{value:g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

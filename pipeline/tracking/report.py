@@ -52,6 +52,9 @@ _SMOOTHED_POINTS = 40  # with fewer the raw curve can be read
 _MOST_POINTS = 2000  # of a curve, in the picture
 _MOST_SAMPLES = 5
 
+MASKED = ", each seeing its own document alone (document_mask)"
+"""Behind the number of tokens of a val loss that was measured so: it compares with others of its kind only."""
+
 Rows = list[tuple[str, str]]
 
 
@@ -60,6 +63,7 @@ class _Scores(TypedDict, total=False):
 
     val_loss: float | None
     val_tokens: int | None
+    document_mask: bool | None
     hellaswag_acc_norm: float | None
     hellaswag_acc: float | None
     hellaswag_questions: int | None
@@ -109,7 +113,7 @@ def render(
         history=history,
         summary=summary,
         begin=f"{begin:%Y-%m-%d}" if begin else None,
-        result=_result(summary, scores),
+        result=_result(summary, scores, is_masked=bool(history.params.get("document_mask"))),
         comparison=comparison(scores, tokens=summary.get("tokens_seen")),
         is_chat=bool(history.metrics.get("val/token_accuracy")),
         curves=None if curves is None else base64.b64encode(curves).decode("ascii"),
@@ -185,16 +189,18 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return result
 
 
-def _result(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:
+def _result(summary: Mapping[str, Any], scores: Mapping[str, Any], *, is_masked: bool) -> Rows:
+    """Losses and scores; ``is_masked`` says how the run itself measured its val loss."""
     rows: Rows = []
+    note, scores_note = MASKED if is_masked else "", MASKED if scores.get("document_mask") else ""
     if _has(summary, "first_loss", "last_loss"):
         rows.append(("train loss", f"{summary['first_loss']:.4f} → {summary['last_loss']:.4f} nats per token"))
     if _has(summary, "val_loss", "val_tokens"):
-        rows.append(("val loss", f"{summary['val_loss']:.4f} on {summary['val_tokens']:,} tokens"))
+        rows.append(("val loss", f"{summary['val_loss']:.4f} on {summary['val_tokens']:,} tokens{note}"))
     if _has(summary, "best_step", "best_val_loss"):
         rows.append(("best checkpoint", f"step {summary['best_step']:,}, val loss {summary['best_val_loss']:.4f}"))
     if _has(scores, "val_loss", "val_tokens"):
-        rows.append(("whole val set", f"{scores['val_loss']:.4f} on {scores['val_tokens']:,} tokens"))
+        rows.append(("whole val set", f"{scores['val_loss']:.4f} on {scores['val_tokens']:,} tokens{scores_note}"))
     hellaswag = scores if scores.get("hellaswag_acc_norm") is not None else summary
     if _has(hellaswag, "hellaswag_acc_norm", "hellaswag_acc", "hellaswag_questions"):
         text = (
@@ -230,7 +236,7 @@ def comparison(scores: Mapping[str, Any], *, tokens: int | None) -> list[tuple[s
     own = (
         *("this model", "" if tokens is None else f"{tokens / 1e9:.3g} B"),
         *("" if value is None else f"{value:.4f}" for value in (scores.get("val_loss"), hellaswag, core)),
-        "val loss on its own val set",
+        f"val loss on its own val set{MASKED if scores.get('document_mask') else ''}",
     )
     others = [(each.model, each.tokens, each.val_loss, each.hellaswag, each.core, each.source) for each in PUBLISHED]
     return [("", "tokens", "val loss", "HellaSwag, acc_norm", "CORE", "source"), own, *others]

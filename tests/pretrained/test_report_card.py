@@ -56,6 +56,13 @@ def test_the_card_has_published_results_samples_and_cost(run: Path, tmp_path: Pa
     assert "| cost | $20.00 at $2.50 per worker and hour |" in card
 
 
+def test_a_val_loss_with_the_document_mask_says_so(run: Path, tmp_path: Path) -> None:
+    card = card_of(run, tmp_path, {"val_loss": 3.2, "hellaswag_acc_norm": 0.3, "document_mask": True})
+    assert "| val loss with each token seeing its own document alone | yes |" in card
+    assert "| val loss on its own val set, each seeing its own document alone (document_mask) |" in card
+    assert "document alone | yes" not in card_of(run, tmp_path, {"val_loss": 3.2})
+
+
 def test_a_val_loss_alone_compares_with_nothing(run: Path, tmp_path: Path) -> None:
     card = card_of(run, tmp_path, {"val_loss": 3.2})
     assert "Beside published results" not in card and "| val loss, whole val set | 3.2000 |" in card

@@ -116,6 +116,20 @@ def test_the_page_says_what_was_told(run: Path) -> None:
         assert words in text, words
 
 
+def test_a_val_loss_with_the_document_mask_says_so(run: Path) -> None:
+    masked: list[dict[str, Any]] = [{"kind": "params", "time": BEGIN, "values": {"document_mask": True}}]
+    scores = {"val_loss": 3.11, "val_tokens": 50_000_000, "document_mask": True}
+    for entries, found, count in (
+        (make_entries(), {}, 0),
+        (make_entries() + masked, {}, 1),
+        (make_entries(), scores, 1),
+    ):
+        open_folder(run).write("evaluation.json", [json.dumps(found).encode()])
+        report.write_pages(open_folder(run), entries)
+        page = (run / "report.html").read_text(encoding="utf-8")
+        assert page.count("tokens, each seeing its own document alone (document_mask)") == count
+
+
 def test_text_is_text_and_nothing_is_fetched(run: Path) -> None:
     report.write_pages(open_folder(run), make_entries())
     page = Page((run / "report.html").read_text(encoding="utf-8"))
