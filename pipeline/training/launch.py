@@ -122,7 +122,7 @@ def _pretrain_alone(
 
 def _run(settings: WorkerSettings, group: GroupSettings, output: Folder, files: SharedFiles | None) -> RunSummary:
     """Train on the workers of ``group``, or in this process where it is enough."""
-    is_alone = files is None and fits_this_process(group)
+    is_alone = files is None and fits_this_process(group)  # a trial of a sweep brings files, and Ray gives it its place
     files = files or SharedFiles(folder=str(output))
     files.delete_of_killed()
     with _marked_where_killed(settings.run):
