@@ -80,7 +80,7 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"], *, deterministic: b
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU on this machine; use --device cpu or auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
-    if deterministic:
+    if deterministic and use_cuda:  # variables of NCCL; a job that trains on the CPU may start other processes later
         determinism.set_environment()
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend_name(use_cuda))

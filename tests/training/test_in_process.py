@@ -111,9 +111,12 @@ def test_ctrl_c_and_sigterm_stop_behind_a_checkpoint_and_the_same_command_goes_o
 
 
 def test_the_run_is_in_mlflow_as_any_other_and_ray_is_not_started(config: PretrainConfig, tmp_path: Path) -> None:
-    was_there = ray.is_initialized()
+    was_there, variables = ray.is_initialized(), dict(os.environ)
     summary, run = launch.pretrain(config)
     assert ray.is_initialized() == was_there
+    new = {name for name, value in os.environ.items() if variables.get(name) != value}
+    of_libraries = ("MLFLOW_", "TORCHINDUCTOR_")
+    assert not [name for name in new if not name.startswith(of_libraries)], "what starts later inherits nothing of it"
     assert (summary.steps, status(tmp_path)) == (config.train_steps, "FINISHED")
     points = MlflowClient(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
     assert [point.step for point in points] == list(range(1, config.train_steps + 1))
