@@ -189,7 +189,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return result
 
 
-def _result(summary: Mapping[str, Any], scores: Mapping[str, Any], *, is_masked: bool) -> Rows:
+def _result(summary: Mapping[str, Any], scores: Mapping[str, Any], *, is_masked: bool = False) -> Rows:
     """Losses and scores; ``is_masked`` says how the run itself measured its val loss."""
     rows: Rows = []
     note, scores_note = MASKED if is_masked else "", MASKED if scores.get("document_mask") else ""
