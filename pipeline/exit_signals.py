@@ -168,9 +168,11 @@ def end(signal_number: int, closing_line: str) -> NoReturn:
     the processes of a local Ray with this one; a cluster notices that it is gone.
     """
     _ending.acquire()
-    with contextlib.suppress(Exception):  # a reader that stands still must not hold the process
+    # a reader that stands still must not hold the process, nor a print that the signal came into cost the line
+    with contextlib.suppress(Exception):
         if select.select([], [sys.stdout], [], 0)[1]:
             sys.stdout.flush()
+    with contextlib.suppress(Exception):
         if select.select([], [2], [], 0)[1]:
             os.write(2, f"{closing_line}\n".encode("utf-8", "replace"))
     os._exit(128 + signal_number)

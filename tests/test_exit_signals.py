@@ -168,6 +168,22 @@ def test_a_second_signal_later_on_ends_it_at_once_with_a_line(tmp_path: Path) ->
     assert errors.splitlines()[-1] == "ended at once; the same command goes on from the newest checkpoint"
 
 
+def test_a_signal_in_the_middle_of_a_print_does_not_cost_the_closing_line(tmp_path: Path) -> None:
+    """Python refuses to flush a stream in a handler that came while the same stream was being written."""
+    code = """
+import sys
+class InUse:
+    def fileno(self): return 1
+    def flush(self): raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+def job():
+    from pipeline import exit_signals
+    sys.stdout = InUse()
+    exit_signals.end(2, "the last words")
+"""
+    _, errors = (process := start(code, tmp_path)).communicate(timeout=100)
+    assert (process.returncode, errors) == (130, "the last words\n")
+
+
 def test_work_of_which_nothing_can_be_saved_is_not_waited_for(tmp_path: Path) -> None:
     work = """try:
             call_in_thread(lambda: time.sleep(600), give_up=request)
